@@ -1,0 +1,151 @@
+"""Strict settings: one pydantic class a verb, filled from `--config FILE.yaml` and `--key value` overrides.
+
+Every room at an edge defines its settings by subclassing `Settings`; the command line, the cluster jobs and the
+YAML files all go through `parse`, so a default lives in one place and an unknown key is an error everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from d3llm_ray.errors import InputError
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseSettings):
+    """Base of every verb's settings: frozen, unknown keys refused, no environment variables."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_avoid_json=True,
+        cli_implicit_flags=True,
+        protected_namespaces=(),
+    )
+    verb: ClassVar[str] = ""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        **_: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    def write_yaml(self, path: Path) -> None:
+        """Write the resolved settings so that the run can be repeated with `--config`."""
+        path.write_text(to_yaml(self))
+
+
+def to_yaml(settings: Settings) -> str:
+    text: str = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping, or raise `InputError` naming the file and what is wrong with it."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(
+            f"config: cannot read {str(path)!r}: {error.strerror}; accepted: a readable YAML file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config: {str(path)!r} is not YAML: {reason}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"config: {str(path)!r} holds {type(content).__name__}; accepted: a mapping of settings")
+    return content
+
+
+def build(cls: type[S], values: dict[str, Any]) -> S:
+    """Validate `values`, or raise a one-line `InputError` that names each field at fault."""
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise InputError(_one_line(cls, error)) from error
+
+
+def _one_line(cls: type[Settings], error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or cls.__name__
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{field}: unknown setting; accepted: {', '.join(cls.model_fields)}")
+        elif item["type"] == "missing":
+            lines.append(f"{field}: required")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(message if message.startswith(field) else f"{field}: got {item['input']!r}: {message}")
+    return "; ".join(lines)
+
+
+def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in override.items():
+        merged[key] = (
+            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
+    return merged
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `InputError`s (one line, exit code 2 at the command line)."""
+
+    known: ClassVar[tuple[str, ...]] = ()
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{self.prog}: {message}; see --help")
+
+
+def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bool]:
+    """Resolve defaults < YAML file < command line. Returns the settings and whether `--print-config` was given."""
+    parser = _Parser(prog=prog or f"d3llm-ray {cls.verb}", description=(cls.__doc__ or "").strip(), allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file; flags override it")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
+    for _, field in enumerate(cls.model_fields):
+        if "_" in field:  # accept --max_tokens beside --max-tokens
+            argv = [_kebab(word, field) for word in argv]
+    own, rest = _split_own(parser, argv)
+    source = CliSettingsSource(cls, root_parser=parser, cli_prog_name=parser.prog)
+    try:
+        flags = source(args=rest)()
+    except SettingsError as error:
+        raise InputError(" ".join(str(error).split())) from error
+    file_values = read_yaml(own.config) if own.config else {}
+    return build(cls, _merge(file_values, flags)), own.print_config
+
+
+def _kebab(word: str, field: str) -> str:
+    flag = f"--{field}"
+    return (
+        word.replace("_", "-")
+        if word == flag
+        else word.replace(flag, flag.replace("_", "-"), 1)
+        if word.startswith(f"{flag}=")
+        else word
+    )
+
+
+def _split_own(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    own_parser = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    own_parser.add_argument("--config")
+    own_parser.add_argument("--print-config", action="store_true")
+    return own_parser.parse_known_args(argv)

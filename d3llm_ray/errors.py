@@ -1,0 +1,24 @@
+"""The error for bad input, shared by every room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Input that a user can correct: one line that names the field and what is accepted.
+
+    The command line turns it into exit code 2, the HTTP edge into a 4xx response.
+    """
+
+
+def unknown(field: str, value: object, accepted: Iterable[object]) -> InputError:
+    """Build the error for a name that is not in a closed set."""
+    names = ", ".join(sorted(str(name) for name in accepted))
+    return InputError(f"{field}: unknown value {value!r}; accepted: {names}")
+
+
+def require(condition: bool, field: str, value: object, accepted: str) -> None:
+    """Raise `InputError` unless `condition` holds; `accepted` says in words what would do."""
+    if not condition:
+        raise InputError(f"{field}: got {value!r}; accepted: {accepted}")

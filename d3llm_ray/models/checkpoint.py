@@ -1,0 +1,172 @@
+"""Reading and writing checkpoints in their published layouts, without remote code.
+
+Every name and shape is checked before the first weight is read, and weights are moved one tensor at a time, so
+that memory holds one copy of the model and one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from d3llm_ray.errors import InputError, unknown
+from d3llm_ray.models.families import Family, read_family
+from d3llm_ray.models.transformer import Transformer
+
+ZOO = Path(__file__).parent / "zoo"
+ZOO_NAMES = ("tiny-llada", "tiny-ar")
+DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """The checkpoint folder of a zoo name or a path; `InputError` when it is neither."""
+    if str(name_or_path) in ZOO_NAMES:
+        return ZOO / str(name_or_path)
+    path = Path(name_or_path)
+    if not (path / "config.json").is_file():
+        raise unknown("model", str(name_or_path), [*ZOO_NAMES, "a folder with config.json and *.safetensors"])
+    return path
+
+
+def _read_json(path: Path, required: bool) -> dict[str, Any]:
+    if not path.is_file() and not required:
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds {type(content).__name__}; accepted: a JSON object")
+    return content
+
+
+def read_configs(name_or_path: str | Path) -> tuple[Any, Family]:
+    """(ModelConfig, Family) of a checkpoint, from its JSON files alone: cheap enough to validate requests with."""
+    path = resolve_model(name_or_path)
+    generation = _read_json(path / "generation_config.json", required=False)
+    return read_family(_read_json(path / "config.json", required=True), generation)
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index, required=True).get("weight_map", {})
+        files = [path / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"model: no *.safetensors file in {path}; accepted: safetensors weights only")
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"model: shard {file.name} named in {index.name} is missing from {path}")
+    return files
+
+
+def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise InputError(f"model: {problem} tensor in {path}: {listed}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise InputError(f"model: tensor {name} in {path} has shape {list(found[name])}; accepted: {list(shape)}")
+
+
+def load_model(
+    name_or_path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu"
+) -> tuple[Transformer, Family]:
+    """Load a zoo model or a checkpoint folder (LLaDA, Dream, Qwen2 or Llama layout).
+
+    `dtype`: "float32", "bfloat16", "float16", or "auto" to keep each tensor's own. Raises `InputError` for an
+    unknown name, an unsupported config, and a missing, unexpected or mis-shaped tensor, naming it.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    path = resolve_model(name_or_path)
+    config, family = read_configs(path)
+    with torch.device("meta"):
+        model = Transformer(config)
+    parameters = dict(model.named_parameters())  # a tied LM head appears once, as the embedding
+    names = {family.layout.checkpoint_name(name): name for name in parameters}
+    expected = {checkpoint: tuple(parameters[name].shape) for checkpoint, name in names.items()}
+    tied_head = family.layout.checkpoint_name("lm_head.weight") if config.tie_word_embeddings else None
+    shards = _shards(path)
+    try:
+        found: dict[str, tuple[int, ...]] = {}
+        for shard in shards:
+            with safe_open(shard, framework="pt") as file:
+                found.update((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+        if tied_head is not None:
+            found.pop(tied_head, None)
+        _check(found, expected, path)
+        for shard in shards:
+            with safe_open(shard, framework="pt", device=str(device)) as file:
+                for key in file.keys():  # noqa: SIM118 (safe_open is not iterable)
+                    if key in names:
+                        _assign(model, names[key], file.get_tensor(key).to(DTYPES[dtype]))
+    except SafetensorError as error:
+        raise InputError(f"model: {path} holds an unreadable safetensors file: {error}") from error
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.eval(), family
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor, requires_grad=True))
+
+
+def save_model(model: Transformer, family: Family, directory: str | Path) -> Path:
+    """Write `config.json`, `generation_config.json` and (sharded) safetensors in the family's own layout.
+
+    Files appear under their final names only when complete.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {
+        family.layout.checkpoint_name(name): parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+    }
+    save_torch_state_dict(tensors, partial, max_shard_size="5GB")
+    if family.generation_config:
+        (partial / "generation_config.json").write_text(json.dumps(family.generation_config, indent=2) + "\n")
+    (partial / "config.json").write_text(json.dumps(family.config, indent=2) + "\n")
+    directory.mkdir(parents=True, exist_ok=True)
+    for stale in directory.glob("*.safetensors*"):
+        stale.unlink()
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
+        file.replace(directory / file.name)
+    partial.rmdir()
+    return directory
+
+
+def copy_tokenizer(source: str | Path, directory: str | Path) -> None:
+    """Copy a checkpoint's tokenizer files, where it has any."""
+    for name in TOKENIZER_FILES:
+        file = resolve_model(source) / name
+        if file.is_file():
+            shutil.copyfile(file, Path(directory) / name)

@@ -1,0 +1,31 @@
+"""Prompts and checked answers: the embedded tasks, and tasks from files."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from d3llm_ray.errors import unknown
+from d3llm_ray.tasks import arith
+from d3llm_ray.tasks.files import ENDINGS, read_problems
+from d3llm_ray.tasks.task import SPLITS, Problem, Split, Task
+
+EMBEDDED = {
+    "arith": Task("arith", arith.load_problems),
+    "arith-long": Task("arith-long", partial(arith.load_problems, shots=5)),
+}
+
+__all__ = ["EMBEDDED", "SPLITS", "Problem", "Split", "Task", "load_task", "read_problems"]
+
+
+def load_task(name_or_file: str) -> Task:
+    """An embedded task, or a prompts file as a task (it has no splits: every split is the whole file).
+
+    Raises `InputError` for an unknown name and for an unreadable file.
+    """
+    if name_or_file in EMBEDDED:
+        return EMBEDDED[name_or_file]
+    if Path(name_or_file).suffix not in ENDINGS:
+        raise unknown("task", name_or_file, [*EMBEDDED, "a .jsonl or .parquet file of prompts"])
+    problems = read_problems(name_or_file)
+    return Task(Path(name_or_file).stem, lambda _split, count: problems[:count])

@@ -1,0 +1,135 @@
+"""The transformer against a literal per-row computation: ragged batches, attention patterns, the KV cache."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d3llm_ray.errors import InputError
+from d3llm_ray.models import BlockCausal, KVCache, ModelConfig, Ragged, Transformer
+
+
+def _model(kv_heads: int = 2, bias: bool = True, seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(37, 32, 2, 4, kv_heads, 48, 128, 1e4, 1e-5, bias, False))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+def _literal(model: Transformer, ids: list[int], allowed: torch.Tensor) -> torch.Tensor:
+    """One sequence, float64, head by head and straight from the formulas. `allowed`: [L, L] bool."""
+    state = {name: parameter.double() for name, parameter in model.named_parameters()}
+    config, length = model.config, len(ids)
+    size, group = config.head_dim, config.num_heads // config.num_kv_heads
+    x = state["embed_tokens.weight"][torch.tensor(ids)]
+
+    def norm(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return value / (value.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
+
+    def rotary(value: torch.Tensor) -> torch.Tensor:
+        out = value.clone()
+        for position in range(length):
+            for pair in range(size // 2):
+                angle = position * config.rope_theta ** (-2 * pair / size)
+                a, b = value[position, pair], value[position, pair + size // 2]
+                out[position, pair] = a * math.cos(angle) - b * math.sin(angle)
+                out[position, pair + size // 2] = b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        n = norm(x, state[prefix + "input_layernorm.weight"])
+        project = {}
+        for name in ("q_proj", "k_proj", "v_proj"):
+            project[name] = n @ state[f"{prefix}self_attn.{name}.weight"].T
+            if config.qkv_bias:
+                project[name] = project[name] + state[f"{prefix}self_attn.{name}.bias"]
+        heads = []
+        for head in range(config.num_heads):
+            kv = slice(head // group * size, (head // group + 1) * size)
+            q = rotary(project["q_proj"][:, head * size : (head + 1) * size])
+            scores = q @ rotary(project["k_proj"][:, kv]).T / math.sqrt(size)
+            weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
+            heads.append(weights @ project["v_proj"][:, kv])
+        x = x + torch.cat(heads, -1) @ state[prefix + "self_attn.o_proj.weight"].T
+        n = norm(x, state[prefix + "post_attention_layernorm.weight"])
+        gate = n @ state[prefix + "mlp.gate_proj.weight"].T
+        up = n @ state[prefix + "mlp.up_proj.weight"].T
+        x = x + (gate * gate.sigmoid() * up) @ state[prefix + "mlp.down_proj.weight"].T
+    return norm(x, state["norm.weight"])
+
+
+def _pattern(length: int, block: int | None, origin: int) -> torch.Tensor:
+    if block is None:
+        return torch.ones(length, length, dtype=torch.bool)
+    blocks = [0 if position < origin else 1 + (position - origin) // block for position in range(length)]
+    return torch.tensor([[k <= q for k in blocks] for q in blocks])
+
+
+@pytest.mark.parametrize(("kv_heads", "bias"), [(4, False), (2, True), (1, True)])
+@pytest.mark.parametrize("block", [None, 1, 4])
+def test_ragged_rows_equal_each_row_alone(kv_heads: int, bias: bool, block: int | None) -> None:
+    model = _model(kv_heads, bias)
+    rows = [list(range(1, 10)), [3, 1, 4], [36] * 17, [5]]
+    origins = [4, 0, 6, 0]
+    pattern = None if block is None else BlockCausal(block)
+    ragged = Ragged.build([len(row) for row in rows], pattern=pattern, origins=origins)
+    packed = torch.tensor([token for row in rows for token in row])
+    hidden = model(packed, ragged).split(list(ragged.lengths))
+    for row, origin, result in zip(rows, origins, hidden, strict=True):
+        expected = _literal(model, row, _pattern(len(row), block, origin))
+        torch.testing.assert_close(result.double(), expected, atol=2e-4, rtol=1e-4)
+
+
+@given(st.lists(st.integers(1, 24), min_size=1, max_size=6), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_neighbours_never_change_a_row(lengths: list[int], seed: int) -> None:
+    model, generator = _model(), torch.Generator().manual_seed(seed)
+    rows = [torch.randint(0, 37, (length,), generator=generator) for length in lengths]
+    together = model(torch.cat(rows), Ragged.build(lengths)).split(lengths)
+    for row, result in zip(rows, together, strict=True):
+        alone = model(row, Ragged.build([len(row)]))
+        torch.testing.assert_close(result, alone, atol=2e-5, rtol=1e-5)
+
+
+def test_windows_against_a_cache_equal_full_forwards() -> None:
+    """Two slots of different lengths: write everything, then recompute a window each against frozen keys."""
+    model = _model()
+    rows = [torch.arange(20) % 37, torch.arange(9) + 5]
+    cache = KVCache(model.config, slots=3, capacity=32, dtype=torch.float32, device="cpu")
+    cache.keys.fill_(float("nan"))  # whatever was in the slots before must not be seen
+    cache.values.fill_(float("nan"))
+    cache.keys[:, :, :20], cache.values[:, :, :20] = 7.0, 7.0  # masked keys must still be finite
+    cache.select(torch.tensor([2, 0]))
+    full = model(torch.cat(rows), Ragged.build([20, 9]), cache)
+    torch.testing.assert_close(full, model(torch.cat(rows), Ragged.build([20, 9])), atol=2e-5, rtol=1e-5)
+    starts, ends = [12, 3], [20, 7]
+    window = torch.cat([row[a:b] for row, a, b in zip(rows, starts, ends, strict=True)])
+    ragged = Ragged.build([8, 4], starts, key_lengths=[20, 9])
+    result = model(window, ragged, cache)
+    expected = torch.cat((full[12:20], full[20 + 3 : 20 + 7]))
+    torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_norm_and_rotary_are_computed_in_float32() -> None:
+    model = _model().bfloat16()
+    ids = torch.tensor([1, 2, 3, 4])
+    n = model.layers[0].input_layernorm
+    x = torch.randn(4, 32).bfloat16() * 100
+    wide = x.float() / (x.float().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert torch.equal(n(x), wide.bfloat16() * n.weight)
+    assert model(ids, Ragged.build([4])).dtype == torch.bfloat16
+
+
+def test_bad_shapes_are_refused() -> None:
+    with pytest.raises(InputError, match="num_kv_heads"):
+        ModelConfig(10, 32, 1, 4, 3, 8, 16, 1e4, 1e-5, False, False)
+    with pytest.raises(InputError, match="lengths"):
+        Ragged.build([3, 0])
+    with pytest.raises(InputError, match="block_size"):
+        BlockCausal(0)
