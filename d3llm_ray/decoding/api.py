@@ -1,0 +1,151 @@
+"""The offline API: prompts in, texts and decoding figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from d3llm_ray.decoding.engine import Completion, Engine, Request
+from d3llm_ray.decoding.presets import Decoder, decoder
+from d3llm_ray.errors import InputError
+from d3llm_ray.models import Family, Transformer, encode_chat, load_model, load_tokenizer
+
+Prompt = str | Sequence[dict[str, str]] | Sequence[int]
+
+
+class ProgressLike(Protocol):
+    """What `generate` needs of a progress display."""
+
+    def update(self, done: int, **figures: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """The answer to one prompt. Lists over the canvas have one entry for each response position."""
+
+    text: str
+    token_ids: list[int]  # before the stop token
+    finish_reason: str  # "stop" or "length"
+    prompt_tokens: int
+    prompt_ids: list[int]
+    forwards: int
+    tokens_per_forward: float
+    reveal_steps: list[int]
+    reveal_entropies: list[float]
+    response_ids: list[int]
+
+
+class DiffusionLLM:
+    """A model, its tokenizer and an engine.
+
+    llm = DiffusionLLM.from_pretrained("tiny-llada", decoder="d3llm")
+    outputs = llm.generate(["Tom has 5 apples. ..."], max_tokens=64)
+    """
+
+    def __init__(self, model: Transformer, family: Family, tokenizer: PreTrainedTokenizerBase | None, engine: Engine):
+        self.model, self.family, self.tokenizer, self.engine = model, family, tokenizer, engine
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        decoder: str | Decoder = "d3llm",
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_batch_size: int = 32,
+        **settings: Any,
+    ) -> DiffusionLLM:
+        """Load a zoo model or checkpoint folder; `settings` override the decoder preset's.
+
+        Raises `InputError` for an unknown model, decoder or setting, before any weight is read where possible.
+        """
+        chosen = _resolve(decoder, settings)
+        model, family = load_model(name_or_path, dtype, device)
+        tokenizer = load_tokenizer(name_or_path, family)
+        size = len(tokenizer) if tokenizer is not None else None
+        engine = Engine(model, family, chosen, max_batch_size=max_batch_size, vocabulary_size=size)
+        return cls(model, family, tokenizer, engine)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text becomes one user message, messages go through the chat template, ids stay."""
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        token_ids = [item for item in prompt if isinstance(item, int)]
+        messages = [item for item in prompt if isinstance(item, dict)]
+        if len(token_ids) == len(prompt):
+            return token_ids
+        if len(messages) != len(prompt):
+            raise InputError("prompt: mixed content; accepted: text, a list of chat messages, or a list of token ids")
+        if self.tokenizer is None:
+            raise InputError("prompt: this checkpoint has no tokenizer; accepted: a list of token ids")
+        return encode_chat(self.tokenizer, messages)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        progress: ProgressLike | None = None,
+        **settings: Any,
+    ) -> list[Output]:
+        """Decode every prompt; answers come in the order of `prompts` and do not depend on each other.
+
+        `settings` override the decoder's for this call. Raises `InputError` before any forward.
+        """
+        chosen = self.engine.decoder.override(**settings)
+        encoded = [self.encode(prompt) for prompt in prompts]
+        requests = [Request(ids, max_tokens, temperature, seed, chosen) for ids in encoded]
+        for number, request in enumerate(requests):
+            try:
+                self.engine.check(request)
+            except InputError as error:
+                raise InputError(f"prompts[{number}]: {error}") from error
+        index_of = {self.engine.submit(request): index for index, request in enumerate(requests)}
+        outputs: dict[int, Output] = {}
+        try:
+            while len(outputs) < len(requests):
+                for event in self.engine.step():
+                    index = index_of.get(event.request_id)
+                    if index is not None and event.completion is not None:
+                        outputs[index] = self._output(encoded[index], event.completion)
+                        if progress is not None:
+                            progress.update(len(outputs))
+        finally:
+            # An interrupted call leaves no request behind in the engine.
+            for request_id, index in index_of.items():
+                if index not in outputs:
+                    self.engine.cancel(request_id)
+        return [outputs[index] for index in range(len(requests))]
+
+    def _output(self, prompt_ids: list[int], completion: Completion) -> Output:
+        return Output(
+            text=self.decode(completion.token_ids),
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            prompt_tokens=len(prompt_ids),
+            prompt_ids=prompt_ids,
+            forwards=completion.forwards,
+            tokens_per_forward=len(completion.token_ids) / completion.forwards,
+            reveal_steps=completion.reveal_steps,
+            reveal_entropies=completion.reveal_entropies,
+            response_ids=completion.response_ids,
+        )
+
+
+def _resolve(name_or_decoder: str | Decoder, settings: dict[str, Any]) -> Decoder:
+    if isinstance(name_or_decoder, Decoder):
+        return name_or_decoder.override(**settings)
+    return decoder(name_or_decoder, **settings)
