@@ -1,0 +1,117 @@
+"""The command line: `d3llm-ray VERB --config FILE.yaml --key value`.
+
+A verb is a settings class and a function that takes its settings. Both are imported only when their verb is
+called: `--help` and bad input answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d3llm_ray import __version__
+from d3llm_ray.config import Settings, parse, to_yaml
+from d3llm_ray.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's settings and function are, as `module:name`, and one line about it."""
+
+    settings: str
+    run: str
+    help: str
+
+
+VERBS = {
+    "quickstart": Verb(
+        "d3llm_ray.quickstart.settings:QuickstartSettings",
+        "d3llm_ray.quickstart.run:run",
+        "the whole pipeline on one machine: trajectories, student, tuned settings, report, a served answer",
+    ),
+    "generate": Verb("d3llm_ray.generate:GenerateSettings", "d3llm_ray.generate:run", "answer prompts offline"),
+    "trajectories": Verb(
+        "d3llm_ray.trajectories.settings:TrajectorySettings",
+        "d3llm_ray.trajectories.pipeline:run",
+        "let a teacher decode prompts and keep the order in which it revealed every token (Ray Data)",
+    ),
+    "distill": Verb(
+        "d3llm_ray.distillation.settings:DistillSettings",
+        "d3llm_ray.distillation.run:run",
+        "train a student on a teacher's trajectories (Ray Train, DeepSpeed, LoRA)",
+    ),
+    "evaluate": Verb(
+        "d3llm_ray.evaluation.settings:EvaluateSettings",
+        "d3llm_ray.evaluation.run:run",
+        "measure accuracy, tokens per forward, tokens per second and AUP",
+    ),
+    "tune": Verb(
+        "d3llm_ray.tuning.settings:TuneSettings",
+        "d3llm_ray.tuning.run:run",
+        "search decoding settings on validation problems (Ray Tune, Optuna)",
+    ),
+    "serve": Verb(
+        "d3llm_ray.serving.settings:ServeSettings",
+        "d3llm_ray.serving.server:run",
+        "serve a model behind an OpenAI-compatible API (Ray Serve)",
+    ),
+}
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+    return (
+        f"usage: d3llm-ray VERB [--config FILE.yaml] [--key value ...]\n\n{verbs}\n\n"
+        "d3llm-ray VERB --help lists a verb's settings; --print-config prints the resolved ones.\n"
+    )
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt  # so that SIGTERM cleans up exactly as Ctrl-C does
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage(), end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"d3llm-ray {__version__}")
+        return 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if words[0] not in VERBS:
+            raise unknown("verb", words[0], VERBS)
+        verb = VERBS[words[0]]
+        settings_class: type[Settings] = _load(verb.settings)
+        settings, print_only = parse(settings_class, words[1:])
+        if print_only:
+            print(to_yaml(settings), end="")
+            return 0
+        result = _load(verb.run)(settings)
+        if result is not None:
+            print(result)
+        return 0
+    except InputError as error:
+        print(f"d3llm-ray: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "d3llm-ray: interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr
+        )
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Joining a Ray cluster, or starting an embedded one, with the settings that spare users the known traps."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+# Set before Ray starts; a user's own value wins.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Train's report() waits a poll of the controller: 2 s by default
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # a lost worker must end in an error, not in a hang
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+EMBEDDED_CPUS = 8
+EMBEDDED_OBJECT_STORE_BYTES = 300_000_000
+
+
+def connect(*, quiet: bool = True, dashboard: bool = False) -> None:
+    """Use the Ray that is already there, join the cluster of `RAY_ADDRESS`, or start an embedded one.
+
+    An embedded cluster counts at least 8 logical CPUs: on a laptop its actors mostly wait for each other, and
+    Ray Data and Train reserve a CPU for every helper (a pipeline on two would wait for ever).
+    """
+    if ray.is_initialized():
+        return
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    level = logging.ERROR if quiet else logging.INFO
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=not quiet, logging_level=level)
+        return
+    # An embedded cluster listens on this host only; without this a token would be written to the home folder and
+    # change what the user's next `ray start` does.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        num_cpus=max(EMBEDDED_CPUS, os.cpu_count() or 1),
+        object_store_memory=EMBEDDED_OBJECT_STORE_BYTES,
+        include_dashboard=dashboard,
+        log_to_driver=not quiet,
+        logging_level=level,
+    )

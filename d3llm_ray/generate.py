@@ -1,0 +1,67 @@
+"""The verb `generate`: answer prompts offline, one JSON line each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from d3llm_ray.config import Settings, to_yaml
+from d3llm_ray.decoding import DiffusionLLM, decoder
+from d3llm_ray.errors import InputError
+from d3llm_ray.models import resolve_model
+from d3llm_ray.progress import Progress
+from d3llm_ray.tasks import read_problems
+
+
+class GenerateSettings(Settings):
+    """Answer prompts offline. Prints the text of `--prompt`, or writes a JSON line for every row of `--prompts`."""
+
+    verb: ClassVar[str] = "generate"
+
+    model: str = Field("tiny-llada", description="zoo name or checkpoint folder")
+    prompt: str | None = Field(None, description="one prompt; its answer is printed")
+    prompts: Path | None = Field(None, description=".jsonl or .parquet file with messages or prompt")
+    output: Path = Field(Path("runs/generate.jsonl"), description="file for the answers to `prompts`")
+    decoder: str = Field("d3llm", description="decoder preset")
+    decoder_settings: dict[str, Any] = Field({}, description="settings that override the preset's")
+    max_tokens: int = Field(64, gt=0, description="tokens an answer may have")
+    temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
+    seed: int = Field(0, ge=0, description="seed of sampling")
+    max_batch_size: int = Field(32, gt=0, description="requests decoded together")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="precision of the weights")
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+
+
+def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
+    """The answer to `prompt`, or the path of the answers to `prompts`. `InputError` before the model loads."""
+    if (settings.prompt is None) == (settings.prompts is None):
+        raise InputError("prompt: accepted: exactly one of --prompt TEXT and --prompts FILE")
+    chosen = decoder(settings.decoder, **settings.decoder_settings)
+    resolve_model(settings.model)
+    problems = read_problems(settings.prompts) if settings.prompts else []
+    llm = DiffusionLLM.from_pretrained(
+        settings.model, chosen, settings.dtype, settings.device, max_batch_size=settings.max_batch_size
+    )
+    options: dict[str, Any] = {
+        "max_tokens": settings.max_tokens,
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+    }
+    if settings.prompt is not None:
+        return llm.generate([settings.prompt], **options)[0].text
+    progress = progress or Progress()
+    progress.start("generate", len(problems), "prompt")
+    outputs = llm.generate([problem.messages for problem in problems], progress=progress, **options)
+    progress.finish()
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = settings.output.with_name(f".{settings.output.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for problem, output in zip(problems, outputs, strict=True):
+            file.write(json.dumps({"id": problem.id, **asdict(output)}, ensure_ascii=False) + "\n")
+    partial.replace(settings.output)
+    settings.output.with_suffix(".yaml").write_text(to_yaml(settings))
+    return str(settings.output)

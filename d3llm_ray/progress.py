@@ -1,0 +1,46 @@
+"""One progress line for long work: stage, done of total, rate, time left and figures of the work itself."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Draws on stderr; on a terminal in place, elsewhere a line every half minute (logs stay readable)."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.prefix = ""  # put before every stage's name, such as "[2/5] "
+        self._quiet = quiet
+        self._bar: tqdm | None = None
+
+    def start(self, stage: str, total: int | None, unit: str = "row") -> None:
+        """Begin a stage of `total` units; a stage still open is closed first."""
+        self.finish()
+        interactive = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            desc=f"{self.prefix}{stage}",
+            unit=f" {unit}",
+            disable=self._quiet,
+            mininterval=0.5 if interactive else 30.0,
+            dynamic_ncols=True,
+            leave=True,
+        )
+
+    def update(self, done: int, **figures: float | int | str) -> None:
+        """Say that `done` units of the stage are complete in all, with named figures to show beside it."""
+        if self._bar is None:
+            return
+        if figures:
+            self._bar.set_postfix(
+                {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in figures.items()}, refresh=False
+            )
+        self._bar.update(done - self._bar.n)
+
+    def finish(self) -> None:
+        """Close the stage's line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
