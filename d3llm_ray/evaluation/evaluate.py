@@ -1,0 +1,102 @@
+"""Decode a task's problems with one model and decoder, check the answers and count."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from d3llm_ray.decoding import Decoder, DiffusionLLM, Engine, Output
+from d3llm_ray.errors import require
+from d3llm_ray.evaluation.rows import Row, Sample, summarise
+from d3llm_ray.progress import Progress
+from d3llm_ray.tasks import Problem, Task
+
+
+def evaluate(
+    llm: DiffusionLLM,
+    task: Task,
+    problems: Sequence[Problem],
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+    warmup: int = 1,
+    **overrides: Any,
+) -> Row:
+    """Measure `llm` on `problems` of `task`; no Ray, no files.
+
+    All problems are decoded in one call, `max_batch_size` of `llm` at a time. The first `warmup` of them are decoded
+    once before the clock starts, so that compilation and allocation are not timed. `overrides` are decoder settings.
+    The row's `model` is the family's name; callers that know a better label replace it.
+
+    Raises:
+        InputError: no problems, a problem without a reference, an unknown decoder setting, or a prompt longer than
+            the model's context.
+    """
+    require(bool(problems), "problems", 0, "at least one problem")
+    for problem in problems:
+        require(problem.reference is not None, f"problem {problem.id}: reference", None, "the expected answer")
+    decoder = llm.engine.decoder.override(**overrides)
+    progress = progress or Progress()
+    prompts = [problem.messages for problem in problems]
+    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, **overrides}
+    if warmup:
+        llm.generate(prompts[:warmup], **options)
+    _synchronise(llm)
+    progress.start(f"evaluate {decoder.name}", len(prompts), "problem")
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, progress=progress, **options)
+    _synchronise(llm)
+    seconds = time.perf_counter() - began
+    progress.finish()
+    samples = [_sample(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
+    return summarise(
+        samples,
+        seconds,
+        model=llm.family.name,
+        decoder=decoder.name,
+        task=task.name,
+        settings=decoding_settings(decoder),
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        warmup=min(warmup, len(prompts)),
+        max_batch_size=llm.engine.max_batch_size,
+    )
+
+
+def with_decoder(llm: DiffusionLLM, decoder: Decoder) -> DiffusionLLM:
+    """The same loaded model behind an engine with another decoder and a cache of its own."""
+    size, vocabulary = llm.engine.max_batch_size, llm.engine.vocabulary_size
+    engine = Engine(llm.model, llm.family, decoder, max_batch_size=size, vocabulary_size=vocabulary)
+    return DiffusionLLM(llm.model, llm.family, llm.tokenizer, engine)
+
+
+def decoding_settings(decoder: Decoder) -> dict[str, Any]:
+    """The content of a decoding settings file: the preset's name under `decoder`, and every setting."""
+    return {"decoder": decoder.name, **decoder.settings()}
+
+
+def _sample(task: Task, problem: Problem, output: Output) -> Sample:
+    assert problem.reference is not None
+    return Sample(
+        problem_id=problem.id,
+        text=output.text,
+        answer=task.extract(output.text),
+        reference=problem.reference,
+        correct=task.is_correct(output.text, problem.reference),
+        tokens=len(output.token_ids),
+        forwards=output.forwards,
+        prompt_tokens=output.prompt_tokens,
+        finish_reason=output.finish_reason,
+    )
+
+
+def _synchronise(llm: DiffusionLLM) -> None:
+    """Wait for the device, so that the clock covers its work and nothing else."""
+    device = llm.model.embed_tokens.weight.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

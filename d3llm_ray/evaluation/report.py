@@ -1,0 +1,163 @@
+"""The report: rows scored together, as one line of JSON, as a Markdown table and as files beside their plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d3llm_ray import __version__
+from d3llm_ray.evaluation.aup import ALPHA, OFFSET, Point, aup
+from d3llm_ray.evaluation.rows import Row
+
+ANCHOR_DECODER = "vanilla"
+
+# How every figure is counted, in every report: a number without its rule cannot be compared.
+COUNTING = {
+    "accuracy": "percent of all problems; accuracy_low and accuracy_high are the 95 % Wilson interval",
+    "tokens": "tokens before the first stop token, summed over all problems",
+    "forwards": "model forwards in which the request took part, prefill and refresh included, summed over all problems",
+    "tpf": "tokens / forwards",
+    "tps": "tokens / seconds; seconds is the wall clock of the whole run at max_batch_size, device synchronised, "
+    "after decoding the row's warmup problems once",
+    "aup": f"alpha {ALPHA:g}, offset {OFFSET:g}, the task's best accuracy over all rows; the points are those of the "
+    f"row's model and decoder, and the measured {ANCHOR_DECODER} point of its anchor (the model itself unless stated)",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scored rows. `anchors` maps a model to the model whose vanilla run anchors it, where that is another one."""
+
+    rows: tuple[Row, ...]
+    anchors: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "anchors": dict(self.anchors),
+            "machine": machine(),
+            "versions": versions(),
+            "counting": COUNTING,
+        }
+
+    def to_json(self) -> str:
+        """One line of JSON; figures keep full precision."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+    def __str__(self) -> str:
+        """For the terminal: the table, and the JSON as the last line."""
+        return f"{self.to_markdown()}\n{self.to_json()}"
+
+    def to_markdown(self) -> str:
+        """A table with one line a row; a task column where there are several tasks."""
+        tasks = len({row.task for row in self.rows}) > 1
+        header = ["model", "decoder", *(["task"] if tasks else []), "accuracy", "TPF", "TPS", "AUP"]
+        rules = ["---"] * (len(header) - 4) + ["---:"] * 4
+        lines = [header, rules, *(_cells(row, _decoder_cell(row, self.rows), tasks) for row in self.rows)]
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+    def write(self, directory: Path) -> None:
+        """Write `report.md` and `report.json`, the latter last: where it exists, the report is complete."""
+        write_text(directory / "report.md", self.to_markdown())
+        write_text(directory / "report.json", self.to_json() + "\n")
+
+
+def _decoder_cell(row: Row, rows: Sequence[Row]) -> str:
+    """The decoder's label and, where it was measured at several settings, those in which its rows differ."""
+    siblings = [other.settings for other in rows if _method(other) == _method(row)]
+    differing = [name for name, value in row.settings.items() if any(other[name] != value for other in siblings)]
+    return ", ".join([row.decoder, *(f"{name}={row.settings[name]}" for name in differing)])
+
+
+def _cells(row: Row, decoder: str, with_task: bool) -> list[str]:
+    accuracy = f"{row.accuracy:.1f} % ({row.accuracy_low:.1f} - {row.accuracy_high:.1f})"
+    score = "-" if row.aup is None else f"{row.aup:.1f}"
+    task = [row.task] if with_task else []
+    return [row.model, decoder, *task, accuracy, f"{row.tpf:.2f}", f"{row.tps:.1f}", score]
+
+
+def score(rows: Iterable[Row], anchors: Mapping[str, str] | None = None) -> Report:
+    """Give every row its AUP, computed over all rows.
+
+    A method is one model with one decoder on one task; where several settings of it were measured, all of them are
+    its points and its rows share one score. To these comes the method's anchor: the point, TPF as measured, of the
+    plain decoder (`vanilla`, one token a step) with the same model, as in the published figures; there TPF is set
+    to 1. `anchors` names another model for it, for a student whose own vanilla run was not made. Without a
+    measured anchor the method has its own points only. The best accuracy is that of any row of the task.
+
+    The score is None where it is not defined: no row of the task is correct, or a point has no tokens.
+    """
+    rows, anchors = list(rows), dict(anchors or {})
+    scores = {method: _method_score(rows, method, anchors) for method in {_method(row) for row in rows}}
+    return Report(tuple(replace(row, aup=scores[_method(row)]) for row in rows), anchors)
+
+
+def _method(row: Row) -> tuple[str, str, str]:
+    return row.model, row.decoder, row.task
+
+
+def is_anchor(row: Row) -> bool:
+    """Whether the row is a run of the plain decoder at one token a step, under whatever label."""
+    return row.settings.get("decoder") == ANCHOR_DECODER and row.settings.get("steps") is None
+
+
+def method_points(rows: Sequence[Row], method: tuple[str, str, str], anchors: Mapping[str, str]) -> list[Point]:
+    """The distinct points of a method, its anchor among them, by rising tokens per forward."""
+    model, _, task = method
+    anchor = (anchors.get(model, model), task)
+    own = {(row.tpf, row.accuracy) for row in rows if _method(row) == method}
+    borrowed = {(row.tpf, row.accuracy) for row in rows if is_anchor(row) and (row.model, row.task) == anchor}
+    return sorted(own | borrowed)
+
+
+def _method_score(rows: Sequence[Row], method: tuple[str, str, str], anchors: Mapping[str, str]) -> float | None:
+    best = max(row.accuracy for row in rows if row.task == method[2])
+    points = method_points(rows, method, anchors)
+    return aup(points, best) if best > 0 and points[0][0] > 0 else None
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of what computes the figures; None for a package that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "d3llm-ray": __version__}
+    for package in ("torch", "transformers", "ray"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a file that is there is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

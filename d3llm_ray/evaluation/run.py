@@ -1,0 +1,154 @@
+"""The verb `evaluate`: measure every pair on every task, then write the report, the answers and the plot.
+
+A measurement is kept under a name made of all that it depends on, so that a run that was interrupted, or one with
+another decoder added, measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from d3llm_ray.config import to_yaml
+from d3llm_ray.decoding import Decoder, DiffusionLLM
+from d3llm_ray.errors import InputError
+from d3llm_ray.evaluation.checkpoints import fingerprint
+from d3llm_ray.evaluation.decoders import decoder_label, read_decoder, sweep_decoder
+from d3llm_ray.evaluation.evaluate import decoding_settings, evaluate, with_decoder
+from d3llm_ray.evaluation.plots import plot_report
+from d3llm_ray.evaluation.report import Report, score, write_text
+from d3llm_ray.evaluation.rows import Row, Sample
+from d3llm_ray.evaluation.settings import EvaluateSettings
+from d3llm_ray.models import resolve_model
+from d3llm_ray.progress import Progress
+from d3llm_ray.tasks import Problem, Task, load_task
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What one row of the report stands for. `key` names its file."""
+
+    model: str
+    labels: tuple[str, str]
+    decoder: Decoder
+    task: str
+    key: str
+
+
+def run(settings: EvaluateSettings, progress: Progress | None = None) -> Report:
+    """Measure, score and write; returns the report.
+
+    Files in `settings.output`: `evaluate.yaml` (these settings), `samples/*.jsonl` (every answer, a file a row),
+    `report.md`, `accuracy_vs_tpf.png` and, last of all, `report.json`.
+
+    Raises:
+        InputError: an unknown model, decoder, setting or task, or labels that clash; before any model is loaded.
+    """
+    progress = progress or Progress()
+    tasks = {name: load_task(name) for name in settings.tasks}
+    problems = {name: task.problems(settings.split, settings.count) for name, task in tasks.items()}
+    measurements = _plan(settings, problems)
+    (settings.output / "samples").mkdir(parents=True, exist_ok=True)
+    write_text(settings.output / "evaluate.yaml", to_yaml(settings))
+    rows = dict(_measure_all(settings, measurements, tasks, problems, progress))
+    report = score([rows[item.key] for item in measurements], settings.anchors)
+    plot_report(report, settings.output / "accuracy_vs_tpf.png")
+    report.write(settings.output)
+    return report
+
+
+def _plan(settings: EvaluateSettings, problems: dict[str, list[Problem]]) -> list[_Measurement]:
+    """Every measurement, in the order of the report, checked as far as is possible without weights."""
+    planned = []
+    for pair in settings.all_pairs():
+        base = read_decoder(pair.decoder)
+        checkpoint = fingerprint(resolve_model(pair.model))
+        model = pair.model_label or Path(pair.model).name
+        labels = (model, pair.decoder_label or decoder_label(pair.decoder, base.name))
+        for decoder in sweep_decoder(base, settings.sweep):
+            for task in settings.tasks:
+                content = [labels, checkpoint, decoding_settings(decoder), [problem.id for problem in problems[task]]]
+                key = _key(settings, (*labels, Path(task).stem), content)
+                planned.append(_Measurement(pair.model, labels, decoder, task, key))
+    _check_labels(settings, planned)
+    return list(dict.fromkeys(planned))
+
+
+def _check_labels(settings: EvaluateSettings, planned: list[_Measurement]) -> None:
+    models: dict[str, str] = {}
+    for item in planned:
+        if models.setdefault(item.labels[0], item.model) != item.model:
+            raise InputError(
+                f"pairs: {item.model!r} and {models[item.labels[0]]!r} are both called {item.labels[0]!r}; "
+                "accepted: a model_label of its own for each"
+            )
+    for name in (*settings.anchors, *settings.anchors.values()):
+        if name not in models:
+            raise InputError(f"anchors: no model is called {name!r}; accepted: {', '.join(sorted(models))}")
+
+
+def _key(settings: EvaluateSettings, names: tuple[str, ...], content: list[Any]) -> str:
+    """A readable file name, made unique by a hash of all that the measurement depends on."""
+    options = settings.model_dump(
+        mode="json", include={"max_tokens", "temperature", "seed", "max_batch_size", "warmup", "dtype", "device"}
+    )
+    digest = hashlib.sha256(json.dumps([content, options], sort_keys=True).encode()).hexdigest()
+    slug = "".join(letter if letter.isalnum() else "-" for letter in "-".join(names))
+    return f"{slug}-{digest[:10]}"
+
+
+def _measure_all(
+    settings: EvaluateSettings,
+    measurements: list[_Measurement],
+    tasks: dict[str, Task],
+    problems: dict[str, list[Problem]],
+    progress: Progress,
+) -> Iterator[tuple[str, Row]]:
+    """Key and row of every measurement, read back where it was made before; one model in memory at a time."""
+    llm: DiffusionLLM | None = None
+    loaded = ""
+    for item in sorted(measurements, key=lambda item: item.model):
+        path = settings.output / "samples" / f"{item.key}.jsonl"
+        if path.is_file():
+            yield item.key, _read(path)
+            continue
+        if loaded != item.model:
+            llm = None  # let the previous model go before the next one is read
+            llm = DiffusionLLM.from_pretrained(
+                item.model,
+                decoder=item.decoder,
+                dtype=settings.dtype,
+                device=settings.device,
+                max_batch_size=settings.max_batch_size,
+            )
+            loaded = item.model
+        assert llm is not None
+        row = evaluate(
+            with_decoder(llm, item.decoder),
+            tasks[item.task],
+            problems[item.task],
+            settings.max_tokens,
+            settings.temperature,
+            settings.seed,
+            progress,
+            settings.warmup,
+        )
+        row = replace(row, model=item.labels[0], decoder=item.labels[1])
+        _write(path, row)
+        yield item.key, row
+
+
+def _write(path: Path, row: Row) -> None:
+    """First line: the row; then a line a sample."""
+    lines = [row.to_dict(), *(asdict(sample) for sample in row.samples)]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _read(path: Path) -> Row:
+    with path.open(encoding="utf-8") as lines:
+        first, *rest = (json.loads(line) for line in lines)
+    return Row(**first, samples=tuple(Sample(**line) for line in rest))

@@ -1,0 +1,62 @@
+"""Settings of the verb `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from d3llm_ray.config import Settings
+
+Value = bool | int | float | str | None
+
+
+class Pair(BaseModel):
+    """One line of the table: a model with a decoder, and the names to show for them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="zoo name or checkpoint folder")
+    decoder: str = Field(description="preset, or the path of a decoding settings file (.yaml)")
+    model_label: str | None = Field(
+        default=None, description="name in the report; default: the zoo name or the folder's name"
+    )
+    decoder_label: str | None = Field(
+        default=None, description="name in the report; default: preset, with the file's name if any"
+    )
+
+
+class EvaluateSettings(Settings):
+    """Measure accuracy, tokens per forward, tokens per second and AUP of models with decoders on tasks."""
+
+    verb: ClassVar[str] = "evaluate"
+
+    models: list[str] = Field(["tiny-llada"], min_length=1, description="zoo names or checkpoint folders")
+    decoders: list[str] = Field(
+        ["vanilla", "d3llm"],
+        min_length=1,
+        description="presets or decoding settings files (.yaml), each with every model",
+    )
+    pairs: list[Pair] = Field([], description="measure these (model, decoder) pairs instead of models x decoders")
+    sweep: dict[str, list[Value]] = Field(
+        {}, description="decoder settings and the values to measure each at, for decoders that have them all"
+    )
+    tasks: list[str] = Field(["arith"], min_length=1, description="embedded tasks or task files")
+    split: Literal["test", "validation"] = Field("test", description="which problems")
+    count: int = Field(500, gt=0, description="problems per task")
+    max_tokens: int = Field(64, gt=0, description="canvas length in tokens")
+    temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
+    seed: int = Field(0, ge=0, description="seed of sampling")
+    max_batch_size: int = Field(32, gt=0, description="requests decoded together")
+    warmup: int = Field(1, ge=0, description="problems decoded once before the clock of each measurement starts")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="precision of the weights")
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    anchors: dict[str, str] = Field(
+        {}, description="model label -> label of the model whose vanilla run anchors its AUP; default: its own"
+    )
+    output: Path = Field(Path("runs/evaluate"), description="folder of the report")
+
+    def all_pairs(self) -> list[Pair]:
+        """The pairs to measure."""
+        return self.pairs or [Pair(model=model, decoder=name) for model in self.models for name in self.decoders]

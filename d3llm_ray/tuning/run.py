@@ -1,0 +1,80 @@
+"""The verb `tune`: search decoding settings on validation problems and write the best as YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from d3llm_ray.cluster import connect
+from d3llm_ray.config import read_yaml, to_yaml
+from d3llm_ray.errors import InputError
+from d3llm_ray.evaluation.checkpoints import fingerprint
+from d3llm_ray.evaluation.report import ANCHOR_DECODER, write_text
+from d3llm_ray.models import resolve_model
+from d3llm_ray.progress import Progress
+from d3llm_ray.tasks import load_task
+from d3llm_ray.tuning.evaluators import evaluator_pool
+from d3llm_ray.tuning.objective import Objective
+from d3llm_ray.tuning.records import write_records
+from d3llm_ray.tuning.search import search
+from d3llm_ray.tuning.settings import TuneSettings
+from d3llm_ray.tuning.space import SearchSpace, read_space
+from d3llm_ray.tuning.trial import Pool, measure
+
+
+def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
+    """Search, write and return the path of the chosen decoding settings, `settings.output / "settings.yaml"`.
+
+    Beside it: `tune.yaml`, `space.yaml` and `model.json` (what was asked), `trials.csv`, `trials.json`, `pareto.png`
+    and Ray Tune's own folder `search`. A search that is complete is not repeated, an interrupted one goes on, and a
+    folder that holds another search is refused.
+
+    Raises:
+        InputError: an unknown model, task, decoder, setting or value; before Ray starts.
+        RuntimeError: trials failed.
+        KeyboardInterrupt: the search was stopped before its end; the next call goes on.
+    """
+    progress = progress or Progress()
+    space = read_space(settings.space)
+    resolve_model(settings.model)
+    found = len(load_task(settings.task).problems(settings.split, settings.count))
+    if found < settings.actors:
+        raise InputError(f"actors: got {settings.actors} for {found} problems; accepted: at most one a problem")
+    settings.output.mkdir(parents=True, exist_ok=True)
+    _claim(settings, space)
+    chosen = settings.output / "settings.yaml"
+    if chosen.is_file():
+        return chosen
+    connect()
+    with evaluator_pool(settings) as pool:
+        objective = Objective(settings.metric, _anchor(settings, pool, progress), settings.max_accuracy_drop)
+        trials = search(settings, space, objective, pool, progress)
+    return write_records(settings.output, space, objective, trials)
+
+
+def _claim(settings: TuneSettings, space: SearchSpace) -> None:
+    """Write down what is searched, or check that the folder's earlier search is the same one."""
+    model = json.dumps(fingerprint(resolve_model(settings.model)))
+    for name, text in (("space.yaml", to_yaml(space)), ("tune.yaml", to_yaml(settings)), ("model.json", model)):
+        path = settings.output / name
+        if not path.is_file():
+            write_text(path, text)
+        elif path.read_text(encoding="utf-8") != text:
+            raise InputError(
+                f"output: {path} belongs to another search; accepted: the same model and settings, or another folder"
+            )
+
+
+def _anchor(settings: TuneSettings, pool: Pool, progress: Progress) -> tuple[float, float]:
+    """(TPF, accuracy) of the plain decoder; measured once, then read back when a search goes on."""
+    if settings.anchor is not None:
+        return settings.anchor
+    path = settings.output / "anchor.yaml"
+    if not path.is_file():
+        progress.start("anchor", settings.count, "problem")
+        row = measure(pool, {"decoder": ANCHOR_DECODER})
+        progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
+        progress.finish()
+        write_text(path, f"tpf: {row.tpf!r}\naccuracy: {row.accuracy!r}\n")
+    values = read_yaml(path)
+    return values["tpf"], values["accuracy"]

@@ -1,0 +1,44 @@
+"""Settings of the verb `tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from d3llm_ray.config import Settings
+
+
+class TuneSettings(Settings):
+    """Search decoding settings for a model on a task's validation problems."""
+
+    verb: ClassVar[str] = "tune"
+
+    model: str = Field("tiny-llada", description="zoo name or checkpoint folder")
+    space: Path = Field(Path("tune_spaces/tiny.yaml"), description="search space (YAML)")
+    task: str = Field("arith", description="embedded task or task file")
+    split: Literal["validation", "train"] = Field("validation", description="which problems; never those of the test")
+    count: int = Field(100, gt=0, description="problems each trial is measured on")
+    trials: int = Field(8, gt=0, description="settings tried, the preset's own among them")
+    metric: Literal["aup", "tpf", "tps"] = Field(
+        "aup", description="what is maximised; tpf and tps only count within max_accuracy_drop of the anchor's accuracy"
+    )
+    max_accuracy_drop: float = Field(2.0, ge=0.0, le=100.0, description="points of accuracy that tpf and tps may cost")
+    anchor: tuple[float, float] | None = Field(
+        None, description="(TPF, accuracy in percent) of vanilla on these problems; default: measured first"
+    )
+    max_tokens: int = Field(64, gt=0, description="canvas length in tokens")
+    temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
+    seed: int = Field(0, ge=0, description="seed of the search and of sampling")
+    actors: int = Field(2, gt=0, description="evaluator actors; each trial's problems are shared out over all of them")
+    cpus_per_actor: int = Field(1, ge=0, description="CPUs, and threads, of each evaluator")
+    gpus_per_actor: float = Field(0.0, ge=0.0, description="GPUs of each evaluator")
+    concurrent_trials: int = Field(
+        1, gt=0, description="trials at a time; 1 makes the search repeatable, 2 keeps evaluators busy between trials"
+    )
+    max_batch_size: int = Field(32, gt=0, description="requests decoded together by each evaluator")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="precision of the weights")
+    device: str = Field("cpu", description="cpu or cuda")
+    start_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the evaluators to load the model")
+    output: Path = Field(Path("runs/tune"), description="folder of settings.yaml and of the search's records")

@@ -1,0 +1,207 @@
+"""`evaluate` and the verb around it, on a fake model with known answers and on a small random checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from d3llm_ray.config import build, parse
+from d3llm_ray.decoding import DiffusionLLM, Output, decoder
+from d3llm_ray.errors import InputError
+from d3llm_ray.evaluation import run as verb
+from d3llm_ray.evaluation.evaluate import evaluate
+from d3llm_ray.evaluation.settings import EvaluateSettings
+from d3llm_ray.progress import Progress
+from d3llm_ray.tasks import Problem, load_task
+
+QUIET = Progress(quiet=True)
+
+
+class FakeLLM:
+    """Answers from a table: prompt -> (text, tokens, forwards). Remembers what it was asked."""
+
+    def __init__(self, answers: dict[str, tuple[str, int, int]]) -> None:
+        self.answers, self.calls = answers, []
+        self.engine = SimpleNamespace(decoder=decoder("d3llm"), max_batch_size=32)
+        self.family = SimpleNamespace(name="fake")
+        self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1)))
+
+    def generate(self, prompts, progress=None, **options) -> list[Output]:
+        self.calls.append((len(prompts), options))
+        return [self._output(*self.answers[prompt[0]["content"]]) for prompt in prompts]
+
+    def _output(self, text: str, tokens: int, forwards: int) -> Output:
+        return Output(
+            text, [7] * tokens, "stop", 5, [1] * 5, forwards, tokens / forwards, [0] * 64, [0.0] * 64, [7] * 64
+        )
+
+
+def _problem(question: str, reference: str | None) -> Problem:
+    return Problem(question, [{"role": "user", "content": question}], reference)
+
+
+def test_figures_are_those_of_the_outputs_and_warmup_is_not_counted():
+    llm = FakeLLM({"a": ("1 + 1 = 2.\n#### 2", 12, 4), "b": ("#### 9", 6, 2), "c": ("no answer", 2, 4)})
+    problems = [_problem("a", "2"), _problem("b", "8"), _problem("c", "1")]
+    row = evaluate(llm, load_task("arith"), problems, 64, 0.0, 3, QUIET, 2, entropy_threshold=0.3)
+    assert (row.correct, row.problems, row.tokens, row.forwards) == (1, 3, 20, 10)
+    assert row.tpf == 2.0
+    assert row.tps == pytest.approx(20 / row.seconds)
+    assert [sample.answer for sample in row.samples] == ["2", "9", None]
+    assert [call[0] for call in llm.calls] == [2, 3]
+    assert (
+        llm.calls[0][1]
+        == llm.calls[1][1]
+        == {"max_tokens": 64, "temperature": 0.0, "seed": 3, "entropy_threshold": 0.3}
+    )
+    assert row.settings["decoder"] == "d3llm" and row.settings["entropy_threshold"] == 0.3
+    assert (row.warmup, row.task, row.model) == (2, "arith", "fake")
+
+
+def test_bad_calls_are_refused_before_anything_is_decoded():
+    llm, task = FakeLLM({}), load_task("arith")
+    with pytest.raises(InputError, match="problems"):
+        evaluate(llm, task, [], progress=QUIET)
+    with pytest.raises(InputError, match="reference"):
+        evaluate(llm, task, [_problem("a", None)], progress=QUIET)
+    with pytest.raises(InputError, match=r"entropy_treshold.*accepted.*entropy_threshold"):
+        evaluate(llm, task, [_problem("a", "1")], progress=QUIET, entropy_treshold=0.3)
+    assert llm.calls == []
+
+
+def test_a_checkpoint_counts_as_its_outputs_say(tiny_checkpoint):
+    llm = DiffusionLLM.from_pretrained(tiny_checkpoint, decoder="d3llm")
+    task = load_task("arith")
+    problems = task.problems("test", 12)
+    row = evaluate(llm, task, problems, max_tokens=32, progress=QUIET, entropy_threshold=3.0)
+    outputs = llm.generate([problem.messages for problem in problems], max_tokens=32, entropy_threshold=3.0)
+    assert row.tokens == sum(len(output.token_ids) for output in outputs)
+    assert row.forwards == sum(max(output.reveal_steps) + 1 for output in outputs)
+    assert [sample.text for sample in row.samples] == [output.text for output in outputs]
+    assert row.correct == sum(task.is_correct(o.text, p.reference) for o, p in zip(outputs, problems, strict=True))
+
+
+@pytest.fixture
+def settings(tiny_checkpoint, tmp_path) -> EvaluateSettings:
+    return EvaluateSettings(
+        models=[str(tiny_checkpoint)],
+        decoders=["vanilla", "d3llm"],
+        count=6,
+        max_tokens=32,
+        output=tmp_path / "report",
+    )
+
+
+def test_the_verb_writes_a_complete_report(settings):
+    report = verb.run(settings, QUIET)
+    names = {path.name for path in settings.output.iterdir()}
+    assert names == {"evaluate.yaml", "samples", "report.md", "report.json", "accuracy_vs_tpf.png"}
+    assert [(row.model, row.decoder) for row in report.rows] == [("tiny-random", "vanilla"), ("tiny-random", "d3llm")]
+    assert report.rows[0].tpf <= 1.0  # one token a forward at most: the anchor is measured, not set
+    written = json.loads((settings.output / "report.json").read_text())
+    assert written["rows"] == [row.to_dict() for row in report.rows]
+    again, _ = parse(EvaluateSettings, ["--config", str(settings.output / "evaluate.yaml")])
+    assert again == settings
+
+
+def test_what_was_measured_is_not_measured_again(settings, monkeypatch):
+    first = verb.run(settings, QUIET)
+    calls = []
+    monkeypatch.setattr(
+        verb, "evaluate", lambda llm, *rest: calls.append(llm.engine.decoder.name) or evaluate(llm, *rest)
+    )
+    wider = settings.model_copy(update={"decoders": ["dparallel", "d3llm", "vanilla"]})
+    report = verb.run(wider, QUIET)
+    assert calls == ["dparallel"]
+    assert [row.decoder for row in report.rows] == ["dparallel", "d3llm", "vanilla"]
+    assert report.rows[1].tokens == first.rows[1].tokens and report.rows[1].seconds == first.rows[1].seconds
+    assert len(report.rows[1].samples) == 6
+    verb.run(settings.model_copy(update={"count": 5}), QUIET)
+    assert calls == ["dparallel", "vanilla", "d3llm"]
+
+
+def test_pairs_files_labels_and_sweeps(settings, tiny_checkpoint, tmp_path):
+    file = tmp_path / "tuned.yaml"
+    file.write_text("decoder: d3llm\nentropy_threshold: 2.5\n")
+    pairs = [
+        {"model": str(tiny_checkpoint), "decoder": "vanilla", "model_label": "teacher"},
+        {"model": str(tiny_checkpoint), "decoder": str(file)},
+        {"model": str(tiny_checkpoint), "decoder": str(file), "decoder_label": "d3llm (best)"},
+    ]
+    values = settings.model_dump() | {
+        "pairs": pairs,
+        "sweep": {"refresh_interval": [2, 10000]},
+        "anchors": {"tiny-random": "teacher"},
+    }
+    report = verb.run(build(EvaluateSettings, values), QUIET)
+    labels = [(row.model, row.decoder, row.settings.get("refresh_interval")) for row in report.rows]
+    assert labels == [
+        ("teacher", "vanilla", None),
+        ("tiny-random", "d3llm (tuned)", 2),
+        ("tiny-random", "d3llm (tuned)", 10000),
+        ("tiny-random", "d3llm (best)", 2),
+        ("tiny-random", "d3llm (best)", 10000),
+    ]
+    assert {row.settings["entropy_threshold"] for row in report.rows[1:]} == {2.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": ["no-such-model"]}, "no-such-model.*accepted.*tiny-llada"),
+        ({"decoders": ["fastest"]}, "decoder.*fastest.*accepted.*vanilla"),
+        ({"decoders": ["missing.yaml"]}, "missing.yaml"),
+        ({"tasks": ["gsm9k"]}, "gsm9k.*accepted.*arith"),
+        ({"sweep": {"entropy_threshold": [-1.0]}}, "entropy_threshold"),
+        ({"anchors": {"student": "tiny-random"}}, "anchors.*student.*accepted.*tiny-random"),
+        ({"count": 0}, "count"),
+        ({"colour": "red"}, "colour.*unknown setting"),
+    ],
+)
+def test_bad_settings_fail_before_a_model_loads(settings, monkeypatch, change, message):
+    monkeypatch.setattr(verb.DiffusionLLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(InputError, match=message):
+        verb.run(build(EvaluateSettings, settings.model_dump() | change), QUIET)
+    assert not (settings.output / "report.json").exists()
+
+
+def test_a_settings_file_with_a_bad_key_is_named(settings, tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("decoder: d3llm\nentropy_treshold: 0.3\n")
+    with pytest.raises(InputError, match=r"bad.yaml: entropy_treshold"):
+        verb.run(settings.model_copy(update={"decoders": [str(file)]}), QUIET)
+    file.write_text("entropy_threshold: 0.3\n")
+    with pytest.raises(InputError, match=r"bad.yaml: decoder"):
+        verb.run(settings.model_copy(update={"decoders": [str(file)]}), QUIET)
+
+
+def test_two_models_may_not_share_a_label(settings, tiny_checkpoint, tmp_path):
+    twin = tmp_path / "copy" / tiny_checkpoint.name
+    twin.parent.mkdir()
+    twin.symlink_to(tiny_checkpoint)
+    with pytest.raises(InputError, match="model_label"):
+        verb.run(settings.model_copy(update={"models": [str(tiny_checkpoint), str(twin)]}), QUIET)
+
+
+def test_a_retrained_model_or_changed_task_file_is_measured_anew(tiny_checkpoint, tmp_path):
+    model, task = tmp_path / "student", tmp_path / "task.jsonl"
+    shutil.copytree(tiny_checkpoint, model)
+    row = {"prompt": "Tom has 5 apples. How many apples does Tom have now?", "reference": "5"}
+    task.write_text(json.dumps(row) + "\n")
+    settings = EvaluateSettings(
+        models=[str(model)], decoders=["d3llm"], tasks=[str(task)], max_tokens=16, output=tmp_path / "report"
+    )
+    files = settings.output / "samples"
+    verb.run(settings, QUIET)
+    assert len(list(files.iterdir())) == 1
+    os.utime(model / "model.safetensors", ns=(0, 0))
+    verb.run(settings, QUIET)
+    assert len(list(files.iterdir())) == 2
+    task.write_text(json.dumps(row | {"reference": "6"}) + "\n")
+    verb.run(settings, QUIET)
+    assert len(list(files.iterdir())) == 3
