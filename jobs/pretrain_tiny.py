@@ -10,6 +10,7 @@ p x answer length; arXiv:2502.09992 and its GUIDELINES.md). The adaptation of ca
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -17,19 +18,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedTokenizerFast
 
-from d3llm_ray.models.config import ModelConfig
-from d3llm_ray.models.ragged import BlockCausal, Ragged
-from d3llm_ray.models.transformer import Transformer
+from d3llm_ray.models import BlockCausal, Ragged, Transformer, save_model
+from d3llm_ray.models.families import read_family
 from d3llm_ray.tasks.arith import STEPS, ArithProblem, problems, vocabulary_texts
 from d3llm_ray.tasks.tokenizer import build_tokenizer
 
+CONTEXT = 512  # positions: five worked examples, a question and the canvas fit
+GENERATION = {"block_size": 16}  # four blocks in a canvas of 64
 EPSILON = 1e-3  # smallest mask ratio of LLaDA's objective
+FACT_WEIGHT = 0.5
 FEW_SHOT_EVERY = 20  # one batch in so many carries worked examples, so that `arith-long` is in distribution
 FEW_SHOT_SHRINK = 4  # and has fewer rows, for its prompts are that much longer
 
@@ -38,6 +43,17 @@ FEW_SHOT_SHRINK = 4  # and has fewer rows, for its prompts are that much longer
 class Example:
     prompt: list[int]
     response: list[int]  # ends with the stop token
+
+    def sums(self, equals: int) -> list[int]:
+        """Response positions of the results, each behind an equals sign."""
+        return [position + 1 for position, token in enumerate(self.response) if token == equals]
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    mask: int
+    eos: int
+    equals: int
 
 
 def prompt_length(example: Example) -> int:
@@ -55,6 +71,8 @@ class Corpus:
         self.rng = random.Random(seed)
         self.tokenizer = build_tokenizer(vocabulary_texts())
         self.stream = problems("train", seed=seed, max_steps=max_steps)
+        equals = self.tokenizer.convert_tokens_to_ids("▁=")
+        self.ids = SpecialIds(self.tokenizer.mask_token_id, self.tokenizer.eos_token_id, equals)
         self.waiting: dict[int, list[Example]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -95,58 +113,75 @@ class Corpus:
         return groups
 
     def fact(self) -> list[int]:
-        """A bare sum such as ` 12 + 7 = 19`: the arithmetic without the story."""
+        """One step without its story, such as ` Adding 7 gives 12 + 7 = 19`; ends in the sum."""
         problem = next(self.stream)
-        (operation, n), before, after = problem.steps[0], problem.start, problem.totals[0]
-        return self.encode(STEPS[operation][0].format(a=before, n=n, b=after))
+        before = [problem.start, *problem.totals]
+        step = self.rng.randrange(len(problem.steps))
+        operation, n = problem.steps[step]
+        words = {"name": problem.name, "items": problem.items, "a": before[step], "n": n, "b": ""}
+        sentence = self.rng.choice(STEPS[operation]).format(**words)
+        return self.encode(sentence[: sentence.index("=") + 1] + f" {before[step + 1]}")
 
 
-def causal_loss(model: Transformer, examples: list[Example], facts: list[list[int]], device: str) -> Tensor:
-    """Mean next-token cross-entropy over response tokens (and whole facts)."""
-    rows = [(len(e.prompt), [*e.prompt, *e.response]) for e in examples] + [(1, fact) for fact in facts]
-    ids = torch.tensor([token for _, row in rows for token in row], device=device)
-    ragged = Ragged.build([len(row) for _, row in rows], pattern=BlockCausal(1), device=device)
-    first = torch.tensor([start for start, _ in rows], device=device)[ragged.rows]
-    predicted = (ragged.positions >= first).nonzero()[:, 0]
+def causal_loss(model: Transformer, rows: list[list[int]], first: list[int], device: str) -> Tensor:
+    """Mean next-token cross-entropy over each row's tokens from position `first` on."""
+    ids = torch.tensor([token for row in rows for token in row], device=device)
+    ragged = Ragged.build([len(row) for row in rows], pattern=BlockCausal(1), device=device)
+    predicted = (ragged.positions >= torch.tensor(first, device=device)[ragged.rows]).nonzero()[:, 0]
     hidden = model(ids, ragged)
     return F.cross_entropy(model.logits(hidden[predicted - 1]).float(), ids[predicted])
 
 
-def diffusion_loss(
-    model: Transformer,
-    examples: list[Example],
-    canvas: int,
-    mask_id: int,
-    eos_id: int,
-    inverse_ratio: bool,
-    device: str,
-) -> Tensor:
-    """Masked cross-entropy of each example under a random mask and under its complement.
+def masked_losses(model: Transformer, ids: Tensor, masked: Tensor, ragged: Ragged, mask_id: int) -> Tensor:
+    """Cross-entropy of every masked token, [number of masked tokens]."""
+    hidden = model(torch.where(masked, torch.full_like(ids, mask_id), ids), ragged)
+    return F.cross_entropy(model.logits(hidden[masked]).float(), ids[masked], reduction="none")
 
-    Both views are draws of the same objective (their ratios p and 1 - p are equally distributed).
-    `inverse_ratio` divides each token's loss by ratio x canvas length and averages over rows; otherwise the
-    mean is over masked tokens.
+
+def fact_loss(model: Transformer, facts: list[list[int]], mask_id: int, device: str) -> Tensor:
+    """Mean cross-entropy of the last token of each fact, the sum, alone masked."""
+    ids = torch.tensor([token for fact in facts for token in fact], device=device)
+    masked = torch.zeros_like(ids, dtype=torch.bool)
+    masked[torch.tensor([len(fact) for fact in facts], device=device).cumsum(0) - 1] = True
+    return masked_losses(model, ids, masked, Ragged.build([len(fact) for fact in facts], device=device), mask_id).mean()
+
+
+def diffusion_loss(
+    model: Transformer, examples: list[Example], canvas: int, ids: SpecialIds, stage: str, device: str
+) -> Tensor:
+    """Masked cross-entropy of each example under two masks.
+
+    The first mask is i.i.d. with a ratio p ~ U(0, 1). In stage `sft` the second is its complement, and LLaDA's
+    objective is used: each token's loss over ratio x canvas length, averaged over rows (both views are draws of
+    it: p and 1 - p are equally distributed). In stage `adapt` the second hides everything from a random sum on,
+    as decoding does, and the loss is the mean over masked tokens, plus that over these sums alone: i.i.d. masks
+    seldom hide a sum and show both its operands, so without them arithmetic comes far behind the text around it.
     """
-    clean = [[*e.prompt, *e.response, *[eos_id] * (canvas - len(e.response))] for e in examples] * 2
-    ids = torch.tensor([token for row in clean for token in row], device=device)
-    ragged = Ragged.build([len(row) for row in clean], device=device)
     half = len(examples)
+    clean = [[*e.prompt, *e.response, *[ids.eos] * (canvas - len(e.response))] for e in examples] * 2
+    tokens = torch.tensor([token for row in clean for token in row], device=device)
+    ragged = Ragged.build([len(row) for row in clean], device=device)
     # Stratified over the batch: the same uniform marginal with less variance.
     t = (torch.arange(half) + torch.rand(half)) / half
     ratio = (1 - EPSILON) * t[torch.randperm(half)] + EPSILON
     drawn = torch.rand(half, canvas) < ratio[:, None]
-    masks = torch.cat((drawn, ~drawn))  # [2 * half, canvas]
-    ratios = torch.cat((ratio, (1 - ratio).clamp(min=EPSILON)))
-    in_response = ragged.positions >= torch.tensor([len(e.prompt) for e in examples] * 2, device=device)[ragged.rows]
+    if stage == "adapt":
+        cuts = torch.tensor([random.choice(e.sums(ids.equals)) for e in examples])
+        second = torch.arange(canvas) >= cuts[:, None]
+    else:
+        second = ~drawn
+    masks = torch.cat((drawn, second))  # [2 * half, canvas]
+    prompts = torch.tensor([len(e.prompt) for e in examples] * 2, device=device)
+    in_response = ragged.positions >= prompts[ragged.rows]
     masked = torch.zeros_like(in_response)
     masked[in_response] = masks.flatten().to(device)
-    chosen = masked.nonzero()[:, 0]
-    hidden = model(torch.where(masked, torch.full_like(ids, mask_id), ids), ragged)
-    losses = F.cross_entropy(model.logits(hidden[chosen]).float(), ids[chosen], reduction="none")
-    if not inverse_ratio:
-        return losses.mean()
-    weights = 1.0 / (ratios.to(device)[ragged.rows[chosen]] * canvas)
-    return (losses * weights).sum() / len(clean)
+    losses = masked_losses(model, tokens, masked, ragged, ids.mask)
+    if stage == "adapt":
+        ends = masks.sum(dim=1).cumsum(0)  # of each row's stretch of `losses`
+        at_cut = ends[half - 1 : -1].to(device)
+        return losses.mean() + losses[at_cut].mean()
+    ratios = torch.cat((ratio, (1 - ratio).clamp(min=EPSILON))).to(device)
+    return (losses / (ratios[ragged.rows[masked]] * canvas)).sum() / len(clean)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int = 50) -> float:
@@ -175,7 +210,6 @@ def run_stage(model: Transformer, stage: str, args: argparse.Namespace, output: 
     # A resumed stage draws new examples: the stream is endless, no problem needs to be seen twice.
     easy = Corpus(args.seed + begin + 1, max_steps=1)
     corpus = Corpus(args.seed + begin, max_steps=3)
-    tokenizer = corpus.tokenizer
     started, losses = time.monotonic(), []
     for step in range(begin, total):
         for group in optimizer.param_groups:
@@ -188,11 +222,14 @@ def run_stage(model: Transformer, stage: str, args: argparse.Namespace, output: 
         micro_batches = source.groups(step, args.accumulate, args.batch, length)
         for examples in micro_batches:
             with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                facts = [corpus.fact() for _ in range(args.facts)]
                 if stage == "causal":
-                    loss = causal_loss(model, examples, [corpus.fact() for _ in examples], args.device)
+                    rows = [[*e.prompt, *e.response] for e in examples]
+                    loss = causal_loss(model, rows, [len(e.prompt) for e in examples], args.device)
+                    loss = loss + FACT_WEIGHT * causal_loss(model, facts, [1] * len(facts), args.device)
                 else:
-                    ids = (tokenizer.mask_token_id, tokenizer.eos_token_id)
-                    loss = diffusion_loss(model, examples, args.canvas, *ids, stage == "sft", args.device)
+                    loss = diffusion_loss(model, examples, args.canvas, corpus.ids, stage, args.device)
+                    loss = loss + FACT_WEIGHT * fact_loss(model, facts, corpus.ids.mask, args.device)
             (loss / args.accumulate).backward()
             step_loss += loss.item() / args.accumulate
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -233,40 +270,91 @@ def main() -> None:
     parser.add_argument("--canvas", type=int, default=64, help="response positions, end-of-text padding included")
     parser.add_argument("--batch", type=int, default=16, help="problems a micro-batch")
     parser.add_argument("--accumulate", type=int, default=2, help="micro-batches a step")
+    parser.add_argument("--facts", type=int, default=32, help="bare sums a micro-batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=200)
-    for stage, steps, lr in (("causal", 3000, 3e-3), ("adapt", 6000, 2e-3), ("sft", 800, 5e-4)):
+    for stage, steps, lr in (("causal", 3000, 3e-3), ("adapt", 4500, 2e-3), ("sft", 600, 5e-4)):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
         parser.add_argument(f"--{stage}-lr", type=float, default=lr)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(vocabulary_texts())
     torch.manual_seed(args.seed)
-    config = ModelConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        num_layers=args.num_layers,
-        num_heads=args.num_heads,
-        num_kv_heads=args.num_heads,
-        intermediate_size=args.intermediate_size,
-        max_position_embeddings=512,
-        rope_theta=10000.0,
-        rms_norm_eps=1e-5,
-        qkv_bias=False,
-        tie_word_embeddings=False,
-    )
-    model = Transformer(config)
+    shape, _ = read_family(llada_config(args, tokenizer), GENERATION)
+    model = Transformer(shape)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            scale = (
-                0.02 / math.sqrt(2 * config.num_layers)
-                if name.endswith(("o_proj.weight", "down_proj.weight"))
-                else 0.02
-            )
-            torch.nn.init.normal_(parameter, std=scale)
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * shape.num_layers) if residual else 0.02)
     model.to(args.device)
     for stage in ("causal", "adapt", "sft"):
         run_stage(model, stage, args, args.output)
+        if stage == "causal":
+            export(model, llama_config(args, tokenizer), {}, tokenizer, args.output / "tiny-ar")
+    export(model, llada_config(args, tokenizer), GENERATION, tokenizer, args.output / "tiny-llada")
+
+
+def llada_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The published LLaDA fields (LLaDA-8B's config.json) at this size."""
+    return {
+        "model_type": "llada",
+        "architectures": ["LLaDAModelLM"],
+        "d_model": args.hidden_size,
+        "n_heads": args.num_heads,
+        "n_kv_heads": args.num_heads,
+        "n_layers": args.num_layers,
+        "mlp_hidden_size": args.intermediate_size,
+        "vocab_size": len(tokenizer),
+        "embedding_size": len(tokenizer),
+        "max_sequence_length": CONTEXT,
+        "activation_type": "silu",
+        "block_type": "llama",
+        "layer_norm_type": "rms",
+        "rms_norm_eps": 1e-5,
+        "rope": True,
+        "rope_theta": 10000.0,
+        "rope_full_precision": True,
+        "weight_tying": False,
+        **dict.fromkeys(("include_bias", "include_qkv_bias", "bias_for_layer_norm", "alibi", "flash_attention"), False),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def llama_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The same network as a causal model in transformers' Llama layout."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.intermediate_size,
+        "num_attention_heads": args.num_heads,
+        "num_key_value_heads": args.num_heads,
+        "num_hidden_layers": args.num_layers,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": CONTEXT,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def export(
+    model: Transformer,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+) -> None:
+    """Write a checkpoint in bfloat16, as the published ones are."""
+    _, family = read_family(config, generation)
+    save_model(copy.deepcopy(model).to("cpu", torch.bfloat16), family, folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The whole pipeline on one machine, from a teacher to a served student."""
