@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -43,13 +43,11 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        **_: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
-
-    def write_yaml(self, path: Path) -> None:
-        """Write the resolved settings so that the run can be repeated with `--config`."""
-        path.write_text(to_yaml(self))
 
 
 def to_yaml(settings: Settings) -> str:
@@ -86,14 +84,16 @@ def build(cls: type[S], values: dict[str, Any]) -> S:
 def _one_line(cls: type[Settings], error: ValidationError) -> str:
     lines = []
     for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"]) or cls.__name__
+        field = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             lines.append(f"{field}: unknown setting; accepted: {', '.join(cls.model_fields)}")
         elif item["type"] == "missing":
             lines.append(f"{field}: required")
+        elif message.startswith(field):  # a validator of ours (or of the whole model) has named the field itself
+            lines.append(message)
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(message if message.startswith(field) else f"{field}: got {item['input']!r}: {message}")
+            lines.append(f"{field}: got {item['input']!r}: {message}")
     return "; ".join(lines)
 
 
@@ -109,20 +109,20 @@ def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are `InputError`s (one line, exit code 2 at the command line)."""
 
-    known: ClassVar[tuple[str, ...]] = ()
+    accepted = ""
 
-    def error(self, message: str) -> Any:
-        raise InputError(f"{self.prog}: {message}; see --help")
+    def error(self, message: str) -> NoReturn:
+        accepted = f"; accepted: {self.accepted}" if "unrecognized arguments" in message else ""
+        raise InputError(f"{self.prog}: {message}{accepted}")
 
 
 def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bool]:
     """Resolve defaults < YAML file < command line. Returns the settings and whether `--print-config` was given."""
     parser = _Parser(prog=prog or f"d3llm-ray {cls.verb}", description=(cls.__doc__ or "").strip(), allow_abbrev=False)
+    parser.accepted = ", ".join(f"--{name.replace('_', '-')}" for name in ("config", "print_config", *cls.model_fields))
     parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
-    for _, field in enumerate(cls.model_fields):
-        if "_" in field:  # accept --max_tokens beside --max-tokens
-            argv = [_kebab(word, field) for word in argv]
+    argv = [_kebab(word, cls) for word in argv]
     own, rest = _split_own(parser, argv)
     source = CliSettingsSource(cls, root_parser=parser, cli_prog_name=parser.prog)
     try:
@@ -133,15 +133,11 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
     return build(cls, _merge(file_values, flags)), own.print_config
 
 
-def _kebab(word: str, field: str) -> str:
-    flag = f"--{field}"
-    return (
-        word.replace("_", "-")
-        if word == flag
-        else word.replace(flag, flag.replace("_", "-"), 1)
-        if word.startswith(f"{flag}=")
-        else word
-    )
+def _kebab(word: str, cls: type[Settings]) -> str:
+    """Accept `--max_tokens 5` and `--max_tokens=5`, the spelling of the YAML file, beside `--max-tokens`."""
+    flag, equals, value = word.partition("=")
+    known = flag.startswith("--") and flag[2:] in cls.model_fields
+    return f"{flag.replace('_', '-')}{equals}{value}" if known else word
 
 
 def _split_own(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

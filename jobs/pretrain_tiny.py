@@ -34,6 +34,7 @@ from d3llm_ray.tasks.tokenizer import build_tokenizer
 CONTEXT = 512  # positions: five worked examples, a question and the canvas fit
 GENERATION = {"block_size": 16}  # four blocks in a canvas of 64
 EPSILON = 1e-3  # smallest mask ratio of LLaDA's objective
+OPERANDS = 4  # tokens before a sum: a + n =
 FACT_WEIGHT = 0.5
 FEW_SHOT_EVERY = 20  # one batch in so many carries worked examples, so that `arith-long` is in distribution
 FEW_SHOT_SHRINK = 4  # and has fewer rows, for its prompts are that much longer
@@ -153,9 +154,8 @@ def diffusion_loss(
 
     The first mask is i.i.d. with a ratio p ~ U(0, 1). In stage `sft` the second is its complement, and LLaDA's
     objective is used: each token's loss over ratio x canvas length, averaged over rows (both views are draws of
-    it: p and 1 - p are equally distributed). In stage `adapt` the second hides everything from a random sum on,
-    as decoding does, and the loss is the mean over masked tokens, plus that over these sums alone: i.i.d. masks
-    seldom hide a sum and show both its operands, so without them arithmetic comes far behind the text around it.
+    it: p and 1 - p are equally distributed). In stage `adapt` the second is a `targeted_mask`, and the loss is the
+    mean over masked tokens plus the mean over the targets.
     """
     half = len(examples)
     clean = [[*e.prompt, *e.response, *[ids.eos] * (canvas - len(e.response))] for e in examples] * 2
@@ -165,23 +165,37 @@ def diffusion_loss(
     t = (torch.arange(half) + torch.rand(half)) / half
     ratio = (1 - EPSILON) * t[torch.randperm(half)] + EPSILON
     drawn = torch.rand(half, canvas) < ratio[:, None]
-    if stage == "adapt":
-        cuts = torch.tensor([random.choice(e.sums(ids.equals)) for e in examples])
-        second = torch.arange(canvas) >= cuts[:, None]
-    else:
-        second = ~drawn
+    targeted = [targeted_mask(example, canvas, ids.equals) for example in examples]
+    second = torch.stack([mask for mask, _ in targeted]) if stage == "adapt" else ~drawn
     masks = torch.cat((drawn, second))  # [2 * half, canvas]
     prompts = torch.tensor([len(e.prompt) for e in examples] * 2, device=device)
-    in_response = ragged.positions >= prompts[ragged.rows]
-    masked = torch.zeros_like(in_response)
-    masked[in_response] = masks.flatten().to(device)
+    masked = torch.zeros_like(tokens, dtype=torch.bool)
+    masked[ragged.positions >= prompts[ragged.rows]] = masks.flatten().to(device)
     losses = masked_losses(model, tokens, masked, ragged, ids.mask)
     if stage == "adapt":
-        ends = masks.sum(dim=1).cumsum(0)  # of each row's stretch of `losses`
-        at_cut = ends[half - 1 : -1].to(device)
-        return losses.mean() + losses[at_cut].mean()
+        order = masks.flatten().cumsum(0).view_as(masks) - 1  # of each masked position among the losses
+        targets = order[half:].gather(1, torch.tensor([[target] for _, target in targeted]))[:, 0]
+        return losses.mean() + losses[targets.to(device)].mean()
     ratios = torch.cat((ratio, (1 - ratio).clamp(min=EPSILON))).to(device)
     return (losses / (ratios[ragged.rows[masked]] * canvas)).sum() / len(clean)
+
+
+def targeted_mask(example: Example, canvas: int, equals: int) -> tuple[Tensor, int]:
+    """A mask [canvas] and one masked response position that it leaves predictable.
+
+    I.i.d. masks seldom hide a sum and show both its operands, so that arithmetic comes far behind the text around
+    it. Half of these masks hide everything from a position on, as decoding from left to right does (any position,
+    or a sum: sums alone would teach that what is masked first is a sum); the other half are i.i.d. but for one
+    sum, hidden, and what stands before it in its equation, shown.
+    """
+    total = random.choice(example.sums(equals))
+    if random.random() < 0.5:
+        target = total if random.random() < 0.5 else random.randrange(len(example.response))
+        return torch.arange(canvas) >= target, target
+    mask = torch.rand(canvas) < random.random()
+    mask[total - OPERANDS : total] = False
+    mask[total] = True
+    return mask, total
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int = 50) -> float:

@@ -156,6 +156,8 @@ def save_model(model: Transformer, family: Family, directory: str | Path) -> Pat
         (partial / "generation_config.json").write_text(json.dumps(family.generation_config, indent=2) + "\n")
     (partial / "config.json").write_text(json.dumps(family.config, indent=2) + "\n")
     directory.mkdir(parents=True, exist_ok=True)
+    for file in partial.iterdir():  # safetensors writes files that only their owner may read
+        shutil.copymode(partial / "config.json", file)
     for stale in directory.glob("*.safetensors*"):
         stale.unlink()
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last

@@ -57,6 +57,7 @@ class QuickstartSettings(Settings):
             "teacher": self.teacher,
             "prompts": self.task,
             "count": self.rows,
+            "attempts": 1,  # the task has prompts in plenty: another one is as good as another try
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "output": str(self.output / "trajectories"),
@@ -67,6 +68,7 @@ class QuickstartSettings(Settings):
         values: Overrides = {
             "teacher": self.teacher,
             "trajectories": str(self.output / "trajectories"),
+            "keep": "correct",
             "seed": self.seed,
             "output": str(self.student),
         }

@@ -82,4 +82,4 @@ def normalise(answer: str) -> str:
 
 def problem_id(messages: list[Message], reference: str | None) -> str:
     """A stable id from the content alone."""
-    return hashlib.sha256(json.dumps([messages, reference], ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([messages, reference]).encode()).hexdigest()[:16]

@@ -1,0 +1,70 @@
+"""The Ray Serve application: one deployment whose replicas hold a model, its engine and the HTTP routes.
+
+serve run serve_configs/tiny.yaml        serve deploy serve_configs/tiny.yaml        d3llm-ray serve
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig
+
+from d3llm_ray import config
+from d3llm_ray.serving.http import create_app
+from d3llm_ray.serving.service import RETRY_AFTER_S, ChatService
+from d3llm_ray.serving.settings import ReplicaSettings
+
+DEPLOYMENT = "decoder"
+# Requests a replica takes on beyond its engine's slots and queue: the engine's own limit must be the one that
+# refuses, and health checks need a way in meanwhile.
+SPARE_REQUESTS = 64
+
+
+class DecoderReplica:
+    """One copy of the model. Requests join the running batch between two forwards; the event loop stays free."""
+
+    async def __init__(self, settings: ReplicaSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._service = await asyncio.to_thread(ChatService, settings)
+        self._service.start()
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        # Built here and not at import: endpoints pickled by reference lose the signature that FastAPI needs.
+        return create_app(self._service)
+
+    async def check_health(self) -> None:
+        """Called by Serve's controller, which replaces a replica that raises."""
+        problem = self._service.worker.problem()
+        if problem is not None:
+            raise RuntimeError(problem)
+
+    async def __del__(self) -> None:
+        service = getattr(self, "_service", None)  # absent when loading the model failed
+        if service is not None:
+            await asyncio.to_thread(service.stop)
+
+
+def application(settings: ReplicaSettings, **options: Any) -> Application:
+    """Bind the deployment to checked settings; `options` are Serve's, as in a config's `deployments:`."""
+    settings = settings.checked()
+    in_flight = settings.max_batch_size + settings.max_queue
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 0 if settings.device == "cpu" else 1},
+        max_ongoing_requests=in_flight + SPARE_REQUESTS,
+        max_queued_requests=in_flight + SPARE_REQUESTS,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+        health_check_period_s=2,
+        # A model that cannot be loaded will not load at the twentieth attempt either.
+        max_constructor_retry_count=3,
+        **options,
+    )(serve.ingress()(DecoderReplica))
+    return deployment.bind(settings)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Application builder named by `import_path` in `serve_configs/*.yaml`; `args` are `ReplicaSettings`."""
+    return application(config.build(ReplicaSettings, args))

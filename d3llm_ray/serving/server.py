@@ -1,0 +1,150 @@
+"""Running the application: in the foreground until Ctrl-C, or for as long as a block of code runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray import serve
+
+from d3llm_ray.cluster import connect
+from d3llm_ray.errors import InputError, require
+from d3llm_ray.progress import Progress
+from d3llm_ray.serving.app import application
+from d3llm_ray.serving.settings import ServeSettings
+
+APPLICATION = "d3llm"
+HEALTHY_WITHIN_S = 30.0
+
+
+def run(settings: ServeSettings, progress: Progress | None = None) -> None:
+    """Serve until interrupted (Ctrl-C, SIGTERM), then take everything down. `InputError` before Ray starts."""
+    with serve_in_background(settings, progress) as url:
+        print(_banner(settings, url), file=sys.stderr, flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("stopping", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def serve_in_background(settings: ServeSettings, progress: Progress | None = None) -> Iterator[str]:
+    """Serve while the block runs; yields the base URL, such as `http://127.0.0.1:8000`, once it answers.
+
+    Uses the Ray that is there or starts an embedded one, and afterwards ends what it started and nothing else. Where
+    Serve runs already its own address holds, and `port` must name it.
+    """
+    replica = settings.replica().checked()
+    if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
+        _free_port(settings)
+    progress = progress or Progress()
+    progress.start("serve", settings.replicas, "replica")
+    try:
+        with _connected(), _http(settings) as port:
+            serve.run(application(replica, num_replicas=settings.replicas), name=APPLICATION, route_prefix="/")
+            url = f"http://{_reachable(settings.host)}:{port}"
+            _wait_healthy(url)
+            progress.update(settings.replicas)
+            progress.finish()
+            yield url
+    finally:
+        progress.finish()
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    had_ray = ray.is_initialized()
+    connect()
+    try:
+        yield
+    finally:
+        if not had_ray:
+            ray.shutdown()
+
+
+@contextmanager
+def _http(settings: ServeSettings) -> Iterator[int]:
+    """Start Serve's HTTP proxy, unless Serve runs already; yields its port."""
+    if _serve_runs():
+        require(settings.port > 0, "port", settings.port, "the port of the Serve that runs on this cluster")
+        try:
+            yield settings.port
+        finally:
+            serve.delete(APPLICATION)
+        return
+    port = _free_port(settings)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": port})
+        yield port
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _serve_runs() -> bool:
+    return bool(serve.status().proxies)
+
+
+def _free_port(settings: ServeSettings) -> int:
+    """The port to listen on, or `InputError` when another process has it; 0 becomes a free one."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise InputError(
+            f"host: got {settings.host!r}: {error.strerror}; accepted: an address of this machine"
+        ) from error
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ended connections do not occupy a port
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise InputError(
+                    f"port: {settings.port} is in use on {settings.host}; accepted: a free port, or 0 for any"
+                ) from error
+            field = "port" if error.errno == errno.EACCES else "host"
+            raise InputError(f"{field}: cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _reachable(host: str) -> str:
+    """The host part of a URL to this machine for a server that listens on `host`."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _wait_healthy(url: str) -> None:
+    """Serve says RUNNING a moment before its proxy knows the route."""
+    deadline = time.monotonic() + HEALTHY_WITHIN_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{url}/health did not answer within {HEALTHY_WITHIN_S:g} s: {error}") from error
+            time.sleep(0.1)
+
+
+def _banner(settings: ServeSettings, url: str) -> str:
+    decoder = settings.decoding()
+    body = f'{{"model": "{settings.model_id}", "messages": [{{"role": "user", "content": "..."}}]}}'
+    return "\n".join(
+        (
+            f"model    {settings.model} ({settings.dtype}, {settings.device}, {settings.replicas} replica(s))",
+            f"decoder  {decoder.name} {decoder.settings()}",
+            f"slots    {settings.max_batch_size} a replica, {settings.max_queue} more may wait",
+            f"url      {url}/v1 (Ctrl-C stops)",
+            f"try      curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+        )
+    )

@@ -1,0 +1,186 @@
+"""One served model: from a checked chat request to the committed text of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from jinja2 import TemplateError
+
+from d3llm_ray.decoding import Decoder, DiffusionLLM, Request
+from d3llm_ray.errors import InputError, require
+from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.errors import ApiError, bad_input
+from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest, FinishReason, ModelCard, Usage
+from d3llm_ray.serving.settings import ReplicaSettings
+from d3llm_ray.serving.text import CommittedText
+from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded, Submission
+
+RETRY_AFTER_S = 1
+WARM_UP_TOKENS = 1
+
+
+class Answer:
+    """The answer to one request, as it grows. Close it however it ends.
+
+    `usage` and `finish_reason` are set at its end.
+    """
+
+    def __init__(self, submission: Submission, text: CommittedText, metrics: ServingMetrics) -> None:
+        self.finish_reason: FinishReason | None = None
+        self.usage: Usage | None = None
+        self._submission = submission
+        self._text = text
+        self._metrics = metrics
+        self._arrived = time.monotonic()
+        self._started = False
+        self._closed = False
+
+    async def next_text(self) -> str | None:
+        """The next committed text, never empty, or None at the end. Raises `ApiError` when the engine fails."""
+        while self.finish_reason is None:
+            try:
+                event, forwards = await self._submission.next_event()
+            except EngineFailure as error:
+                raise ApiError(500, f"{error}; ask again", code="engine_failed") from error
+            text = self._text.push(event.token_ids)
+            if event.completion is not None:
+                text += self._text.finish()
+            if self._text.stopped:
+                self._end("stop", forwards)
+            elif event.completion is not None:
+                self._end("stop" if event.completion.finish_reason == "stop" else "length", forwards)
+            if text:
+                self._note_first()
+                return text
+        return None
+
+    def close(self) -> None:
+        """Free the slot if the answer is not complete."""
+        if self._closed:
+            return
+        self._closed = True
+        self._submission.close()
+        if self.finish_reason is None:
+            self._metrics.aborted()
+
+    def _note_first(self) -> None:
+        if not self._started:
+            self._started = True
+            self._metrics.first_text(time.monotonic() - self._arrived)
+
+    def _end(self, reason: FinishReason, forwards: int) -> None:
+        self.finish_reason = reason
+        self.usage = Usage.count(len(self._submission.request.prompt_ids), self._text.tokens, forwards)
+        self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards)
+
+
+class ChatService:
+    """A model with its engine's worker. Make one on a thread, `start` it on the event loop."""
+
+    def __init__(self, settings: ReplicaSettings) -> None:
+        self.settings = settings
+        self.created = int(time.time())
+        self.llm = DiffusionLLM.from_pretrained(
+            settings.model, settings.decoding(), settings.dtype, settings.device, settings.max_batch_size
+        )
+        require(
+            self.llm.tokenizer is not None, "model", settings.model, "a checkpoint with a tokenizer and chat template"
+        )
+        self.llm.generate(["1"], max_tokens=WARM_UP_TOKENS)  # the first request should not pay for lazy set-up
+        metrics = ServingMetrics(settings.model_id)
+        capacity = settings.max_batch_size + settings.max_queue
+        self.worker = EngineWorker(self.llm.engine, capacity, metrics, settings.step_timeout_s)
+        self._metrics = metrics
+        # Long prompts take a while to tokenise: not on the event loop, and one at a time.
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
+
+    def start(self) -> None:
+        self.worker.start()
+
+    def stop(self) -> None:
+        self.worker.stop()
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    def card(self) -> ModelCard:
+        """What `GET /v1/models` tells of this model."""
+        decoder = self.llm.engine.decoder
+        return ModelCard(
+            id=self.settings.model_id,
+            created=self.created,
+            max_model_len=self.llm.engine.context,
+            max_tokens_limit=self.settings.max_tokens_limit,
+            decoder=decoder.name,
+            decoder_settings={**decoder.settings(), "block_size": decoder.block_size or self.llm.family.block_size},
+        )
+
+    async def open(self, request: ChatRequest) -> Answer:
+        """Check a request against the model and queue it; `ApiError` when it is refused."""
+        self.check_model(request.model)
+        self._check_answer_length(request)
+        decoder = self._decoder(request)
+        try:
+            self.worker.check_room()  # before the work of tokenising
+            engine_request = await self._engine_request(request, decoder)
+            self.llm.engine.check(engine_request)
+            submission = self.worker.submit(engine_request)
+        except InputError as error:
+            raise bad_input(error) from error
+        except Overloaded as error:
+            message = "the queue is full; ask again later"
+            raise ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_S) from error
+        except EngineFailure as error:
+            raise ApiError(503, str(error), code="engine_failed", retry_after_s=RETRY_AFTER_S) from error
+        return Answer(submission, CommittedText(self.llm.decode, request.stop), self._metrics)
+
+    async def _engine_request(self, request: ChatRequest, decoder: Decoder | None) -> Request:
+        prompt_ids = await self._encode(request)
+        return Request(
+            prompt_ids,
+            max_tokens=self._max_tokens(request, len(prompt_ids)),
+            temperature=request.temperature or 0.0,
+            seed=secrets.randbelow(MAX_SEED) if request.seed is None else request.seed,
+            decoder=decoder,
+        )
+
+    def check_model(self, name: str) -> None:
+        """Raise 404 unless `name` is the served model's."""
+        if name != self.settings.model_id:
+            message = f"model: {name[:200]!r} is not served here; accepted: {self.settings.model_id}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def _check_answer_length(self, request: ChatRequest) -> None:
+        wanted, limit = request.wanted_tokens, self.settings.max_tokens_limit
+        if wanted is not None and wanted > limit:
+            name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+            raise ApiError(400, f"{name}: got {wanted}; accepted: 1 to {limit}", param=name, code="invalid_value")
+
+    def _decoder(self, request: ChatRequest) -> Decoder | None:
+        if not request.diffusion:
+            return None
+        try:
+            return self.llm.engine.decoder.override(**request.diffusion)
+        except InputError as error:
+            raise bad_input(error, "diffusion.") from error
+
+    async def _encode(self, request: ChatRequest) -> list[int]:
+        messages = [{"role": message.role, "content": message.content} for message in request.messages]
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.llm.encode, messages)
+        except TemplateError as error:
+            message = f"messages: the model's chat template refuses them: {error}"
+            raise ApiError(400, message, param="messages", code="invalid_value") from error
+
+    def _max_tokens(self, request: ChatRequest, prompt_tokens: int) -> int:
+        """The answer length asked for, or as much of the default as the context has room for."""
+        context = self.llm.engine.context
+        wanted = request.wanted_tokens
+        if prompt_tokens + (wanted or 1) <= context:
+            return wanted or min(self.settings.max_tokens, context - prompt_tokens)
+        message = (
+            f"messages: the prompt's {prompt_tokens} tokens and max_tokens {wanted or 1} exceed the model's context; "
+            f"accepted: together at most {context} tokens"
+        )
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")

@@ -1,0 +1,109 @@
+"""Settings of a served model: what a replica is told, and what the `serve` verb adds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from d3llm_ray import config
+from d3llm_ray.config import Settings
+from d3llm_ray.errors import InputError, require
+
+if TYPE_CHECKING:
+    from d3llm_ray.decoding import Decoder
+
+DEFAULT_DECODER = "d3llm"
+
+
+class ReplicaSettings(Settings):
+    """Settings of one decoder replica: the `args:` of an application in `serve_configs/*.yaml`."""
+
+    model: str = Field("tiny-llada", description="zoo name or checkpoint folder, readable on every node")
+    served_model_name: str | None = Field(
+        None, min_length=1, description="model id that clients send; default: the zoo name or the folder's name"
+    )
+    decoder: str | None = Field(
+        None, description=f"decoder preset; default: that of decoder_config, else {DEFAULT_DECODER}"
+    )
+    decoder_config: Path | None = Field(
+        None, description="YAML of decoding settings: {decoder: NAME, SETTING: VALUE, ...}"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of weights and activations")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    max_batch_size: int = Field(16, gt=0, description="requests decoded in one forward")
+    max_queue: int = Field(64, ge=0, description="requests that may wait for a slot; beyond that a request gets 429")
+    max_tokens: int = Field(64, gt=0, description="answer length in tokens when a request names none")
+    max_tokens_limit: int = Field(
+        256, gt=0, validate_default=True, description="largest answer length that a request may ask for"
+    )
+    max_body_bytes: int = Field(1_000_000, gt=0, description="largest request body; beyond that a request gets 413")
+    step_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds after which a forward that has not ended makes the replica unhealthy",
+    )
+
+    @field_validator("max_tokens_limit")
+    @classmethod
+    def _limit_covers_default(cls, limit: int, info: ValidationInfo) -> int:
+        default = info.data.get("max_tokens", limit)  # absent when it is itself invalid
+        require(limit >= default, "max_tokens_limit", limit, f"at least max_tokens, {default}")
+        return limit
+
+    @property
+    def model_id(self) -> str:
+        """The name under which clients ask for the model."""
+        return self.served_model_name or Path(self.model).name
+
+    def decoding(self) -> Decoder:
+        """Build the decoder of `decoder` and `decoder_config`; `InputError` names the setting at fault."""
+        from d3llm_ray.decoding import decoder  # torch takes seconds to import; --help should not wait for it
+
+        name, overrides = self._preset()
+        return decoder(name, **overrides)
+
+    def _preset(self) -> tuple[str, dict[str, Any]]:
+        if self.decoder_config is None:
+            return self.decoder or DEFAULT_DECODER, {}
+        overrides = config.read_yaml(self.decoder_config)
+        name = overrides.pop("decoder", None)
+        if not isinstance(name, str):
+            raise InputError(
+                f"decoder_config: {str(self.decoder_config)!r} has no 'decoder'; accepted: a preset's name"
+            )
+        require(self.decoder in (None, name), "decoder", self.decoder, f"{name}, as decoder_config says, or nothing")
+        return name, overrides
+
+    def checked(self) -> ReplicaSettings:
+        """Refuse a bad model or decoder before any replica starts; local paths come back absolute.
+
+        A replica's working directory is not that of the process that deploys it.
+        """
+        from d3llm_ray.models import resolve_model
+
+        resolve_model(self.model)
+        self.decoding()
+        paths: dict[str, Any] = {}
+        if os.path.isdir(self.model):
+            paths["model"] = os.path.abspath(self.model)
+        if self.decoder_config is not None:
+            paths["decoder_config"] = self.decoder_config.absolute()
+        return self.model_copy(update=paths)
+
+
+class ServeSettings(ReplicaSettings):
+    """Serve a model over HTTP with the OpenAI chat API, until Ctrl-C."""
+
+    verb: ClassVar[str] = "serve"
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    replicas: int = Field(1, gt=0, description="decoder replicas, each with its own copy of the model")
+
+    def replica(self) -> ReplicaSettings:
+        """The part that each replica is told."""
+        return ReplicaSettings(**{name: getattr(self, name) for name in ReplicaSettings.model_fields})

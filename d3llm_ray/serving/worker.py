@@ -1,0 +1,185 @@
+"""The thread that owns the engine, and the bridge between it and the event loop.
+
+The event loop never waits for a forward: it puts commands into an inbox and reads a queue per request. The thread
+takes the commands between two forwards, so a request joins, or leaves, at the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+from d3llm_ray.decoding import Engine, Event, Request
+from d3llm_ray.metrics import ServingMetrics
+
+logger = logging.getLogger("d3llm_ray.serving")
+STOP_TIMEOUT_S = 10.0  # a forward that hangs must not keep its process from ending
+
+
+class Overloaded(Exception):
+    """The engine's slots and its queue are full."""
+
+
+class EngineFailure(Exception):
+    """The engine raised, or was shut down; this worker decodes nothing any more."""
+
+
+@dataclass(eq=False)
+class Submission:
+    """One request on its way through the engine. `close` frees its slot; a finished one needs no closing."""
+
+    request: Request
+    worker: EngineWorker
+    events: asyncio.Queue[tuple[Event, int] | Exception] = field(default_factory=asyncio.Queue)
+    forwards: int = 0  # it took part in so far; of the engine's thread alone, as is the next
+    engine_id: int | None = None
+
+    async def next_event(self) -> tuple[Event, int]:
+        """Wait for the next event and the number of forwards until then; raises what ended the request instead."""
+        item = await self.events.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self.worker.release(self)
+
+
+Command = tuple[Literal["submit", "cancel"], Submission]
+
+
+class EngineWorker:
+    """Runs one engine in a thread of its own.
+
+    At most `capacity` requests are in flight (slots and queue together). An exception of the engine fails all of
+    them and ends the worker: a replica with a broken engine is replaced, not mended.
+    """
+
+    def __init__(self, engine: Engine, capacity: int, metrics: ServingMetrics, step_timeout_s: float) -> None:
+        self._engine = engine
+        self._capacity = capacity
+        self._metrics = metrics
+        self._step_timeout_s = step_timeout_s
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._open: set[Submission] = set()  # of the event loop
+        self._decoding: dict[int, Submission] = {}  # of the thread, by engine id, in order of submission
+        self._step_began: float | None = None
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Start decoding; call it on the event loop that will submit requests."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the forward that is running."""
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(STOP_TIMEOUT_S)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted and neither finished nor closed."""
+        return len(self._open)
+
+    def problem(self) -> str | None:
+        """What is wrong, or None. Reads two attributes and no lock: it answers while a forward runs or hangs."""
+        if self._failure is not None:
+            return "the engine has failed"
+        began = self._step_began
+        if began is not None and time.monotonic() - began > self._step_timeout_s:
+            return f"a forward has not ended for {self._step_timeout_s:g} s"
+        return None
+
+    def check_room(self) -> None:
+        """Raise what `submit` would raise now."""
+        if self._failure is not None:
+            raise EngineFailure("the engine has failed")
+        if len(self._open) >= self._capacity:
+            self._metrics.refused()
+            raise Overloaded
+
+    def submit(self, request: Request) -> Submission:
+        """Queue a request that `engine.check` accepts. Raises `Overloaded` or `EngineFailure`."""
+        self.check_room()
+        submission = Submission(request, self)
+        self._open.add(submission)
+        self._inbox.put(("submit", submission))
+        self._metrics.accepted()
+        return submission
+
+    def release(self, submission: Submission) -> None:
+        """Forget a request whose answer nobody waits for; nothing happens if it has ended."""
+        if submission in self._open:
+            self._open.remove(submission)
+            self._inbox.put(("cancel", submission))
+
+    def _run(self) -> None:
+        failure = EngineFailure("the engine was shut down")
+        try:
+            while self._take_commands():
+                self._step()
+        except Exception as error:
+            logger.exception("the engine failed with %d requests in flight", len(self._decoding))
+            failure = EngineFailure("the engine failed")
+            failure.__cause__ = error
+        self._failure = failure
+        self._step_began = None
+        self._on_loop(self._fail, failure)
+
+    def _take_commands(self) -> bool:
+        """Apply what has arrived, waiting for a command only when there is nothing to decode; False to stop."""
+        while not self._decoding or not self._inbox.empty():
+            command = self._inbox.get()
+            if command is None:
+                return False
+            kind, submission = command
+            if kind == "submit":
+                submission.engine_id = self._engine.submit(submission.request)
+                self._decoding[submission.engine_id] = submission
+            elif submission.engine_id is not None and self._decoding.pop(submission.engine_id, None) is not None:
+                self._engine.cancel(submission.engine_id)
+                self._metrics.occupancy(self._engine.active, self._engine.waiting)
+        return True
+
+    def _step(self) -> None:
+        self._step_began = time.monotonic()
+        events = self._engine.step()
+        self._step_began = None
+        # Requests start in order: all but the last `waiting` ones took part in this forward.
+        for submission in islice(self._decoding.values(), len(self._decoding) - self._engine.waiting):
+            submission.forwards += 1
+        batch = []
+        for event in events:
+            submission = self._decoding[event.request_id]
+            batch.append((submission, event, submission.forwards))
+            if event.completion is not None:
+                del self._decoding[event.request_id]
+        self._metrics.stepped(self._engine.active, self._engine.waiting)
+        if batch:
+            self._on_loop(self._deliver, batch)
+
+    def _on_loop(self, callback: Callable[[Any], None], argument: object) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, argument)
+
+    def _deliver(self, batch: list[tuple[Submission, Event, int]]) -> None:
+        for submission, event, forwards in batch:
+            if event.completion is not None:
+                self._open.discard(submission)
+            submission.events.put_nowait((event, forwards))
+
+    def _fail(self, failure: EngineFailure) -> None:
+        for submission in self._open:
+            submission.events.put_nowait(failure)
+        self._open.clear()

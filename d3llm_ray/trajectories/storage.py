@@ -1,0 +1,92 @@
+"""Files on any `pyarrow.fs` storage (local, `s3://`, `gs://`), complete under their final names or absent."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from d3llm_ray.errors import InputError
+
+SUCCESS = "_SUCCESS"
+COMPRESSION_LEVEL = 9  # zstd; rows are written once and read at every epoch
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder: the file system, and the path within it."""
+
+    filesystem: fs.FileSystem
+    path: str
+    name: str  # as the user wrote it, made absolute when it is local; also what Ray Data reads
+
+    @classmethod
+    def of(cls, name: str | os.PathLike[str], field: str = "path") -> Location:
+        """Resolve a local path or a URI; `InputError` names `field` when no file system serves it."""
+        text = os.fspath(name)
+        if "://" not in text:
+            absolute = os.path.abspath(os.path.expanduser(text))
+            return cls(fs.LocalFileSystem(), absolute, absolute)
+        try:
+            filesystem, path = fs.FileSystem.from_uri(text)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{field}: cannot open {text!r}: {error}; accepted: a local path, s3://, gs://") from error
+        return cls(filesystem, path, text)
+
+    def __truediv__(self, child: str) -> Location:
+        return Location(self.filesystem, f"{self.path}/{child}", f"{self.name}/{child}")
+
+    @property
+    def info(self) -> fs.FileInfo:
+        return self.filesystem.get_file_info(self.path)
+
+    @property
+    def exists(self) -> bool:
+        return bool(self.info.type != fs.FileType.NotFound)
+
+    @property
+    def is_folder(self) -> bool:
+        return bool(self.info.type == fs.FileType.Directory)
+
+    def files(self, suffix: str = "") -> list[Location]:
+        """The files directly in this folder whose names end in `suffix`, sorted; none when it does not exist."""
+        found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        names = sorted(item.base_name for item in found if item.type == fs.FileType.File)
+        return [self / name for name in names if name.endswith(suffix)]
+
+    def make_folder(self) -> None:
+        self.filesystem.create_dir(self.path, recursive=True)
+
+    def remove_folder(self) -> None:
+        if self.exists:
+            self.filesystem.delete_dir(self.path)
+
+    def read_text(self) -> str:
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return bytes(stream.read()).decode()
+
+    def write_text(self, text: str) -> None:
+        with self.filesystem.open_output_stream(self._partial) as stream:
+            stream.write(text.encode())
+        self.filesystem.move(self._partial, self.path)
+
+    def write_table(self, table: pa.Table, row_group_rows: int = 8192) -> None:
+        """Write Parquet (zstd)."""
+        pq.write_table(
+            table,
+            self._partial,
+            filesystem=self.filesystem,
+            compression="zstd",
+            compression_level=COMPRESSION_LEVEL,
+            row_group_size=row_group_rows,
+        )
+        self.filesystem.move(self._partial, self.path)
+
+    @property
+    def _partial(self) -> str:
+        """Where the bytes go before the rename: in the same folder; readers skip names that start with "_"."""
+        folder, _, file = self.path.rpartition("/")
+        return f"{folder}/_partial.{file}"

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d3llm_ray.distillation.corruption import Window, choose_views, corrupted, draw_window, generator
+
+MASK = 99
+RNG = np.random.default_rng(0)
+# Positions 0..7 were revealed in the order 2, 0, 1, 3 (one block), then 7, 5, 4, 6.
+REVEAL = np.array([1, 2, 0, 3, 6, 5, 7, 4], dtype=np.uint16)
+
+
+def test_masks_what_the_teacher_revealed_last() -> None:
+    views = choose_views(RNG, REVEAL, Window(4, 8, 0.5))
+    assert views.masked.tolist() == [4, 6]  # steps 6 and 7; 5 and 7 were revealed at 5 and 4
+    assert views.complement.tolist() == [5, 7]
+
+
+def test_window_across_blocks_follows_reveal_steps_not_positions() -> None:
+    views = choose_views(RNG, REVEAL, Window(1, 6, 0.6))  # steps 2 0 3 6 5: the last three are positions 3, 4, 5
+    assert views.masked.tolist() == [3, 4, 5]
+    assert views.complement.tolist() == [1, 2]
+
+
+def test_ties_are_broken_by_position() -> None:
+    together = np.zeros(8, dtype=np.uint16)  # an EOS tail: all revealed at once
+    assert choose_views(RNG, together, Window(0, 8, 0.25)).masked.tolist() == [6, 7]
+
+
+@pytest.mark.parametrize("size", range(16, 33))
+def test_masked_count_is_exactly_the_rounded_ratio(size: int) -> None:
+    reveal = RNG.permutation(64).astype(np.uint16)
+    for ratio in np.linspace(0.0, 0.8, 41):
+        exact = ratio * size
+        count = choose_views(RNG, reveal, Window(10, 10 + size, float(ratio))).masked.size
+        assert count == 1 if exact < 0.5 else abs(count - exact) <= 0.5
+
+
+def test_published_rounding_reads_the_trajectory_entry() -> None:
+    reveal = np.arange(32, dtype=np.uint16)  # left to right, one token a step
+    # entry k = 16 + int(0.5 * 16) = 24 holds 25 revealed tokens: 7 of 16 are masked, where 8 were asked for
+    views = choose_views(RNG, reveal, Window(16, 32, 0.5), rounding="published")
+    assert views.masked.tolist() == list(range(25, 32))
+    # k = min(31, 16 + int(1.0 * 16)) = 31: nothing is left to mask, and nothing breaks
+    assert choose_views(RNG, reveal, Window(16, 32, 0.0), rounding="published").masked.size == 0
+
+
+def test_random_order_ignores_the_trajectory() -> None:
+    counts = np.zeros(8)
+    for seed in range(2000):
+        views = choose_views(np.random.default_rng(seed), REVEAL, Window(0, 8, 0.5), order="random")
+        assert views.masked.size > 0
+        counts[views.masked] += 1
+    # p = .5 (1 - 1e-3) + 1e-3 = .5005; five standard deviations of 2000 draws are .056
+    assert np.abs(counts / 2000 - 0.5005).max() < 0.056
+
+
+def test_corrupted_input_is_clean_before_and_masked_after_the_window() -> None:
+    response = np.arange(10, 18, dtype=np.int32)
+    window = Window(2, 6, 0.5)
+    view = corrupted(response, window, np.array([3, 4]), MASK)
+    assert view.tolist() == [10, 11, 12, MASK, MASK, 15, MASK, MASK]
+    assert response.tolist() == list(range(10, 18))
+
+
+@settings(deadline=None)  # a property of values, not of a busy machine's speed
+@given(
+    length=st.integers(1, 80),
+    size=st.integers(1, 40),
+    ratios=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    seed=st.integers(0, 2**32),
+    order=st.sampled_from(["trajectory", "random"]),
+)
+def test_views_always_divide_a_window_that_is_never_empty(
+    length: int, size: int, ratios: tuple[float, float], seed: int, order: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    low, high = sorted(ratios)
+    window = draw_window(rng, length, size, low, high)
+    assert 0 <= window.start < window.end <= length
+    assert window.start % size == 0
+    assert window.end - window.start == size or window.end == length
+    assert low <= window.ratio <= high
+    reveal = rng.permutation(length).astype(np.uint16)
+    views = choose_views(rng, reveal, window, order=order)  # type: ignore[arg-type]
+    assert views.masked.size >= 1
+    assert sorted([*views.masked, *views.complement]) == list(range(window.start, window.end))
+
+
+def test_every_window_is_drawn_about_equally_often() -> None:
+    starts = [draw_window(np.random.default_rng(n), 64, 24, 0.0, 0.8).start for n in range(3000)]
+    values, counts = np.unique(starts, return_counts=True)
+    assert values.tolist() == [0, 24, 48]  # the last holds 16 positions; there is no empty fourth
+    assert abs(counts - 1000).max() < 130  # five standard deviations
+
+
+def test_draws_depend_on_seed_epoch_and_prompt_alone() -> None:
+    def draw(seed: int, epoch: int, prompt_id: str) -> Window:
+        return draw_window(generator(seed, epoch, prompt_id), 256, 32, 0.0, 0.8)
+
+    assert draw(1, 2, "ab") == draw(1, 2, "ab")
+    others = [draw(2, 2, "ab"), draw(1, 3, "ab"), draw(1, 2, "ac"), draw(1, 22, "ab"), draw(12, 2, "ab")]
+    assert len({other.ratio for other in [draw(1, 2, "ab"), *others]}) == 6
+    ratios = [draw(0, 0, str(n)).ratio for n in range(2000)]
+    assert abs(np.mean(ratios) - 0.4) < 0.03  # uniform on [0, .8]: the mean's deviation is .005
+    assert abs(np.quantile(ratios, 0.25) - 0.2) < 0.04

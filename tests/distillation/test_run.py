@@ -1,0 +1,203 @@
+"""The whole room on Ray: two CPU workers over gloo, ZeRO-2, LoRA."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from peft import PeftModel
+
+from d3llm_ray.config import build, read_yaml
+from d3llm_ray.distillation import run as distill
+from d3llm_ray.distillation.data import load_samples
+from d3llm_ray.distillation.metrics_file import MetricsFile, read_metrics
+from d3llm_ray.distillation.objective import DistillationLoss
+from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.settings import DistillSettings
+from d3llm_ray.errors import InputError
+from d3llm_ray.models import load_model, read_configs
+from d3llm_ray.progress import Progress
+
+STEPS = 60
+
+
+class Recorder(Progress):
+    """A progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.stages: list[tuple[str, int | None]] = []
+        self.done: list[int] = []
+
+    def start(self, stage: str, total: int | None, unit: str = "row") -> None:
+        self.stages.append((stage, total))
+
+    def update(self, done: int, **figures: float | int | str) -> None:
+        assert "loss" in figures
+        self.done.append(done)
+
+
+@pytest.fixture(scope="module")
+def rows(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, write_trajectories: Callable[..., Path]
+) -> Path:
+    _, family = read_configs(tiny_checkpoint)
+    folder = tmp_path_factory.mktemp("trajectories")
+    return write_trajectories(folder, rows=100, canvas=32, vocab_size=4, mask_token_id=family.mask_token_id)
+
+
+def settings_of(teacher: Path, rows: Path, output: Path, **values: Any) -> DistillSettings:
+    defaults = {
+        "teacher": str(teacher),
+        "trajectories": str(rows),
+        "output": str(output),
+        "epochs": 100,
+        "max_steps": STEPS,
+        "window_sizes": [8, 16],
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "lr": 1e-2,
+        "lora_rank": 8,
+        "lora_alpha": 16,
+        "precision": "float32",
+        "checkpoint_every": 20,
+        "save_adapter": True,
+    }
+    return build(DistillSettings, defaults | values)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, rows: Path) -> DistillSettings:
+    return settings_of(tiny_checkpoint, rows, tmp_path_factory.mktemp("students") / "student")
+
+
+@pytest.fixture(scope="module")
+def progress() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="module")
+def student(settings: DistillSettings, progress: Recorder, ray_cluster: None) -> Path:
+    return distill.run(settings, progress)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_training_lowers_the_loss(student: Path, progress: Recorder) -> None:
+    lines = read_metrics(student / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    first, last = (sum(line["ce"] for line in part) / 10 for part in (lines[:10], lines[-10:]))
+    assert last < 0.5 * first
+    assert {"loss", "ce", "complement", "entropy", "right", "mask_ratio", "window", "lr"} <= lines[0].keys()
+    assert 0 < min(line["mask_ratio"] for line in lines) < max(line["mask_ratio"] for line in lines) < 1
+    assert progress.stages == [("distill", STEPS)]
+    assert progress.done[-1] == STEPS
+
+
+def test_first_loss_is_the_teachers(student: Path, settings: DistillSettings) -> None:
+    """New adapters add nothing: the first logged loss is the frozen teacher's, computed here without Ray."""
+    model, family = load_model(settings.teacher)
+    plan = Plan(settings, load_samples(settings.trajectories))
+    loss = DistillationLoss(model, settings.loss_weights, head_rows=10_000, autocast=False)
+    with torch.no_grad():
+        values = [loss(batch)[0].item() for rank in (0, 1) for batch in plan.micro_batches(0, rank, 2, family)]
+    assert losses(student)[0] == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+def test_student_is_a_checkpoint_whose_other_tensors_are_the_teachers(student: Path, settings: DistillSettings) -> None:
+    teacher, trained = load_model(settings.teacher)[0].state_dict(), load_model(student)[0].state_dict()
+    assert teacher.keys() == trained.keys()
+    for name, tensor in trained.items():
+        assert torch.equal(tensor, teacher[name]) != name.endswith("_proj.weight"), name
+    names = {file.name for file in student.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "settings.yaml", "metrics.jsonl", "loss.png"} <= names
+    assert build(DistillSettings, read_yaml(student / "settings.yaml")) == settings
+    assert [file.name for file in student.parent.iterdir()] == ["student"]  # nothing else is left behind
+
+
+def test_adapter_on_the_teacher_is_the_student(student: Path, settings: DistillSettings) -> None:
+    model = PeftModel.from_pretrained(load_model(settings.teacher)[0], str(student / "adapter")).merge_and_unload()
+    merged = load_model(student)[0].state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, merged[name])
+
+
+def test_a_finished_run_returns_at_once_and_other_settings_are_refused(
+    student: Path, settings: DistillSettings
+) -> None:
+    before = (student / "model.safetensors").stat().st_mtime_ns
+    started = time.monotonic()
+    assert distill.run(settings) == student
+    assert time.monotonic() - started < 1
+    assert (student / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match=r"output: .* exists"):
+        distill.run(settings.model_copy(update={"lr": 1e-3}))
+
+
+def test_more_workers_than_the_machine_has_is_refused_without_waiting(
+    settings: DistillSettings, tmp_path: Path, ray_cluster: None
+) -> None:
+    many = settings_of(
+        Path(settings.teacher), Path(settings.trajectories), tmp_path / "s", workers=2, cpus_per_worker=5
+    )
+    with pytest.raises(InputError, match="workers: got 2; accepted: at most 1: this machine has 8 CPUs"):
+        distill.run(many)
+
+
+def test_one_worker_trains_the_same_student_as_two(
+    student: Path, settings: DistillSettings, tmp_path: Path, ray_cluster: None
+) -> None:
+    alone = settings.model_copy(update={"output": str(tmp_path / "alone"), "workers": 1})
+    assert losses(distill.run(alone, Recorder())) == pytest.approx(losses(student), rel=1e-3)
+
+
+@pytest.mark.chaos
+def test_a_killed_worker_resumes_to_the_same_losses(
+    student: Path, settings: DistillSettings, ray_cluster: None
+) -> None:
+    output = student.parent / "resumed"
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill_a_worker_after_a_checkpoint() -> None:
+        while not killed and not over.wait(0.01):
+            files = student.parent.glob(".resumed.*/metrics.jsonl")
+            if any(line["step"] > 25 for file in files for line in read_metrics(file)):
+                children = psutil.Process().children(recursive=True)
+                worker = next(child for child in children if "RayTrainWorker" in " ".join(child.cmdline()))
+                os.kill(worker.pid, signal.SIGKILL)
+                killed.append(worker.pid)
+
+    thread = threading.Thread(target=kill_a_worker_after_a_checkpoint, daemon=True)
+    thread.start()
+    distill.run(settings.model_copy(update={"output": str(output)}), Recorder())
+    over.set()
+    thread.join()
+    assert len(killed) == 1
+    assert [line["step"] for line in read_metrics(output / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert losses(output) == losses(student)
+    for name, tensor in load_model(output)[0].state_dict().items():
+        assert torch.equal(tensor, load_model(student)[0].state_dict()[name]), name
+
+
+def test_metrics_file_drops_what_a_resumed_run_repeats(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, 0) as file:
+        for step in range(1, 6):
+            file.write({"step": step, "loss": 1 / 3})
+    with path.open("a") as torn:
+        torn.write('{"step": 6, "lo')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
+    with MetricsFile(path, 3) as file:
+        file.write({"step": 4, "loss": 0.5})
+    assert read_metrics(path)[2:] == [{"step": 3, "loss": 0.333333}, {"step": 4, "loss": 0.5}]

@@ -1,0 +1,121 @@
+"""The command line: verbs, strict settings, one-line errors with exit code 2 before any model is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from d3llm_ray.cli import VERBS, main
+from d3llm_ray.config import parse
+from d3llm_ray.errors import InputError
+from d3llm_ray.generate import GenerateSettings
+
+
+def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2 and main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    for verb in VERBS:
+        assert verb in usage
+        with pytest.raises(SystemExit) as exit_:
+            main([verb, "--help"])
+        assert exit_.value.code == 0
+        assert "--print-config" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("d3llm-ray 0.")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["fly"], ["verb", "fly", "quickstart", "serve"]),
+        (["generate", "--bogus", "1"], ["--bogus"]),
+        (["generate", "--max-tokens", "0", "--prompt", "x"], ["max_tokens", "greater than 0"]),
+        (["generate", "--max-tokens", "many"], ["max_tokens", "many"]),
+        (["generate"], ["--prompt", "--prompts"]),
+        (["generate", "--prompt", "x", "--model", "gpt-9"], ["model", "gpt-9", "tiny-llada"]),
+        (["generate", "--prompt", "x", "--decoder", "d9"], ["decoder", "d9", "d3llm-nocache"]),
+        (["generate", "--prompts", "no.jsonl"], ["prompts", "no.jsonl"]),
+        (["generate", "--config", "no.yaml"], ["config", "no.yaml"]),
+        (["evaluate", "--tasks", "chess"], ["task", "chess", "arith"]),
+        (["evaluate", "--models", "gpt-9"], ["model", "gpt-9"]),
+        (["trajectories", "--teacher", "gpt-9"], ["gpt-9", "tiny-llada"]),
+        (["trajectories", "--prompts", "no.parquet"], ["no.parquet"]),
+        (["distill", "--trajectories", "no-folder", "--output", "x"], ["no-folder"]),
+        (["tune", "--space", "no.yaml"], ["no.yaml"]),
+        (["serve", "--model", "gpt-9"], ["model", "gpt-9"]),
+        (["serve", "--decoder", "d9"], ["decoder", "d9"]),
+        (["quickstart", "--teacher", "gpt-9"], ["model", "gpt-9"]),
+        (["quickstart", "--task", "chess"], ["task", "chess"]),
+        (["quickstart", "--distill", "lrr=1"], ["lrr"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(
+    argv: list[str],
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    for word in words:
+        assert word in captured.err
+    assert not any(path.is_file() for path in tmp_path.rglob("*.safetensors"))
+
+
+def test_flags_override_the_file_and_the_result_can_be_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("max_tokens: 48\nseed: 7\n")
+    argv = ["generate", "--config", str(file), "--max_tokens", "32", "--temperature=0.5", "--print-config"]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    values = yaml.safe_load(printed)
+    assert (values["max_tokens"], values["seed"], values["temperature"]) == (32, 7, 0.5)
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert parse(GenerateSettings, ["--config", str(again)])[0] == parse(GenerateSettings, argv[1:])[0]
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    for content, message in (("a: [", "not YAML"), ("- 1", "mapping"), ("speed: 3", "speed: unknown setting")):
+        file = tmp_path / "bad.yaml"
+        file.write_text(content)
+        with pytest.raises(InputError, match=message):
+            parse(GenerateSettings, ["--config", str(file)])
+
+
+def test_environment_variables_do_not_leak_into_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL", "from-the-environment")
+    assert parse(GenerateSettings, [])[0].model == "tiny-llada"
+
+
+def test_bad_input_answers_before_torch_is_imported() -> None:
+    code = (
+        "import sys; from d3llm_ray.cli import main; main(['fly']); main(['--help']); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_generate_writes_a_line_a_prompt(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Tom has 5 apples."}\n{"prompt": "Ann has 3 pens."}\n')
+    output = tmp_path / "out" / "answers.jsonl"
+    argv = ["generate", "--model", str(tiny_checkpoint), "--prompts", str(prompts), "--output", str(output)]
+    assert main([*argv, "--max-tokens", "16"]) == 0
+    lines = [yaml.safe_load(line) for line in output.read_text().splitlines()]
+    assert len(lines) == 2 and all(line["forwards"] <= 16 and len(line["response_ids"]) == 16 for line in lines)
+    assert yaml.safe_load(output.with_suffix(".yaml").read_text())["max_tokens"] == 16
+    assert not list(output.parent.glob(".*partial"))

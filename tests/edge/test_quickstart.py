@@ -1,0 +1,77 @@
+"""The whole pipeline, small: every stage leaves its output, a second run skips what is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from d3llm_ray.config import read_yaml
+from d3llm_ray.decoding import DiffusionLLM, decoder
+from d3llm_ray.models import load_model
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--rows", "64", "--problems", "24", "--trials", "2",
+    "--trajectories", "attempts=1", "--distill", "max_steps=4", "--tune", "count=8",
+]  # fmt: skip
+
+
+def _quickstart(output: Path, *arguments: str) -> tuple[str, float]:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "d3llm_ray.cli", "quickstart", "--output", str(output), *SMALL, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=280, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, time.monotonic() - started
+
+
+@pytest.mark.timeout(600)
+def test_every_stage_leaves_its_output_and_is_skipped_when_complete(tmp_path: Path) -> None:
+    output = tmp_path / "quickstart"
+    table, first = _quickstart(output)
+    rows = [
+        line.split("|")[1:3] for line in table.splitlines() if line.startswith("| tiny-llada") or "| student" in line
+    ]
+    assert [tuple(cell.strip() for cell in row) for row in rows] == [
+        ("tiny-llada", "vanilla"),
+        ("tiny-llada", "d3llm"),
+        ("tiny-llada", "d3llm (tuned)"),
+        ("student", "d3llm-nocache"),
+        ("student", "d3llm (tuned)"),
+    ]
+    report = json.loads((output / "report.json").read_text())
+    assert all(row["problems"] == 24 and row["tokens"] > 0 for row in report["rows"])
+    assert (output / "accuracy_vs_tpf.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "report.md").is_file()
+    summary = json.loads((output / "quickstart.json").read_text())
+    assert summary["answer"]["usage"]["forwards"] >= 1 and summary["answer"]["text"]
+    assert 0 < summary["peak_memory_gib"] < 6
+
+    tuned = read_yaml(output / "settings.yaml")
+    assert decoder(tuned.pop("decoder"), **tuned).name == "d3llm"
+    trajectories = pq.read_table(output / "trajectories")
+    assert trajectories.num_rows == 64
+    teacher, _ = load_model("tiny-llada")
+    student, family = load_model(output / "student")
+    assert family.name == "llada"
+    changed = [
+        name for (name, one), (_, other) in zip(teacher.named_parameters(), student.named_parameters(), strict=True)
+        if not one.equal(other)
+    ]  # fmt: skip
+    assert changed and all(name.endswith("_proj.weight") for name in changed)
+    answer = DiffusionLLM.from_pretrained(output / "student").generate([summary["answer"]["question"]])[0]
+    assert answer.text
+
+    stamps = {path: path.stat().st_mtime_ns for path in (output / "student").iterdir()}
+    again, second = _quickstart(output)
+    assert second < 0.7 * first
+    assert stamps == {path: path.stat().st_mtime_ns for path in (output / "student").iterdir()}
+    assert again.split("asked")[0] == table.split("asked")[0]  # the same measured table

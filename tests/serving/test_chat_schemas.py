@@ -1,0 +1,92 @@
+"""Request bodies: what is accepted, what is refused and which field the refusal names."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from openai.types.chat import ChatCompletionChunk
+from pydantic import ValidationError
+
+from d3llm_ray.serving.schemas import ChatChunk, ChatRequest, ChunkChoice, ChunkDelta, Usage
+from d3llm_ray.serving.sse import DONE, sse
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def request(**fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"model": "m", "messages": MESSAGES, **fields})
+
+
+def test_text_parts_are_joined() -> None:
+    content = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert request(messages=[{"role": "user", "content": content}]).messages[0].content == "one two"
+
+
+@pytest.mark.parametrize(("stop", "expected"), [(None, []), ("x", ["x"]), (["x", "y"], ["x", "y"])])
+def test_stop_is_a_list(stop: object, expected: list[str]) -> None:
+    assert request(stop=stop).stop == expected
+
+
+def test_both_names_of_the_answer_length() -> None:
+    assert request(max_tokens=3).wanted_tokens == 3
+    assert request(max_completion_tokens=4).wanted_tokens == 4
+    assert request(max_tokens=5, max_completion_tokens=5).wanted_tokens == 5
+    assert request().wanted_tokens is None
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [{"n": 1}, {"top_p": 1.0}, {"logprobs": False}, {"tools": []}, {"response_format": {"type": "text"}}, {"n": None}],
+)
+def test_parameters_that_ask_for_nothing_are_accepted(neutral: dict[str, Any]) -> None:
+    assert request(**neutral) == request()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 2},
+        {"n": True},
+        {"logprobs": True},
+        {"logprobs": 0},
+        {"top_p": 0.5},
+        {"tools": [{"type": "function"}]},
+        {"response_format": {"type": "json_object"}},
+        {"max_tokens": 3, "max_completion_tokens": 4},
+        {"stream_options": {"include_usage": True}},
+    ],
+)
+def test_values_that_would_be_ignored_are_refused_by_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        request(**fields)
+    assert caught.value.errors()[0]["ctx"]["param"] == next(iter(fields))
+
+
+def test_event_is_one_line_that_the_openai_package_reads() -> None:
+    choice = ChunkChoice(delta=ChunkDelta(content='line\nbreak "é'))
+    event = sse(ChatChunk(id="c", created=1, model="m", choices=[choice]))
+    assert event.startswith("data: ")
+    assert event.endswith("\n\n")
+    assert event.count("\n") == 2
+    body = json.loads(event.removeprefix("data: "))
+    assert body["choices"][0]["delta"] == {"content": 'line\nbreak "é'}
+    assert "usage" not in body
+    assert ChatCompletionChunk.model_validate(body).choices[0].delta.content == 'line\nbreak "é'
+    assert DONE == "data: [DONE]\n\n"
+
+
+def test_usage_is_null_on_every_chunk_but_the_last_when_asked_for() -> None:
+    chunk = ChatChunk(id="c", created=1, model="m", choices=[])
+    assert json.loads(sse(chunk, show_usage=True).removeprefix("data: "))["usage"] is None
+
+
+def test_usage_counts() -> None:
+    assert Usage.count(7, 10, 4).model_dump() == {
+        "prompt_tokens": 7,
+        "completion_tokens": 10,
+        "total_tokens": 17,
+        "forwards": 4,
+        "tpf": 2.5,
+    }

@@ -1,0 +1,176 @@
+"""The engine's thread: same answers as the offline API, slots freed, failures and limits told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from d3llm_ray.decoding import DiffusionLLM, Request
+from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded, Submission
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_checkpoint: Any) -> DiffusionLLM:
+    return DiffusionLLM.from_pretrained(tiny_checkpoint, max_batch_size=2)
+
+
+def run_worker(llm: DiffusionLLM, test: Callable[[EngineWorker], Awaitable[None]], **settings: Any) -> None:
+    async def main() -> None:
+        worker = EngineWorker(
+            llm.engine, settings.get("capacity", 64), ServingMetrics("m"), settings.get("timeout", 60.0)
+        )
+        worker.start()
+        try:
+            await asyncio.wait_for(test(worker), 60)
+        finally:
+            worker.stop()
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def steps(llm: DiffusionLLM, monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Holds the engine before every forward until the test releases one."""
+    step, permits = llm.engine.step, threading.Semaphore(0)
+
+    def permitted() -> Any:
+        assert permits.acquire(timeout=30)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", permitted)
+    return permits
+
+
+async def read(submission: Submission) -> tuple[list[int], int, int]:
+    """Token ids of all events, forwards counted by the worker and by the engine."""
+    ids: list[int] = []
+    while True:
+        event, forwards = await submission.next_event()
+        ids += event.token_ids
+        if event.completion is not None:
+            assert ids == event.completion.token_ids
+            return ids, forwards, event.completion.forwards
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within 10 s"
+        await asyncio.sleep(0.005)
+
+
+def test_concurrent_requests_get_the_offline_answers(llm: DiffusionLLM) -> None:
+    prompts = [llm.encode(f"{count} + {count} ?") for count in range(6)]
+    lengths = [16, 40, 24, 64, 8, 33]
+    alone = [llm.generate([ids], max_tokens=length)[0] for ids, length in zip(prompts, lengths, strict=True)]
+
+    async def test(worker: EngineWorker) -> None:
+        requests = [Request(ids, length) for ids, length in zip(prompts, lengths, strict=True)]
+        answers = await asyncio.gather(*(read(worker.submit(request)) for request in requests))
+        for (ids, counted, forwards), output in zip(answers, alone, strict=True):
+            assert ids == output.token_ids
+            # Two slots for six requests: waiting forwards must not be counted.
+            assert counted == forwards == output.forwards
+        assert worker.in_flight == 0
+
+    run_worker(llm, test)
+
+
+def test_closed_request_frees_its_slot_within_a_forward(llm: DiffusionLLM, steps: threading.Semaphore) -> None:
+    async def test(worker: EngineWorker) -> None:
+        leaving = worker.submit(
+            Request(llm.encode("1"), 64, decoder=llm.engine.decoder.override(entropy_threshold=0.0))
+        )
+        await until(lambda: llm.engine.waiting == 1)
+        steps.release()
+        await until(lambda: llm.engine.active == 1)
+        leaving.close()
+        leaving.close()
+        assert worker.in_flight == 0
+        steps.release()  # the forward that may already have begun
+        await until(lambda: llm.engine.active == 0)
+        assert llm.engine.waiting == 0
+
+    run_worker(llm, test)
+
+
+def test_waiting_request_that_is_closed_never_runs(llm: DiffusionLLM, steps: threading.Semaphore) -> None:
+    async def test(worker: EngineWorker) -> None:
+        begun = llm.engine.forwards
+        running = [worker.submit(Request(llm.encode("1"), 16)) for _ in range(2)]
+        waiting = worker.submit(Request(llm.encode("2"), 64))
+        await until(lambda: llm.engine.waiting > 0)
+        steps.release()  # before it all three might not have arrived
+        await until(lambda: llm.engine.waiting == 1)
+        waiting.close()
+        steps.release(1000)
+        answers = [await read(submission) for submission in running]
+        longest = max(forwards for _, _, forwards in answers)
+        assert llm.engine.forwards - begun <= longest + 1  # the first may have started a forward before the second
+        assert waiting.forwards == 0
+        assert waiting.events.empty()
+
+    run_worker(llm, test)
+
+
+def test_full_queue_refuses(llm: DiffusionLLM) -> None:
+    async def test(worker: EngineWorker) -> None:
+        accepted = [worker.submit(Request(llm.encode("1"), 64)) for _ in range(3)]
+        with pytest.raises(Overloaded):
+            worker.submit(Request(llm.encode("1"), 64))
+        accepted[0].close()
+        accepted[0] = worker.submit(Request(llm.encode("1"), 8))
+        await asyncio.gather(*(read(submission) for submission in accepted))
+
+    run_worker(llm, test, capacity=3)
+
+
+def test_engine_exception_fails_all_in_flight(llm: DiffusionLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted = threading.Event()
+
+    def broken() -> Any:
+        assert submitted.wait(10)
+        raise RuntimeError("out of memory")
+
+    async def test(worker: EngineWorker) -> None:
+        assert worker.problem() is None
+        monkeypatch.setattr(llm.engine, "step", broken)
+        request = Request(llm.encode("1"), 8)
+        submissions = [worker.submit(request) for _ in range(3)]
+        submitted.set()
+        for submission in submissions:
+            with pytest.raises(EngineFailure):
+                await submission.next_event()
+        assert worker.in_flight == 0
+        assert worker.problem() == "the engine has failed"
+        with pytest.raises(EngineFailure):
+            worker.submit(Request(llm.encode("1"), 8))
+
+    run_worker(llm, test)
+    for request_id in range(1000):  # the fixture's engine is shared
+        llm.engine.cancel(request_id)
+
+
+def test_health_tells_of_a_forward_that_hangs(llm: DiffusionLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, release = llm.engine.step, threading.Event()
+
+    def hanging() -> Any:
+        assert release.wait(10)
+        return step()
+
+    async def test(worker: EngineWorker) -> None:
+        monkeypatch.setattr(llm.engine, "step", hanging)
+        submission = worker.submit(Request(llm.encode("1"), 8))
+        assert worker.problem() is None
+        await until(lambda: worker.problem() == "a forward has not ended for 0.2 s")
+        release.set()
+        await read(submission)
+        assert worker.problem() is None
+
+    run_worker(llm, test, timeout=0.2)

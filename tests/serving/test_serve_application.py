@@ -1,0 +1,190 @@
+"""The application on Ray Serve through the `openai` client, its YAML files, and how it starts and stops."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import yaml
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from d3llm_ray import config
+from d3llm_ray.errors import InputError
+from d3llm_ray.serving.app import DEPLOYMENT, build
+from d3llm_ray.serving.server import serve_in_background
+from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
+
+ROOT = Path(__file__).parents[2]
+MESSAGES: list[Any] = [{"role": "user", "content": "Tom has 5 apples and buys 7 more. How many now?"}]
+# One token a forward to the end of the canvas: the longest answer there is.
+SLOW = {"diffusion": {"entropy_threshold": 0.0, "early_stop": False}}
+LONG = 200
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, tiny_checkpoint: Path) -> Iterator[str]:
+    """One slot and no queue, so that a slot which is not freed shows at once."""
+    settings = ServeSettings(model=str(tiny_checkpoint), port=0, max_batch_size=1, max_queue=0)
+    with serve_in_background(settings) as url:
+        yield url
+    assert serve.status().applications == {}
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def ask(client: openai.OpenAI, **fields: Any) -> Any:
+    return client.chat.completions.create(model="tiny-random", messages=MESSAGES, **fields)
+
+
+def test_openai_client_gets_the_same_text_as_json_and_as_stream(client: openai.OpenAI) -> None:
+    whole = ask(client, max_tokens=48)
+    chunks = list(ask(client, max_tokens=48, stream=True, stream_options={"include_usage": True}))
+    streamed = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert streamed == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage.forwards > 0
+
+
+def test_models_and_health(client: openai.OpenAI, url: str) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny-random"]
+    with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
+        assert json.load(response) == {"status": "ok"}
+
+
+def test_errors_have_the_types_that_the_client_knows(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="other", messages=MESSAGES)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        ask(client, n=2)
+    assert bad.value.param == "n"
+    with pytest.raises(openai.BadRequestError) as long:
+        ask(client, max_tokens=10**9)
+    assert long.value.param == "max_tokens"
+
+
+def test_request_id_is_echoed_once(url: str) -> None:
+    request = urllib.request.Request(f"{url}/v1/models", headers={"X-Request-Id": "mine-1"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        assert response.headers.get_all("x-request-id") == ["mine-1"]
+
+
+def leave_and_return(client: openai.OpenAI, stream: bool, patience: float) -> float:
+    """Begin a long answer, leave, and come back; seconds until the slot is free."""
+    if stream:
+        chunks = ask(client, max_tokens=LONG, extra_body=SLOW, stream=True)
+        next(iter(chunks))
+        chunks.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            ask(client.with_options(timeout=patience), max_tokens=LONG, extra_body=SLOW)
+    began = time.monotonic()
+    while True:
+        try:
+            ask(client, max_tokens=1)
+            return time.monotonic() - began
+        except openai.RateLimitError:
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_leaves_frees_its_slot(client: openai.OpenAI, stream: bool) -> None:
+    """That Serve passes the news on; how many forwards it takes is tested without Serve."""
+    began = time.monotonic()
+    ask(client, max_tokens=LONG, extra_body=SLOW)
+    whole = time.monotonic() - began
+    # Were the slot kept, every attempt would wait for nearly the whole answer; a busy machine delays one or two.
+    assert min(leave_and_return(client, stream, whole / 10) for _ in range(5)) < whole / 2
+
+
+def test_busy_slot_refuses(client: openai.OpenAI) -> None:
+    chunks = ask(client, max_tokens=LONG, extra_body=SLOW, stream=True)
+    next(iter(chunks))
+    with pytest.raises(openai.RateLimitError) as full:
+        ask(client, max_tokens=1)
+    assert full.value.response.headers["retry-after"] == "1"
+    assert list(chunks)[-1].choices[0].finish_reason is not None
+
+
+@pytest.mark.parametrize("name", ["tiny", "llada-8b"])
+def test_yaml_is_what_serve_and_the_builder_accept(name: str) -> None:
+    content = yaml.safe_load((ROOT / "serve_configs" / f"{name}.yaml").read_text())
+    (application,) = ServeDeploySchema(**content).applications
+    module, _, attribute = application.import_path.partition(":")
+    assert getattr(import_module(module), attribute) is build
+    settings = config.build(ReplicaSettings, application.args)
+    settings.decoding()
+    (deployment,) = application.deployments
+    assert deployment.name == DEPLOYMENT
+    scaling = deployment.autoscaling_config
+    assert isinstance(scaling, dict)
+    assert 1 <= scaling["min_replicas"] < scaling["max_replicas"]
+    # The defaults (10 s between metrics, 30 s of delay) would sleep through a burst.
+    assert scaling["metrics_interval_s"] <= 1 < scaling["look_back_period_s"]
+    assert scaling["target_ongoing_requests"] <= settings.max_batch_size
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"modle": "x"}, "modle: unknown setting; accepted: model, "),
+        ({"port": 8000}, "port: unknown setting"),
+        ({"model": "nothing-here"}, "model: "),
+        ({"decoder": "d4llm"}, "decoder: unknown value 'd4llm'; accepted: d3llm, "),
+        ({"max_tokens": 512}, "max_tokens_limit: got 256; accepted: at least max_tokens, 512"),
+        ({"decoder_config": "missing.yaml"}, "config: cannot read 'missing.yaml'"),
+        ({"device": "tpu"}, "device: got 'tpu'"),
+    ],
+)
+def test_bad_arguments_stop_the_builder(tiny_checkpoint: Path, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        build({"model": str(tiny_checkpoint)} | args)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_decoder_config_names_preset_and_overrides(tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned.yaml"
+    tuned.write_text("decoder: d3llm\nentropy_threshold: 0.7\n")
+    decoder = ReplicaSettings(decoder_config=tuned).decoding()
+    assert (decoder.name, decoder.settings()["entropy_threshold"]) == ("d3llm", 0.7)
+    assert ReplicaSettings(decoder_config=tuned, decoder="d3llm").decoding() == decoder
+    with pytest.raises(InputError, match=r"^decoder: got 'vanilla'; accepted: d3llm, as decoder_config says"):
+        ReplicaSettings(decoder_config=tuned, decoder="vanilla").decoding()
+    tuned.write_text("entropy_threshold: 0.7\n")
+    with pytest.raises(InputError, match="has no 'decoder'; accepted: a preset's name"):
+        ReplicaSettings(decoder_config=tuned).decoding()
+
+
+def test_relative_paths_become_absolute(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    settings = ReplicaSettings(model=tiny_checkpoint.name).checked()
+    assert settings.model == str(tiny_checkpoint)
+    assert settings.model_id == tiny_checkpoint.name
+
+
+def test_occupied_port_is_one_line_and_exit_code_2(tiny_checkpoint: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "jobs.serve", "--model", str(tiny_checkpoint), "--port", str(port)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"d3llm-ray: port: {port} is in use on 127.0.0.1; accepted: a free port, or 0 for any"
