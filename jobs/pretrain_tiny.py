@@ -2,9 +2,11 @@
 
     python jobs/pretrain_tiny.py --output runs/pretrain          # resumes if interrupted
 
-Stages: `causal` (next token, answers only, single facts mixed in), `adapt` (masked diffusion, complementary
-masks, plain mean) and `sft` (LLaDA's SFT objective: i.i.d. masks at ratio p, every token loss over
-p x answer length; arXiv:2502.09992 and its GUIDELINES.md). The adaptation of causal weights follows Dream.
+Stages: `causal` (next token, answers only, single facts mixed in), `adapt` (masked diffusion under a random and a
+targeted mask, plain mean) and `sft` (LLaDA's SFT objective: i.i.d. masks at ratio p, every token loss over
+p x answer length; arXiv:2502.09992 and its GUIDELINES.md; off by default, for at this size its weights, up to 1 / p,
+cost accuracy: 200 steps of it took the shipped model from 91 to 83 %). The adaptation of causal weights follows
+Dream.
 """
 
 from __future__ import annotations
@@ -287,7 +289,7 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=32, help="bare sums a micro-batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint-every", type=int, default=200)
-    for stage, steps, lr in (("causal", 3000, 3e-3), ("adapt", 4500, 2e-3), ("sft", 600, 5e-4)):
+    for stage, steps, lr in (("causal", 3000, 3e-3), ("adapt", 5000, 2e-3), ("sft", 0, 5e-4)):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
         parser.add_argument(f"--{stage}-lr", type=float, default=lr)
     args = parser.parse_args()
@@ -302,6 +304,8 @@ def main() -> None:
             torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * shape.num_layers) if residual else 0.02)
     model.to(args.device)
     for stage in ("causal", "adapt", "sft"):
+        if getattr(args, f"{stage}_steps") == 0:
+            continue
         run_stage(model, stage, args, args.output)
         if stage == "causal":
             export(model, llama_config(args, tokenizer), {}, tokenizer, args.output / "tiny-ar")

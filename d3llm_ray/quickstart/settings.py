@@ -24,7 +24,7 @@ class QuickstartSettings(Settings):
 
     teacher: str = Field("tiny-llada", description="zoo name or checkpoint folder of the model to make faster")
     task: str = Field("arith", description="embedded task, or a prompts file with references")
-    rows: int = Field(1500, gt=0, description="trajectories to generate")
+    rows: int = Field(1400, gt=0, description="trajectories to generate")
     problems: int = Field(500, gt=0, description="test problems of the final table")
     trials: int = Field(8, gt=0, description="decoding settings that tuning tries")
     max_tokens: int = Field(64, gt=0, description="canvas in tokens")
@@ -79,6 +79,7 @@ class QuickstartSettings(Settings):
             "model": str(self.student),
             "task": self.task,
             "trials": self.trials,
+            "count": 200,
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "output": self.output / "tuning",

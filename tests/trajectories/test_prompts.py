@@ -146,4 +146,4 @@ def test_job_script_ends_with_code_2_and_one_line(
         runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 2
     stderr = capsys.readouterr().err
-    assert stderr.startswith("error: prompts: cannot read 'missing.parquet'") and stderr.count("\n") == 1
+    assert stderr.startswith("d3llm-ray: prompts: cannot read 'missing.parquet'") and stderr.count("\n") == 1

@@ -1,0 +1,125 @@
+"""The embedded models: their size, what they can do, and the script that trains them."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from d3llm_ray.decoding import DiffusionLLM
+from d3llm_ray.models import ZOO_NAMES, BlockCausal, Ragged, load_model, load_tokenizer, resolve_model
+from d3llm_ray.tasks import load_task
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "jobs" / "pretrain_tiny.py"
+
+
+@pytest.fixture(scope="module")
+def pretrain() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pretrain_tiny", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pretrain_tiny"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_embedded_models_are_small(name: str) -> None:
+    model, family = load_model(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 5_000_000
+    assert sum(file.stat().st_size for file in resolve_model(name).iterdir()) <= 12_000_000
+    tokenizer = load_tokenizer(name, family)
+    assert tokenizer is not None and len(tokenizer) == model.config.vocab_size
+    assert tokenizer.eos_token_id in family.stop_token_ids
+
+
+def test_tiny_llada_solves_the_task_and_is_honestly_uncertain() -> None:
+    """README: 91 % of 500; here 96 problems, so the bound is four standard errors below."""
+    task = load_task("arith")
+    problems = task.problems("test", 96)
+    llm = DiffusionLLM.from_pretrained("tiny-llada", decoder="vanilla", early_stop=True)
+    prompts = [problem.messages for problem in problems]
+
+    def correct(outputs) -> float:
+        return sum(task.is_correct(o.text, p.reference or "") for o, p in zip(outputs, problems, strict=True)) / 96
+
+    plain = llm.generate(prompts)
+    assert correct(plain) >= 0.79
+    assert all(max(output.reveal_steps) == output.forwards - 1 for output in plain)
+    fast = DiffusionLLM.from_pretrained("tiny-llada", decoder="d3llm-nocache", entropy_threshold=0.45).generate(prompts)
+    tokens_per_forward = sum(len(o.token_ids) for o in fast) / sum(o.forwards for o in fast)
+    assert 1.5 <= tokens_per_forward <= 4
+
+
+def test_tiny_ar_continues_a_solution() -> None:
+    """The causal half adds: next token after `Adding 7 gives 12 + 7 =`."""
+    model, family = load_model("tiny-ar")
+    tokenizer = load_tokenizer("tiny-ar", family)
+    assert tokenizer is not None and family.mask_token_id is None
+    for a, b in ((12, 7), (30, 15), (9, 9)):
+        ids = tokenizer(f"Adding {b} gives {a} + {b} =", add_special_tokens=False)["input_ids"]
+        hidden = model(torch.tensor(ids), Ragged.build([len(ids)], pattern=BlockCausal(1)))
+        assert tokenizer.decode(model.logits(hidden[-1:]).argmax(-1)).strip() == str(a + b)
+
+
+def test_targeted_masks_leave_their_target_predictable(pretrain: ModuleType) -> None:
+    corpus = pretrain.Corpus(0, 3)
+    kinds = set()
+    for _ in range(300):
+        example = corpus.example(0)
+        mask, target = pretrain.targeted_mask(example, 64, corpus.ids.equals)
+        assert mask[target]
+        if target in example.sums(corpus.ids.equals):
+            equation = slice(target - pretrain.OPERANDS, target)
+            assert not mask[equation].any()
+            assert example.response[target - 1] == corpus.ids.equals
+        after_only = bool(mask[target:].all()) and not mask[:target].any()
+        kinds.add(after_only)
+    assert kinds == {True, False}
+
+
+def test_losses_are_means_of_cross_entropies(pretrain: ModuleType) -> None:
+    """A model with a zero LM head is uniform: every mean is ln V; the SFT weighting keeps that on average."""
+    corpus = pretrain.Corpus(0, 3)
+    model, _ = load_model("tiny-llada")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    examples = [corpus.example(0) for _ in range(64)]
+    uniform = torch.tensor(model.config.vocab_size).log().item()
+    with torch.no_grad():
+        facts = pretrain.fact_loss(model, [corpus.fact() for _ in range(4)], corpus.ids.mask, "cpu").item()
+        adapt = pretrain.diffusion_loss(model, examples, 64, corpus.ids, "adapt", "cpu").item()
+        sft = [pretrain.diffusion_loss(model, examples, 64, corpus.ids, "sft", "cpu").item() for _ in range(4)]
+    assert facts == pytest.approx(uniform, rel=1e-4)
+    assert adapt == pytest.approx(2 * uniform, rel=1e-4)  # mean over the masked, and mean over the targets
+    assert sum(sft) / 4 == pytest.approx(uniform, rel=0.1)  # 1 / p makes every ratio count alike
+
+
+def test_the_script_trains_resumes_and_exports(tmp_path: Path) -> None:
+    command = [
+        sys.executable, str(SCRIPT), "--output", str(tmp_path), "--hidden-size", "16", "--num-layers", "1",
+        "--num-heads", "2", "--intermediate-size", "16", "--batch", "4", "--facts", "4", "--checkpoint-every", "1",
+        "--causal-steps", "2", "--adapt-steps", "2",
+    ]  # fmt: skip
+
+    def run(*more: str) -> None:
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, timeout=200, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    run("--sft-steps", "2")
+    causal, _ = load_model(tmp_path / "tiny-ar", dtype="auto")
+    llada, family = load_model(tmp_path / "tiny-llada", dtype="auto")
+    assert family.block_size == 16 and llada.lm_head.weight.dtype == torch.bfloat16
+    assert not llada.lm_head.weight.equal(causal.lm_head.weight)
+    assert not list(tmp_path.glob("*-partial.pt")) and not list(tmp_path.glob("*.tmp"))
+    # A stage that was cut off goes on from its checkpoint; finished stages are not repeated.
+    (tmp_path / "sft.pt").unlink()
+    stamps = [(tmp_path / f"{stage}.pt").stat().st_mtime_ns for stage in ("causal", "adapt")]
+    run("--sft-steps", "1")
+    assert stamps == [(tmp_path / f"{stage}.pt").stat().st_mtime_ns for stage in ("causal", "adapt")]
