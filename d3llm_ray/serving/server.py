@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import sys
 import threading
@@ -30,6 +31,9 @@ def run(settings: ServeSettings, progress: Progress | None = None) -> None:
     """Serve until interrupted (Ctrl-C, SIGTERM), then take everything down. `InputError` before Ray starts."""
     with serve_in_background(settings, progress) as url:
         print(_banner(settings, url), file=sys.stderr, flush=True)
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler of SIGTERM aborts the process: nothing would be taken down.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
