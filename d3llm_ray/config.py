@@ -124,7 +124,7 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
     argv = [_kebab(word, cls) for word in argv]
     own, rest = _split_own(parser, argv)
-    source = CliSettingsSource(cls, root_parser=parser, cli_prog_name=parser.prog)
+    source: CliSettingsSource[Any] = CliSettingsSource(cls, root_parser=parser, cli_prog_name=parser.prog)
     try:
         flags = source(args=rest)()
     except SettingsError as error:

@@ -74,7 +74,7 @@ class Corpus:
         self.rng = random.Random(seed)
         self.tokenizer = build_tokenizer(vocabulary_texts())
         self.stream = problems("train", seed=seed, max_steps=max_steps)
-        equals = self.tokenizer.convert_tokens_to_ids("▁=")
+        (equals,) = self.encode(" =")
         self.ids = SpecialIds(self.tokenizer.mask_token_id, self.tokenizer.eos_token_id, equals)
         self.waiting: dict[int, list[Example]] = {}
 
@@ -94,7 +94,7 @@ class Corpus:
         for _ in range(shots):
             messages += self._turns(next(self.stream))
         question, answer = self._turns(next(self.stream))
-        text = self.tokenizer.apply_chat_template([*messages, question], tokenize=False)
+        text = str(self.tokenizer.apply_chat_template([*messages, question], tokenize=False))
         return Example(self.encode(text), [*self.encode(answer["content"]), self.tokenizer.eos_token_id])
 
     def groups(self, step: int, count: int, size: int, length: Callable[[Example], int]) -> list[list[Example]]:

@@ -120,7 +120,7 @@ def _check_resources(settings: DistillSettings) -> None:
     """Refuse at once what an embedded cluster can never give; a real one may still grow."""
     if os.environ.get("RAY_ADDRESS"):
         return
-    have = ray.cluster_resources()
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for kind, each in (("CPU", settings.cpus_per_worker), ("GPU", int(settings.use_gpu))):
         total = int(have.get(kind, 0))
         accepted = f"at most {total // max(each, 1)}: this machine has {total} {kind}s and a worker takes {each}"
