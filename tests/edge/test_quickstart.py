@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from d3llm_ray.config import read_yaml
 from d3llm_ray.decoding import DiffusionLLM, decoder
 from d3llm_ray.models import load_model
+from d3llm_ray.trajectories.schema import read_trajectories
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -57,8 +57,7 @@ def test_every_stage_leaves_its_output_and_is_skipped_when_complete(tmp_path: Pa
 
     tuned = read_yaml(output / "settings.yaml")
     assert decoder(tuned.pop("decoder"), **tuned).name == "d3llm"
-    trajectories = pq.read_table(output / "trajectories")
-    assert trajectories.num_rows == 64
+    assert read_trajectories(str(output / "trajectories")).num_rows == 64
     teacher, _ = load_model("tiny-llada")
     student, family = load_model(output / "student")
     assert family.name == "llada"
