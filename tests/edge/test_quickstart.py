@@ -33,6 +33,11 @@ def _quickstart(output: Path, *arguments: str) -> tuple[str, float]:
     return done.stdout, time.monotonic() - started
 
 
+def _table(stdout: str) -> list[str]:
+    """The report's lines; Ray prints warnings of its own between them."""
+    return [line for line in stdout.splitlines() if line.startswith("|")]
+
+
 @pytest.mark.timeout(600)
 def test_every_stage_leaves_its_output_and_is_skipped_when_complete(tmp_path: Path) -> None:
     output = tmp_path / "quickstart"
@@ -73,4 +78,4 @@ def test_every_stage_leaves_its_output_and_is_skipped_when_complete(tmp_path: Pa
     again, second = _quickstart(output)
     assert second < 0.7 * first
     assert stamps == {path: path.stat().st_mtime_ns for path in (output / "student").iterdir()}
-    assert again.split("asked")[0] == table.split("asked")[0]  # the same measured table
+    assert _table(again) == _table(table)  # measured once
