@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +24,10 @@ from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.train import train_worker
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import read_configs, resolve_model
-from d3llm_ray.progress import Progress
+from d3llm_ray.progress import Progress, polled
 
 SETTINGS_FILE = "settings.yaml"
 METRICS_FILE = "metrics.jsonl"
-POLL_SECONDS = 0.5
 
 
 def run(settings: DistillSettings, progress: Progress | None = None) -> Path:
@@ -130,11 +128,6 @@ def _check_resources(settings: DistillSettings) -> None:
 @contextmanager
 def _watched(metrics: Path, max_steps: int, progress: Progress) -> Iterator[None]:
     """Show the run's progress from its metrics file while the body runs."""
-    stop = threading.Event()
-
-    def follow() -> None:
-        while not stop.wait(POLL_SECONDS):
-            show()
 
     def show() -> None:
         lines = read_metrics(metrics)
@@ -143,13 +136,10 @@ def _watched(metrics: Path, max_steps: int, progress: Progress) -> Iterator[None
             progress.update(last["step"], loss=last["loss"], window=last["window"], right=last["right"])
 
     progress.start("distill", max_steps, "step")
-    thread = threading.Thread(target=follow, name="distill-progress", daemon=True)
-    thread.start()
     try:
-        yield
+        with polled(show):
+            yield
     finally:
-        stop.set()
-        thread.join()
         show()
         progress.finish()
 

@@ -6,7 +6,6 @@ reads the prompts again and drops the committed ones. It works on file sources o
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from d3llm_ray.cluster import connect
 from d3llm_ray.config import to_yaml
 from d3llm_ray.errors import InputError
-from d3llm_ray.progress import Progress
+from d3llm_ray.progress import Progress, polled
 from d3llm_ray.tasks import Task
 from d3llm_ray.trajectories.plan import Plan, check_resumable, make_plan
 from d3llm_ray.trajectories.prompts import Prompt
@@ -30,8 +29,6 @@ from d3llm_ray.trajectories.schema import build_table
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.storage import COMPRESSION_LEVEL
 from d3llm_ray.trajectories.teacher import Teacher
-
-POLL_S = 0.5
 
 
 class Tally:
@@ -191,20 +188,9 @@ def _data_context(plan: Plan) -> DataContext:
 
 @contextmanager
 def _shown(progress: Progress, tally: Any, done: int) -> Iterator[None]:
-    """Keep the progress line up to date from a thread of its own while the job runs in this one."""
-    stop = threading.Event()
-
-    def poll() -> None:
-        while not stop.wait(POLL_S):
-            _show(progress, tally, done)
-
-    thread = threading.Thread(target=poll, name="trajectory-progress", daemon=True)
-    thread.start()
-    try:
+    """Keep the progress line up to date while the job runs."""
+    with polled(lambda: _show(progress, tally, done)):
         yield
-    finally:
-        stop.set()
-        thread.join()
     _show(progress, tally, done)
 
 
