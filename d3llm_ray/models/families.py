@@ -14,6 +14,7 @@ from d3llm_ray.errors import InputError, require, unknown
 from d3llm_ray.models.config import ModelConfig
 
 JsonDict = dict[str, Any]
+Attention = Literal["full", "block-causal", "causal"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Layout:
     layer_names: Mapping[str, str]
     read_config: Callable[[JsonDict], ModelConfig]
     logit_shift: bool
-    attention: Literal["full", "causal"]
+    attention: Attention
     turn_end_token_id: int | None  # of the published vocabulary; also ends an answer
     chat_template: str
 
@@ -160,7 +161,7 @@ _LLADA = Layout(
 )
 
 
-def _llama_layout(family: str, attention: Literal["full", "causal"]) -> Layout:
+def _llama_layout(family: str, attention: Attention) -> Layout:
     return Layout(
         family=family,
         top_names=_LLAMA_TOP,
@@ -174,9 +175,12 @@ def _llama_layout(family: str, attention: Literal["full", "causal"]) -> Layout:
     )
 
 
+FAST_DLLM_V2_MASK = 151665
+
 LAYOUTS: dict[str, Layout] = {  # by config.json's model_type
     "llada": _LLADA,
     "Dream": _llama_layout("dream", "full"),
+    "Fast_dLLM_Qwen": _llama_layout("fast_dllm_v2", "block-causal"),
     "qwen2": _llama_layout("qwen2", "causal"),
     "llama": _llama_layout("llama", "causal"),
 }
@@ -195,7 +199,11 @@ def read_family(config: JsonDict, generation_config: JsonDict) -> tuple[ModelCon
     stop_ids = [*eos_ids, *([stops] if isinstance(stops, int) else stops)]
     if layout.turn_end_token_id is not None and layout.turn_end_token_id < shape.vocab_size:
         stop_ids.append(layout.turn_end_token_id)
-    mask = _field(config, "mask_token_id") if layout.attention == "full" else None
+    mask = None
+    if layout.attention != "causal":
+        # Fast-dLLM v2's published config leaves the mask id to its code.
+        default = FAST_DLLM_V2_MASK if layout.attention == "block-causal" else None
+        mask = config.get("mask_token_id", default) or _field(config, "mask_token_id")
     pad = config.get("pad_token_id")
     family = Family(
         name=layout.family,
@@ -204,7 +212,7 @@ def read_family(config: JsonDict, generation_config: JsonDict) -> tuple[ModelCon
         eos_token_id=eos_ids[0],
         pad_token_id=eos_ids[0] if pad is None else pad,
         stop_token_ids=tuple(dict.fromkeys(stop_ids)),
-        block_size=generation_config.get("block_size", 32),
+        block_size=generation_config.get("block_size") or config.get("bd_size") or 32,
         config=config,
         generation_config=generation_config,
     )

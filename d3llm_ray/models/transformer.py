@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d3llm_ray.models.attention import Attend, sdpa_attention
 from d3llm_ray.models.config import ModelConfig
 from d3llm_ray.models.kv_cache import KVCache
 from d3llm_ray.models.ragged import Ragged
@@ -47,28 +48,28 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.attend: Attend = sdpa_attention
         size, kv_size, bias = config.hidden_size, config.num_kv_heads * config.head_dim, config.qkv_bias
         self.q_proj = nn.Linear(size, size, bias=bias)
         self.k_proj = nn.Linear(size, kv_size, bias=bias)
         self.v_proj = nn.Linear(size, kv_size, bias=bias)
         self.o_proj = nn.Linear(size, size, bias=False)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], ragged: Ragged, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        ragged: Ragged,
+        cache: KVCache | None,
+        rows: Tensor | None,
+    ) -> Tensor:
         q = rotate(self.q_proj(x).view(-1, self.num_heads, self.head_dim), *angles)
         k = rotate(self.k_proj(x).view(-1, self.num_kv_heads, self.head_dim), *angles)
         v = self.v_proj(x).view(-1, self.num_kv_heads, self.head_dim)
-        if cache is None:
-            keys, values = ragged.to_rectangle(k), ragged.to_rectangle(v)  # [B, W, kv heads, head dim]
-        else:
-            keys, values = cache.update(self.layer, k, v, ragged)  # [B, S, kv heads, head dim]
-        mixed = F.scaled_dot_product_attention(
-            ragged.to_rectangle(q).transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=ragged.mask,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )  # [B, heads, W, head dim]
-        out: Tensor = self.o_proj(ragged.to_packed(mixed.transpose(1, 2)).flatten(1))
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v, ragged)
+        mixed = self.attend(q, k, v, ragged).flatten(1)  # [T, hidden]
+        out: Tensor = self.o_proj(mixed if rows is None else mixed[rows])
         return out
 
 
@@ -92,8 +93,16 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], ragged: Ragged, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, ragged, cache)
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        ragged: Ragged,
+        cache: KVCache | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        mixed = self.self_attn(self.input_layernorm(x), angles, ragged, cache, rows)
+        x = (x if rows is None else x[rows]) + mixed
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -111,18 +120,28 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, token_ids: Tensor, ragged: Ragged, cache: KVCache | None = None) -> Tensor:
-        """Packed `token_ids` [T] -> final hidden states [T, hidden_size].
+    def forward(
+        self, token_ids: Tensor, ragged: Ragged, cache: KVCache | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Packed `token_ids` [T] -> final hidden states [T, hidden_size], or only those of `rows` [N].
 
-        Without a cache a row attends to its own window only, which must then start at position 0 of its
-        sequence to be the whole of it; with one, to key positions [0, key_lengths[b]) of its slot.
+        Without a cache a row attends to its own window only, which must then start at position 0 of its sequence to
+        be the whole of it; with one, to key positions [0, key_lengths[b]) of its span. With `rows`, the last layer
+        computes keys and values for all tokens and the rest for those rows alone.
         """
         angles = rotary_angles(ragged.positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(token_ids)
-        for layer in self.layers:
-            x = layer(x, angles, ragged, cache)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x = layer(x, angles, ragged, cache, rows if number == last else None)
         out: Tensor = self.norm(x)
         return out
+
+    def use_attention(self, attend: Attend) -> None:
+        """Choose the attention backend of every layer (`attention.py`)."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend = attend
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head on the given rows only: [N, hidden_size] -> [N, vocab_size]."""

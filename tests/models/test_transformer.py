@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import BlockCausal, KVCache, ModelConfig, Ragged, Transformer
+from d3llm_ray.models.attention import choose_attention, flash_attention, sdpa_attention
 
 
 def _model(kv_heads: int = 2, bias: bool = True, seed: int = 0) -> Transformer:
@@ -77,8 +79,8 @@ def test_ragged_rows_equal_each_row_alone(kv_heads: int, bias: bool, block: int 
     model = _model(kv_heads, bias)
     rows = [list(range(1, 10)), [3, 1, 4], [36] * 17, [5]]
     origins = [4, 0, 6, 0]
-    pattern = None if block is None else BlockCausal(block)
-    ragged = Ragged.build([len(row) for row in rows], pattern=pattern, origins=origins)
+    patterns = None if block is None else [BlockCausal(block, origin) for origin in origins]
+    ragged = Ragged.build([len(row) for row in rows], patterns=patterns)
     packed = torch.tensor([token for row in rows for token in row])
     hidden = model(packed, ragged).split(list(ragged.lengths))
     for row, origin, result in zip(rows, origins, hidden, strict=True):
@@ -98,22 +100,75 @@ def test_neighbours_never_change_a_row(lengths: list[int], seed: int) -> None:
 
 
 def test_windows_against_a_cache_equal_full_forwards() -> None:
-    """Two slots of different lengths: write everything, then recompute a window each against frozen keys."""
+    """Two spans of different lengths: write everything, then recompute a window each against frozen keys."""
     model = _model()
     rows = [torch.arange(20) % 37, torch.arange(9) + 5]
-    cache = KVCache(model.config, slots=3, capacity=32, dtype=torch.float32, device="cpu")
-    # What an earlier request left in the slots must not be seen.
-    cache.keys.fill_(7.0)
-    cache.values.fill_(7.0)
-    cache.select(torch.tensor([2, 0]))
-    full = model(torch.cat(rows), Ragged.build([20, 9]), cache)
+    cache = KVCache(model.config, 64, dtype=torch.float32, device="cpu")
+    # What lies around the spans must not be seen, not even as a NaN that a mask cannot hide.
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+    bases = [40, 3]
+    full = model(torch.cat(rows), Ragged.build([20, 9], bases=bases), cache)
     torch.testing.assert_close(full, model(torch.cat(rows), Ragged.build([20, 9])), atol=2e-5, rtol=1e-5)
     starts, ends = [12, 3], [20, 7]
     window = torch.cat([row[a:b] for row, a, b in zip(rows, starts, ends, strict=True)])
-    ragged = Ragged.build([8, 4], starts, key_lengths=[20, 9])
+    ragged = Ragged.build([8, 4], starts, key_lengths=[20, 9], bases=bases)
     result = model(window, ragged, cache)
     expected = torch.cat((full[12:20], full[20 + 3 : 20 + 7]))
     torch.testing.assert_close(result, expected, atol=2e-5, rtol=1e-5)
+    alone = model(rows[1][3:7], Ragged.build([4], [3], key_lengths=[9], bases=[3]), cache)
+    torch.testing.assert_close(alone, expected[8:], atol=2e-5, rtol=1e-5)
+
+
+def test_the_last_layer_computes_only_the_rows_asked_for() -> None:
+    model = _model(2, True)
+    ids, ragged, rows = torch.arange(25), Ragged.build([9, 16]), torch.tensor([0, 8, 9, 24, 3])
+    torch.testing.assert_close(model(ids, ragged, rows=rows), model(ids, ragged)[rows], atol=1e-6, rtol=1e-5)
+
+
+def _varlen_oracle(q, k, v, query_offsets, key_offsets, longest_query, longest_key, causal):
+    """flash_attn_varlen_func's contract in float64, a sequence at a time."""
+    assert not causal and longest_query == int(query_offsets.diff().max())
+    assert longest_key == int(key_offsets.diff().max()) and int(key_offsets[-1]) == len(k)
+    parts = []
+    for row in range(len(query_offsets) - 1):
+        queries = q[query_offsets[row] : query_offsets[row + 1]].double()
+        group = q.shape[1] // k.shape[1]
+        keys = k[key_offsets[row] : key_offsets[row + 1]].double().repeat_interleave(group, dim=1)
+        values = v[key_offsets[row] : key_offsets[row + 1]].double().repeat_interleave(group, dim=1)
+        weights = torch.einsum("qhd,khd->hqk", queries, keys).div(q.shape[-1] ** 0.5).softmax(-1)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(parts).to(q.dtype)
+
+
+def test_flash_attention_gets_the_layout_of_its_contract() -> None:
+    """With a stand-in that implements flash-attn's signature literally: ragged windows, with and without a cache."""
+    model = _model(2).bfloat16()
+    rows, bases = [torch.arange(20) % 37, torch.arange(9) + 5], [40, 3]
+    layouts = [
+        ([20, 9], Ragged.build([20, 9]), False),
+        ([20, 9], Ragged.build([20, 9], bases=bases), True),
+        ([8, 4], Ragged.build([8, 4], [12, 3], [20, 9], bases=bases), True),
+    ]
+    results = []
+    for attend in (sdpa_attention, partial(flash_attention, _varlen_oracle)):
+        model.use_attention(attend)
+        cache = KVCache(model.config, 64, dtype=torch.bfloat16, device="cpu")
+        parts = []
+        for lengths, ragged, cached in layouts:
+            ids = torch.cat([row[-length:] for row, length in zip(rows, lengths, strict=True)])
+            parts.append(model(ids, ragged, cache if cached else None).float())
+        results.append(parts)
+    for plain, flash in zip(*results, strict=True):
+        torch.testing.assert_close(plain, flash, atol=0.05, rtol=0.05)
+
+
+def test_attention_backends_are_chosen_and_refused() -> None:
+    assert choose_attention("auto", torch.device("cpu")) is sdpa_attention
+    with pytest.raises(InputError, match=r"attention.*accepted: auto, flash-attn, sdpa"):
+        choose_attention("fast", torch.device("cpu"))
+    with pytest.raises(InputError, match="flash-attn is not installed"):
+        choose_attention("flash-attn", torch.device("cpu"))
 
 
 def test_norm_and_rotary_are_computed_in_float32() -> None:
