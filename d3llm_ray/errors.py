@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class DecodingError(RuntimeError):
+    """A request that could not be decoded through no fault of its sender, such as NaN logits."""
+
+
 def unknown(field: str, value: object, accepted: Iterable[object]) -> InputError:
     """Build the error for a name that is not in a closed set."""
     names = ", ".join(sorted(str(name) for name in accepted))

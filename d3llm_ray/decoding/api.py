@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from d3llm_ray.decoding.engine import Completion, Engine, Request
+from d3llm_ray.decoding.engine import Engine
 from d3llm_ray.decoding.presets import Decoder, decoder
-from d3llm_ray.errors import InputError
-from d3llm_ray.models import Family, Transformer, encode_chat, load_model, load_tokenizer
+from d3llm_ray.decoding.request import Completion, Request
+from d3llm_ray.decoding.text import CommittedText
+from d3llm_ray.errors import DecodingError, InputError, require
+from d3llm_ray.models import Family, Transformer, encode_chat, load_model, load_tokenizer, read_configs
+from d3llm_ray.models.attention import choose_attention
 
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]
 
@@ -36,6 +40,7 @@ class Output:
     tokens_per_forward: float
     reveal_steps: list[int]
     reveal_entropies: list[float]
+    reveal_logprobs: list[float]
     response_ids: list[int]
 
 
@@ -57,14 +62,20 @@ class DiffusionLLM:
         dtype: str = "float32",
         device: str = "cpu",
         max_batch_size: int = 32,
+        attention: str = "auto",
         **settings: Any,
     ) -> DiffusionLLM:
         """Load a zoo model or checkpoint folder; `settings` override the decoder preset's.
 
+        `attention`: "auto" takes flash-attn where it is installed on CUDA, "sdpa" or "flash-attn" say which.
+
         Raises `InputError` for an unknown model, decoder or setting, before any weight is read where possible.
         """
         chosen = _resolve(decoder, settings)
+        chosen.check(read_configs(name_or_path)[1])
+        backend = choose_attention(attention, torch.device(device))
         model, family = load_model(name_or_path, dtype, device)
+        model.use_attention(backend)
         tokenizer = load_tokenizer(name_or_path, family)
         size = len(tokenizer) if tokenizer is not None else None
         engine = Engine(model, family, chosen, max_batch_size=max_batch_size, vocabulary_size=size)
@@ -99,36 +110,67 @@ class DiffusionLLM:
         temperature: float = 0.0,
         seed: int = 0,
         progress: ProgressLike | None = None,
+        *,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
         **settings: Any,
     ) -> list[Output]:
         """Decode every prompt; answers come in the order of `prompts` and do not depend on each other.
 
-        `settings` override the decoder's for this call. Raises `InputError` before any forward.
+        Sampling and stopping are those of `Request`; a `stop` string ends the answer before it, and its text is
+        left out. `settings` override the decoder's for this call. Raises `InputError` before any forward, and
+        `DecodingError` for a prompt whose logits are not finite.
         """
+        stops = _check_stops(stop)
+        require(not stops or self.tokenizer is not None, "stop", stops, "none: this checkpoint has no tokenizer")
         chosen = self.engine.decoder.override(**settings)
         encoded = [self.encode(prompt) for prompt in prompts]
-        requests = [Request(ids, max_tokens, temperature, seed, chosen) for ids in encoded]
+        requests = [
+            Request(ids, max_tokens, temperature, seed, chosen, top_p, top_k, stop_token_ids, ignore_eos)
+            for ids in encoded
+        ]
         for number, request in enumerate(requests):
             try:
                 self.engine.check(request)
             except InputError as error:
                 raise InputError(f"prompts[{number}]: {error}") from error
         index_of = {self.engine.submit(request): index for index, request in enumerate(requests)}
+        texts = [CommittedText(self.decode, stops) for _ in prompts] if stops else []
         outputs: dict[int, Output] = {}
         try:
             while len(outputs) < len(requests):
                 for event in self.engine.step():
                     index = index_of.get(event.request_id)
-                    if index is not None and event.completion is not None:
-                        outputs[index] = self._output(encoded[index], event.completion)
-                        if progress is not None:
-                            progress.update(len(outputs))
+                    if index is None:
+                        continue
+                    if event.error is not None:
+                        raise DecodingError(f"prompts[{index}]: {event.error}")
+                    completion = event.completion
+                    if stops:
+                        texts[index].push(event.token_ids)
+                        if texts[index].stopped:
+                            completion = completion or self.engine.cancel(event.request_id)
+                    if completion is not None:
+                        outputs[index] = self._output(encoded[index], completion)
+                        if stops and texts[index].stopped:
+                            outputs[index] = _cut(outputs[index], texts[index])
+                    if progress is not None and index in outputs:
+                        progress.update(len(outputs))
         finally:
             # An interrupted call leaves no request behind in the engine.
             for request_id, index in index_of.items():
                 if index not in outputs:
                     self.engine.cancel(request_id)
         return [outputs[index] for index in range(len(requests))]
+
+    def with_decoder(self, decoder: Decoder) -> DiffusionLLM:
+        """The same loaded model behind an engine with another decoder and a cache of its own."""
+        size, vocabulary = self.engine.max_batch_size, self.engine.vocabulary_size
+        engine = Engine(self.model, self.family, decoder, max_batch_size=size, vocabulary_size=vocabulary)
+        return DiffusionLLM(self.model, self.family, self.tokenizer, engine)
 
     def _output(self, prompt_ids: list[int], completion: Completion) -> Output:
         return Output(
@@ -141,8 +183,28 @@ class DiffusionLLM:
             tokens_per_forward=len(completion.token_ids) / completion.forwards,
             reveal_steps=completion.reveal_steps,
             reveal_entropies=completion.reveal_entropies,
+            reveal_logprobs=completion.reveal_logprobs,
             response_ids=completion.response_ids,
         )
+
+
+def _cut(output: Output, text: CommittedText) -> Output:
+    """An answer that a stop string ended: its tokens go up to the one that completed the string."""
+    ids = output.token_ids[: text.tokens]
+    return replace(
+        output,
+        text=text.text,
+        token_ids=ids,
+        finish_reason="stop",
+        tokens_per_forward=len(ids) / output.forwards,
+    )
+
+
+def _check_stops(stop: Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for text in stops:
+        require(isinstance(text, str) and bool(text), "stop", text, "strings of one character or more")
+    return stops
 
 
 def _resolve(name_or_decoder: str | Decoder, settings: dict[str, Any]) -> Decoder:

@@ -15,39 +15,59 @@ BoolArray = NDArray[np.bool_]
 class Canvas:
     """Prompt followed by `size` response positions, all masked at first (d3LLM, arXiv:2601.07568, section 4).
 
-    Response positions are counted from 0 behind the prompt; `tokens` is indexed absolutely. Blocks have
-    `block_size` positions; the last one is shorter where `size` is no multiple.
+    Response positions are counted from 0 behind the prompt; `tokens` is indexed absolutely. Blocks have `block_size`
+    positions; the last one is shorter where `size` is no multiple, and with `aligned` blocks, which end at absolute
+    multiples of `block_size`, the first one is. `stop_ids` are the tokens that end this request's answer.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], size: int, block_size: int, mask_id: int) -> None:
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        size: int,
+        block_size: int,
+        mask_id: int,
+        *,
+        aligned: bool = False,
+        created: int = 1,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
         self.prompt_length = len(prompt_ids)
         self.size = size
-        self.tokens: IntArray = np.full(self.prompt_length + size, mask_id, dtype=np.int64)
+        self.block_size = block_size
+        self.length = self.prompt_length + size  # absolute: prompt and response
+        self.tokens: IntArray = np.full(self.length, mask_id, dtype=np.int64)
         self.tokens[: self.prompt_length] = prompt_ids
+        self.response = self.tokens[self.prompt_length :]  # a view
         self.masked: BoolArray = np.ones(size, dtype=np.bool_)
         self.reveal_step: IntArray = np.zeros(size, dtype=np.int64)
         self.reveal_entropy: FloatArray = np.zeros(size, dtype=np.float32)
+        self.reveal_logprob: FloatArray = np.zeros(size, dtype=np.float32)
         self.forwards = 0
-        self.stop: int | None = None  # response position of the first stop token, once early stop has seen one
+        self.stop_ids = tuple(stop_ids)
+        self.stop: int | None = None  # response position of the first revealed stop token
         # Block state. `created`: the first so many blocks may be decoded; `activated`: decoded at full effort.
-        self.starts: IntArray = np.arange(0, size, block_size, dtype=np.int64)
-        self.ends: IntArray = np.minimum(self.starts + block_size, size)
+        head = -self.prompt_length % block_size if aligned else 0
+        starts = np.arange(head, size, block_size, dtype=np.int64)
+        self.starts: IntArray = np.concatenate(([0], starts)) if head else starts
+        self.ends: IntArray = np.append(self.starts[1:], size)
         self.mask_counts: IntArray = self.ends - self.starts
-        self.created = 1
+        self.created = created
         self.activated: BoolArray = np.zeros(len(self.starts), dtype=np.bool_)
         self.steps_in_block: IntArray = np.zeros(len(self.starts), dtype=np.int64)
-        # Cache state: absolute positions [0, cached) have frozen keys; forward at which a span was seen finished.
+        # Cache state: absolute positions [0, cached) have frozen keys; forward at which a span was seen finished;
+        # the block or sub-block that the last full forward was made for.
         self.cached = 0
         self.finished_at: dict[int, int] = {}
-
-    @property
-    def length(self) -> int:
-        """Absolute length: prompt and response."""
-        return self.prompt_length + self.size
+        self.entered = -1
 
     @property
     def num_blocks(self) -> int:
         return len(self.starts)
+
+    @property
+    def created_end(self) -> int:
+        """End of the created blocks (response position)."""
+        return int(self.ends[self.created - 1]) if self.created else 0
 
     @property
     def progress(self) -> NDArray[np.float64]:
@@ -62,33 +82,34 @@ class Canvas:
     @property
     def committed(self) -> int:
         """Length of the contiguous revealed prefix of the response: it never changes any more."""
-        masks = np.flatnonzero(self.masked)
-        return int(masks[0]) if masks.size else self.size
+        return int(self.masked.argmax()) if self.masked.any() else self.size
 
-    def commit(self, positions: IntArray, token_ids: IntArray, entropies: FloatArray) -> None:
+    def commit(self, positions: IntArray, token_ids: IntArray, entropies: FloatArray, logprobs: FloatArray) -> None:
         """Reveal response `positions` with their tokens, in the forward that has just been counted."""
-        self.tokens[self.prompt_length + positions] = token_ids
+        self.response[positions] = token_ids
         self.masked[positions] = False
         self.reveal_step[positions] = self.forwards - 1
         self.reveal_entropy[positions] = entropies
+        self.reveal_logprob[positions] = logprobs
         self._count_masks()
+        stops = positions[np.isin(token_ids, self.stop_ids)]
+        if stops.size:
+            self.stop = min(int(stops.min()), self.size if self.stop is None else self.stop)
 
-    def fill_after_stop(self, stop_ids: Sequence[int], eos_id: int) -> None:
+    def fill_after_stop(self, eos_id: int) -> None:
         """Early stop: everything behind the first stop token becomes end-of-text (d3LLM's `handle_early_stop`).
 
         The first stop position may move left as earlier positions are revealed.
         """
-        response = self.tokens[self.prompt_length :]
-        end = self.size if self.stop is None else self.stop
-        found = np.flatnonzero(np.isin(response[:end], stop_ids) & ~self.masked[:end])
-        if found.size == 0:
-            return
-        self.stop = int(found[0])
-        tail = slice(self.stop + 1, None)
-        self.reveal_step[tail][self.masked[tail]] = self.forwards - 1
-        response[tail] = eos_id
-        self.masked[tail] = False
-        self.created = self.num_blocks
+        if self.stop is not None:
+            self.fill(self.stop + 1, eos_id)
+            self.created = self.num_blocks
+
+    def fill(self, start: int, token_id: int) -> None:
+        """Write `token_id` to every response position from `start` on; masks there count as revealed now."""
+        self.reveal_step[start:][self.masked[start:]] = max(self.forwards - 1, 0)
+        self.response[start:] = token_id
+        self.masked[start:] = False
         self._count_masks()
 
     def _count_masks(self) -> None:

@@ -7,79 +7,55 @@ returns depends on its neighbours.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from d3llm_ray.decoding.batch import Group, Span, groups, max_group_tokens
 from d3llm_ray.decoding.caches import Window
-from d3llm_ray.decoding.canvas import Canvas, IntArray
+from d3llm_ray.decoding.canvas import Canvas
+from d3llm_ray.decoding.memory import MemoryPlan, PositionPool, plan_memory
 from d3llm_ray.decoding.presets import Decoder
+from d3llm_ray.decoding.profile import StepProfile
+from d3llm_ray.decoding.request import Completion, Event, Request, Reveal
 from d3llm_ray.decoding.rules import family_rules
-from d3llm_ray.decoding.statistics import TokenStatistics, row_keys, token_statistics
+from d3llm_ray.decoding.sampling import Sampling, row_keys
+from d3llm_ray.decoding.schedules import Opening
+from d3llm_ray.decoding.statistics import TokenStatistics, token_statistics
 from d3llm_ray.errors import InputError, require
-from d3llm_ray.models import Family, KVCache, Ragged, Transformer
+from d3llm_ray.models import Family, KVCache, Transformer
 
-CAPACITY_STEP = 64  # cache positions are added in multiples of this
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt to decode.
-
-    `max_tokens` is what the answer may have at most; the canvas is that rounded up to whole blocks. `decoder`
-    None takes the engine's own.
-    """
-
-    prompt_ids: Sequence[int]
-    max_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-    decoder: Decoder | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished request. Lists over the canvas have one entry for each response position."""
-
-    token_ids: list[int]  # the answer: before the stop token, at most max_tokens
-    finish_reason: str  # "stop" or "length"
-    forwards: int  # model forwards in which the request took part, full and refresh ones included
-    response_ids: list[int]  # the whole canvas, stop token and padding included
-    reveal_steps: list[int]  # 0-based forward that revealed each position
-    reveal_entropies: list[float]  # nats, at the reveal
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step changed for one request: newly committed answer tokens, and the completion at the end."""
-
-    request_id: int
-    token_ids: list[int]
-    completion: Completion | None = None
+logger = logging.getLogger("d3llm_ray.decoding")
 
 
 @dataclass
 class _Row:
-    """A request that holds a slot."""
+    """A request that is being decoded."""
 
     request_id: int
     request: Request
     decoder: Decoder
     canvas: Canvas
-    slot: int
+    base: int | None  # place of its canvas in the KV pool, where its decoder uses one
     sent: int = 0  # answer tokens reported so far
-    eligible: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    opening: Opening | None = None
+
+    @property
+    def guidance(self) -> float:
+        return float(getattr(self.decoder.selection, "cfg_scale", 0.0))
 
 
 class Engine:
     """Continuous batching over one model.
 
     `vocabulary_size` is the number of ids that have a token (defaults to the LM head's rows); ids from there on
-    are never predicted. At most `max_batch_size` requests decode at a time; the others wait in order.
+    are never predicted. At most `max_batch_size` requests decode at a time, and only as many as the KV pool of
+    `kv_positions` (default: what fits in memory) has room for; the others wait in order.
     """
 
     def __init__(
@@ -90,30 +66,33 @@ class Engine:
         *,
         max_batch_size: int = 32,
         vocabulary_size: int | None = None,
+        kv_positions: int | None = None,
     ) -> None:
-        if family.mask_token_id is None:
-            raise InputError(
-                f"decoder: {decoder.name!r} cannot decode a {family.name!r} model: it is causal and has no mask token; "
-                "accepted: a masked-diffusion model (llada, dream)"
-            )
+        decoder.check(family)
         require(max_batch_size >= 1, "max_batch_size", max_batch_size, "a positive whole number")
+        require(kv_positions is None or kv_positions >= 1, "kv_positions", kv_positions, "a positive whole number")
         self.model, self.family, self.decoder = model, family, decoder
         self.max_batch_size = max_batch_size
         self.vocabulary_size = min(vocabulary_size or model.config.vocab_size, model.config.vocab_size)
         self.context = model.config.max_position_embeddings
-        self.forwards = 0  # model forwards run so far
-        self._mask_id = family.mask_token_id
+        self.steps = 0  # so far; a step is one forward of every active request
+        self.profile = StepProfile()
+        self.capture: list[tuple[Tensor, Any, KVCache | None, Tensor]] | None = None  # of forwards, for replay
         self._rules = family_rules(family)
         self._device = model.embed_tokens.weight.device
+        self._max_tokens = max_group_tokens(self._device)
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[_Row] = []
-        self._free_slots = list(range(max_batch_size - 1, -1, -1))
         self._next_id = 0
-        self._cache: KVCache | None = None
+        self._plan_of_memory = plan_memory(
+            model, self.vocabulary_size, self.context, max_batch_size, self._max_tokens, kv_positions
+        )
+        self._pool = PositionPool(self._plan_of_memory.kv_positions)
+        self._cache = self._allocate() if decoder.caching.uses_cache else None
 
     @property
     def active(self) -> int:
-        """Requests that hold a slot."""
+        """Requests that are being decoded."""
         return len(self._rows)
 
     @property
@@ -121,22 +100,21 @@ class Engine:
         """Requests accepted but not yet started."""
         return len(self._waiting)
 
+    def memory_plan(self) -> MemoryPlan:
+        """What the engine's memory is for."""
+        return self._plan_of_memory
+
     def check(self, request: Request) -> None:
         """Raise `InputError` for a request that this engine can never decode."""
-        require(request.max_tokens >= 1, "max_tokens", request.max_tokens, "a positive whole number")
-        hot = 0.0 <= request.temperature < float("inf")
-        require(hot, "temperature", request.temperature, "a number, 0 or more")
-        length = len(request.prompt_ids)
-        require(length >= 1, "prompt", "no tokens", "one token or more")
-        room = self.context - length
-        if room < request.max_tokens:
-            raise InputError(
-                f"prompt: {length} tokens and max_tokens {request.max_tokens} exceed the model's context of "
-                f"{self.context}; accepted: together at most {self.context}"
-            )
-        ids = np.asarray(request.prompt_ids)
-        valid = ids.dtype.kind in "iu" and int(ids.min()) >= 0 and int(ids.max()) < self.model.config.vocab_size
-        require(valid, "prompt", "a token id out of range", f"ids from 0 to {self.model.config.vocab_size - 1}")
+        request.check(self.decoder, self.family, self.model.config.vocab_size, self.context)
+        if (request.decoder or self.decoder).caching.uses_cache:
+            size, _ = request.canvas_size(self.decoder, self.family, self.context)
+            length = len(request.prompt_ids) + size
+            if length > self._pool.positions:
+                raise InputError(
+                    f"prompt: prompt and canvas need {length} positions of the KV pool; accepted: together at most "
+                    f"{self._pool.positions} (kv_positions)"
+                )
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns its id. `InputError` when `check` refuses it."""
@@ -145,124 +123,191 @@ class Engine:
         self._waiting.append((request_id, request))
         return request_id
 
-    def cancel(self, request_id: int) -> None:
-        """Forget a request, waiting or active; its slot is free at once. Unknown ids are ignored."""
+    def cancel(self, request_id: int) -> Completion | None:
+        """Forget a request, waiting or active; its memory is free at once. Unknown ids are ignored.
+
+        Returns what an active one had committed, with the finish reason "abort".
+        """
         self._waiting = deque(item for item in self._waiting if item[0] != request_id)
         for row in [row for row in self._rows if row.request_id == request_id]:
             self._release(row)
+            return self._completion(row, row.sent, "abort") if row.canvas.forwards else None
+        return None
 
     def step(self) -> list[Event]:
         """Run one forward for every active request; returns what changed (nothing when idle)."""
         self._admit()
         if not self._rows:
             return []
-        windows = [self._plan(row) for row in self._rows]
-        statistics = self._forward(windows)
-        self.forwards += 1
-        events, begin = [], 0
-        for row in list(self._rows):
-            rows = slice(begin, begin + len(row.eligible))
-            begin = rows.stop
-            self._update(row, statistics, rows)
-            event = self._event(row)
+        self.steps += 1
+        profile = self.profile
+        with profile.time("plan"):
+            spans = [span for index, row in enumerate(self._rows) for span in self._plan(index, row)]
+            batch = [Group.build(group, self._device) for group in groups(spans, self._device, self._max_tokens)]
+            ordered = [span for group in batch for span in group.sequences]
+            sampling = self._sampling([span for span in ordered if not span.twin])
+        with torch.inference_mode():
+            with profile.time("forward"):
+                hidden = torch.cat([self._forward(group) for group in batch]) if batch[1:] else self._forward(batch[0])
+            with profile.time("statistics"):
+                statistics = self._score(hidden, ordered, sampling)
+        with profile.time("update"):
+            return self._update_all([span for span in ordered if not span.twin], statistics)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._rows) < self.max_batch_size:
+            request_id, request = self._waiting[0]
+            chosen, base = request.decoder or self.decoder, None
+            canvas = request.canvas(self.decoder, self.family, self.context)
+            if chosen.caching.uses_cache:
+                base = self._pool.take(canvas.length)
+                if base is None:
+                    return  # those that run will free their spans
+                self._cache = self._cache or self._allocate()
+            self._waiting.popleft()
+            self._rows.append(_Row(request_id, request, chosen, canvas, base))
+
+    def _allocate(self) -> KVCache:
+        for line in self._plan_of_memory.lines():
+            logger.info(line)
+        weight = self.model.embed_tokens.weight
+        return KVCache(self.model.config, self._pool.positions, dtype=weight.dtype, device=weight.device)
+
+    def _release(self, row: _Row) -> None:
+        self._rows.remove(row)
+        if row.base is not None:
+            self._pool.give_back(row.base, row.canvas.length)
+
+    def _plan(self, index: int, row: _Row) -> list[Span]:
+        """The sequences that a request has in the next forward."""
+        canvas = row.canvas
+        canvas.forwards += 1
+        row.opening = row.decoder.schedule.open(canvas)
+        window: Window = row.decoder.caching.window(canvas, row.opening, self._rules)
+        first = canvas.prompt_length - window.start - self._rules.logit_shift
+        span = Span(index, canvas.tokens[window.start : window.end], window, row.base, row.opening.eligible + first)
+        if row.guidance == 0.0:
+            return [span]
+        tokens = canvas.tokens.copy()
+        assert self.family.mask_token_id is not None  # the decoder has checked
+        tokens[: canvas.prompt_length] = self.family.mask_token_id
+        return [span, replace(span, tokens=tokens[window.start : window.end], twin=True)]
+
+    def _sampling(self, spans: list[Span]) -> Sampling:
+        requests = [self._rows[span.row].request for span in spans]
+        counts = [len(span.scored) for span in spans]
+        hot = any(request.temperature > 0 for request in requests)
+        keys = [
+            row_keys(row.request.seed, row.opening.eligible, row.canvas.forwards)
+            for row in (self._rows[span.row] for span in spans)
+            if hot and row.opening is not None
+        ]
+        return Sampling(
+            np.repeat(np.array([request.temperature for request in requests], dtype=np.float32), counts),
+            np.repeat(np.array([request.top_p for request in requests], dtype=np.float32), counts),
+            np.repeat(np.array([request.top_k for request in requests], dtype=np.int64), counts),
+            np.concatenate(keys) if hot else np.zeros(sum(counts), dtype=np.uint64),
+        )
+
+    def _forward(self, group: Group) -> Tensor:
+        """One model call: hidden states of the group's scored rows, [N, hidden_size]."""
+        cache = self._cache if group.sequences[0].base is not None else None
+        if self.capture is not None:
+            self.capture.append((group.token_ids, group.ragged, cache, group.scored))
+        ragged, profile = group.ragged, self.profile
+        profile.forwards += 1
+        profile.rows += len(ragged.lengths)
+        profile.window_tokens += sum(ragged.lengths)
+        profile.key_positions += sum(ragged.key_lengths)
+        profile.attended += sum(n * keys for n, keys in zip(ragged.lengths, ragged.key_lengths, strict=True))
+        profile.scored_rows += group.scored.numel()
+        out: Tensor = self.model(group.token_ids, ragged, cache, group.scored)
+        return out
+
+    def _score(self, hidden: Tensor, ordered: list[Span], sampling: Sampling) -> TokenStatistics:
+        rows = self._rows
+        options: dict[str, Any] = {
+            "vocabulary": self.vocabulary_size,
+            "mask_id": self.family.mask_token_id,
+            "sampling": sampling,
+            "margins": any(row.decoder.selection.needs_margins for row in rows),
+        }
+        if not any(span.twin for span in ordered):
+            return token_statistics(self.model, hidden, **options)
+        ends = np.cumsum([len(span.scored) for span in ordered])
+        places = {
+            (span.row, span.twin): range(end - len(span.scored), end) for span, end in zip(ordered, ends, strict=True)
+        }
+        own = [span for span in ordered if not span.twin]
+        conditional = [place for span in own for place in places[span.row, False]]
+        twins = [place for span in own for place in places.get((span.row, True), places[span.row, False])]
+        scales = np.repeat(
+            np.array([rows[span.row].guidance for span in own], dtype=np.float32), [len(span.scored) for span in own]
+        )
+        return token_statistics(self.model, hidden[conditional], guidance=(hidden[twins], scales), **options)
+
+    def _update_all(self, spans: list[Span], statistics: TokenStatistics) -> list[Event]:
+        rows, events, begin = list(self._rows), [], 0
+        for span in spans:
+            end = begin + len(span.scored)
+            event = self._update(rows[span.row], statistics.rows(begin, end))
+            begin = end
             if event is not None:
                 events.append(event)
         return events
 
-    def _admit(self) -> None:
-        while self._waiting and self._free_slots:
-            request_id, request = self._waiting.popleft()
-            chosen = request.decoder or self.decoder
-            block = chosen.block_size or self.family.block_size
-            rounded = -(-request.max_tokens // block) * block
-            # A context too short for whole blocks shortens the last one instead of refusing the request.
-            size = min(rounded, self.context - len(request.prompt_ids))
-            canvas = Canvas(request.prompt_ids, size, block, self._mask_id)
-            self._rows.append(_Row(request_id, request, chosen, canvas, self._free_slots.pop()))
-
-    def _release(self, row: _Row) -> None:
-        self._rows.remove(row)
-        self._free_slots.append(row.slot)
-
-    def _plan(self, row: _Row) -> Window:
-        canvas = row.canvas
-        canvas.forwards += 1
-        row.eligible, active_end = row.decoder.schedule.open(canvas)
-        window = row.decoder.caching.window(canvas, active_end, self._rules)
-        if self.family.logit_shift and window.start > 0:
-            # The row that predicts the window's first token is the one before it: computed with it every time.
-            return Window(window.start - 1, window.end, window.key_length)
-        return window
-
-    def _forward(self, windows: list[Window]) -> TokenStatistics:
-        """One batched forward; statistics of every row's eligible positions, row after row."""
-        rows = self._rows
-        tokens = [row.canvas.tokens[w.start : w.end] for row, w in zip(rows, windows, strict=True)]
-        ragged = Ragged.build(
-            [w.end - w.start for w in windows],
-            [w.start for w in windows],
-            [w.key_length for w in windows],
-            device=self._device,
-        )
-        first = np.cumsum([0] + [len(window) for window in tokens[:-1]])
-        shift = 1 if self.family.logit_shift else 0
-        scored = np.concatenate(
-            [
-                begin + row.canvas.prompt_length + row.eligible - window.start - shift
-                for row, window, begin in zip(rows, windows, first, strict=True)
-            ]
-        )
-        counts = [len(row.eligible) for row in rows]
-        temperatures = np.repeat(np.array([row.request.temperature for row in rows], dtype=np.float32), counts)
-        keys = np.concatenate([row_keys(row.request.seed, row.eligible, row.canvas.forwards) for row in rows])
-        with torch.inference_mode():
-            hidden = self.model(self._put(np.concatenate(tokens)), ragged, self._select_cache(windows))
-            chosen = hidden[self._put(scored)]
-            return token_statistics(self.model, chosen, self.vocabulary_size, self._mask_id, temperatures, keys)
-
-    def _select_cache(self, windows: list[Window]) -> KVCache | None:
-        if not any(row.decoder.caching.uses_cache for row in self._rows):
-            return None
-        needed = max(row.canvas.length for row in self._rows)
-        if self._cache is None or self._cache.capacity < needed:
-            capacity = min(-(-needed // CAPACITY_STEP) * CAPACITY_STEP, self.context)
-            dtype = self.model.embed_tokens.weight.dtype
-            grown = KVCache(self.model.config, self.max_batch_size, capacity, dtype=dtype, device=self._device)
-            if self._cache is not None:
-                grown.copy_from(self._cache)
-            self._cache = grown
-        self._cache.select(self._put(np.array([row.slot for row in self._rows], dtype=np.int64)))
-        return self._cache
-
-    def _put(self, array: IntArray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-    def _update(self, row: _Row, statistics: TokenStatistics, rows: slice) -> None:
-        entropy, confidence = statistics.entropy[rows], statistics.confidence[rows]
-        revealed, forced = row.decoder.selection.select(row.canvas, row.eligible, entropy, confidence, self._rules)
-        tokens = np.where(forced, statistics.argmax[rows], statistics.sampled[rows])
-        row.canvas.commit(row.eligible[revealed], tokens[revealed], entropy[revealed])
+    def _update(self, row: _Row, statistics: TokenStatistics) -> Event | None:
+        canvas, opening = row.canvas, row.opening
+        assert opening is not None
+        if not statistics.finite.all():
+            self._release(row)
+            error = f"request {row.request_id}: the model's logits are NaN or infinite in forward {canvas.forwards}"
+            return Event(row.request_id, [], canvas.forwards, error=error)
+        revealed, forced = row.decoder.selection.select(canvas, opening, statistics, self._rules, row.request.seed)
+        tokens = np.where(forced, statistics.argmax, statistics.sampled)[revealed]
+        positions, entropies = opening.eligible[revealed], statistics.entropy[revealed]
+        canvas.commit(positions, tokens, entropies, statistics.logprob[revealed])
         if row.decoder.early_stop:
-            row.canvas.fill_after_stop(self.family.stop_token_ids, self.family.eos_token_id)
+            canvas.fill_after_stop(self.family.eos_token_id)
+        reveal = None
+        if row.request.reveals:
+            reveal = Reveal(canvas.forwards - 1, positions.tolist(), tokens.tolist(), entropies.tolist())
+        return self._event(row, reveal)
 
-    def _event(self, row: _Row) -> Event | None:
-        """Report newly committed answer tokens; finish the request when nothing it may return is masked."""
-        canvas, limit = row.canvas, row.request.max_tokens
-        answer = canvas.tokens[canvas.prompt_length : canvas.prompt_length + min(canvas.committed, limit)]
-        stops = np.flatnonzero(np.isin(answer, self.family.stop_token_ids))
-        if stops.size:
-            answer = answer[: stops[0]]
-        new = answer[row.sent :].tolist()
-        row.sent = max(row.sent, len(answer))
-        if canvas.masked[:limit].any():
-            return Event(row.request_id, new) if new else None
+    def _finished(self, row: _Row) -> bool:
+        """Nothing that may be returned is masked; a growing canvas also ends with its stop token's blocks."""
+        canvas = row.canvas
+        if not canvas.masked[: row.request.max_tokens].any():
+            return True
+        stopped = row.decoder.schedule.growing and canvas.stop is not None
+        return stopped and not canvas.masked[: canvas.created_end].any()
+
+    def _event(self, row: _Row, reveal: Reveal | None) -> Event | None:
+        """Report newly committed answer tokens; finish the request when it is complete."""
+        canvas = row.canvas
+        end = min(canvas.committed, row.request.max_tokens)
+        stopped = canvas.stop is not None and canvas.stop < end
+        if canvas.stop is not None:
+            end = min(end, canvas.stop)
+        new: list[int] = canvas.response[row.sent : end].tolist()
+        row.sent = max(row.sent, end)
+        if not self._finished(row):
+            return Event(row.request_id, new, canvas.forwards, None, reveal) if new or reveal else None
         self._release(row)
-        completion = Completion(
-            token_ids=answer.tolist(),
-            finish_reason="stop" if stops.size else "length",
+        if row.decoder.schedule.growing and canvas.masked.any():
+            canvas.fill(int(np.flatnonzero(canvas.masked)[0]), self.family.eos_token_id)
+        completion = self._completion(row, end, "stop" if stopped else "length")
+        return Event(row.request_id, new, canvas.forwards, completion, reveal)
+
+    @staticmethod
+    def _completion(row: _Row, end: int, reason: str) -> Completion:
+        canvas = row.canvas
+        return Completion(
+            token_ids=canvas.response[:end].tolist(),
+            finish_reason=reason,
             forwards=canvas.forwards,
-            response_ids=canvas.tokens[canvas.prompt_length :].tolist(),
+            response_ids=canvas.response.tolist(),
             reveal_steps=canvas.reveal_step.tolist(),
             reveal_entropies=canvas.reveal_entropy.tolist(),
+            reveal_logprobs=canvas.reveal_logprob.tolist(),
         )
-        return Event(row.request_id, new, completion)

@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from d3llm_ray.decoding.caches import Caching, DelayedCache, NoCache
-from d3llm_ray.decoding.schedules import MultiBlock, Schedule, SequentialBlocks
-from d3llm_ray.decoding.selections import EntropyThreshold, Selection, TopK
+from d3llm_ray.decoding.caches import (
+    BlockCache,
+    Caching,
+    CausalCache,
+    DelayedCache,
+    NoCache,
+    PipelineCache,
+    SubBlockCache,
+)
+from d3llm_ray.decoding.remasking import DREAM_RULES, TopK
+from d3llm_ray.decoding.rules import family_rules
+from d3llm_ray.decoding.schedules import (
+    GrowingMultiBlock,
+    MultiBlock,
+    NextToken,
+    Schedule,
+    SequentialBlocks,
+    SubBlocks,
+)
+from d3llm_ray.decoding.selections import (
+    AllEligible,
+    BlockwiseConfidence,
+    ConfidenceThreshold,
+    EntropyThreshold,
+    Scripted,
+    SubBlockConfidence,
+)
 from d3llm_ray.errors import InputError, require, unknown
+from d3llm_ray.models import Family
 
+Selection = (
+    TopK | EntropyThreshold | ConfidenceThreshold | SubBlockConfidence | BlockwiseConfidence | AllEligible | Scripted
+)
 Part = TypeVar("Part", bound=Schedule | Selection | Caching)
+Needs = Literal["a masked-diffusion model with full attention", "a masked model with shifted logits", "a causal model"]
+_FULL: Needs = "a masked-diffusion model with full attention"
+_SHIFTED: Needs = "a masked model with shifted logits"
+_CAUSAL: Needs = "a causal model"
 
 
 @dataclass(frozen=True)
@@ -22,16 +54,23 @@ class Decoder:
     selection: Selection
     caching: Caching
     block_size: int | None = None
-    early_stop: bool = True
+    early_stop: bool = False
+    needs: Needs = _FULL
 
     def __post_init__(self) -> None:
-        positive = self.block_size is None or (isinstance(self.block_size, int) and self.block_size > 0)
-        require(positive, "block_size", self.block_size, "a positive number of tokens, or null for the model's own")
+        size = self.block_size
+        positive = size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
+        require(positive, "block_size", size, "a positive number of tokens, or null for the model's own")
         require(isinstance(self.early_stop, bool), "early_stop", self.early_stop, "true or false")
+        sub, fixed = getattr(self.schedule, "sub_block_size", 1), self.schedule.fixed_block_size
+        require(size is None or size % sub == 0, "block_size", size, f"a multiple of sub_block_size {sub}")
+        require(fixed in (None, size), "block_size", size, str(fixed))
 
     def settings(self) -> dict[str, Any]:
         """Every setting that may be overridden, with its value."""
-        values: dict[str, Any] = {"block_size": self.block_size, "early_stop": self.early_stop}
+        values: dict[str, Any] = {}
+        if self.schedule.fixed_block_size is None:
+            values = {"block_size": self.block_size, "early_stop": self.early_stop}
         for part in (self.schedule, self.selection, self.caching):
             values.update((field.name, getattr(part, field.name)) for field in fields(part))
         return values
@@ -42,7 +81,7 @@ class Decoder:
         for name, value in settings.items():
             if name not in accepted:
                 raise InputError(
-                    f"{name}: no setting of decoder {self.name!r}; accepted: {', '.join(sorted(accepted))}"
+                    f"{name}: no setting of decoder {self.name!r}; accepted: {', '.join(sorted(accepted)) or 'none'}"
                 )
             _check_number(name, value, accepted[name])
         own = {name: settings[name] for name in ("block_size", "early_stop") if name in settings}
@@ -53,6 +92,34 @@ class Decoder:
             caching=_with(self.caching, settings),
             **own,
         )
+
+    def scripted(self, tokens_per_forward: float) -> Decoder:
+        """A copy that reveals a fixed mean number of tokens a forward, whatever the model says: for benchmarks."""
+        return replace(self, selection=Scripted(tokens_per_forward))
+
+    def check(self, family: Family) -> None:
+        """Raise `InputError` with the reason when checkpoints of `family` cannot be decoded this way."""
+        attention, masked = family.layout.attention, family.mask_token_id is not None
+        fits = {
+            _FULL: masked and attention == "full",
+            _SHIFTED: masked and family.logit_shift,
+            _CAUSAL: attention == "causal",
+        }[self.needs]
+        if fits:
+            return
+        traits = "causal and has no mask token" if not masked else f"trained with {attention} attention"
+        if masked and not family.logit_shift:
+            traits += " and unshifted logits, so that no row predicts a block's boundary token"
+        raise InputError(
+            f"decoder: {self.name!r} cannot decode a {family.name!r} model: it is {traits}; accepted: {self.needs}"
+        )
+
+    def block_length(self, family: Family, canvas: int) -> int:
+        """Positions a block for a canvas of `canvas` positions: Dream's plain samplers know one block only."""
+        if self.schedule.fixed_block_size is not None:
+            return self.schedule.fixed_block_size
+        whole = isinstance(self.selection, TopK) and self.selection.rule(family_rules(family)) in DREAM_RULES
+        return self.block_size or (canvas if whole else family.block_size)
 
 
 def _with(part: Part, settings: dict[str, Any]) -> Part:
@@ -67,15 +134,20 @@ def _check_number(name: str, value: Any, default: Any) -> None:
         require(number, name, value, "a number")
 
 
-# Published defaults: LLaDA's generate.py, dParallel's and d3LLM's evaluation scripts. Early stop is d3LLM's; the
-# older decoders fill their whole canvas, which is how their forwards are counted in the literature.
+# Published defaults: LLaDA's generate.py, Fast-dLLM's, dParallel's, D2F's and d3LLM's evaluation scripts. Early stop is
+# d3LLM's; the older decoders fill what they have begun, which is how their forwards are counted in the literature.
 PRESETS: dict[str, Decoder] = {
     decoder.name: decoder
     for decoder in (
-        Decoder("vanilla", SequentialBlocks(), TopK(), NoCache(), early_stop=False),
-        Decoder("dparallel", SequentialBlocks(), EntropyThreshold(), NoCache(), early_stop=False),
-        Decoder("d3llm-nocache", MultiBlock(), EntropyThreshold(), NoCache()),
-        Decoder("d3llm", MultiBlock(), EntropyThreshold(), DelayedCache()),
+        Decoder("vanilla", SequentialBlocks(), TopK(), NoCache()),
+        Decoder("fast-dllm-prefix", SequentialBlocks(), ConfidenceThreshold(), BlockCache("prefix")),
+        Decoder("fast-dllm-dual", SequentialBlocks(), ConfidenceThreshold(), BlockCache("dual")),
+        Decoder("dparallel", SequentialBlocks(), EntropyThreshold(), BlockCache()),
+        Decoder("d2f", GrowingMultiBlock(), BlockwiseConfidence(), PipelineCache()),
+        Decoder("fast-dllm-v2", SubBlocks(), SubBlockConfidence(), SubBlockCache(), needs=_SHIFTED),
+        Decoder("d3llm-nocache", MultiBlock(), EntropyThreshold(), NoCache(), early_stop=True),
+        Decoder("d3llm", MultiBlock(), EntropyThreshold(), DelayedCache(), early_stop=True),
+        Decoder("autoregressive", NextToken(), AllEligible(), CausalCache(), block_size=1, needs=_CAUSAL),
     )
 }
 

@@ -15,12 +15,11 @@ class FamilyRules:
     strict_threshold: bool  # Dream reveals at H < threshold, LLaDA at H <= threshold
     always_reveal_best: bool  # LLaDA reveals the lowest-entropy position of all active blocks in every forward
     serial_stabilising: bool  # LLaDA's cache delays add up block after block, Dream's overlap
-    order: Literal["confidence", "entropy"]  # what vanilla decoding ranks by
-
-
-_LLADA = FamilyRules(strict_threshold=False, always_reveal_best=True, serial_stabilising=True, order="confidence")
-_DREAM = FamilyRules(strict_threshold=True, always_reveal_best=False, serial_stabilising=False, order="entropy")
+    remasking: Literal["low_confidence", "entropy"]  # what vanilla decoding ranks by
+    logit_shift: bool  # the logits row before a position predicts it
 
 
 def family_rules(family: Family) -> FamilyRules:
-    return _LLADA if family.name == "llada" else _DREAM
+    """LLaDA's rules, or Dream's for every family with shifted logits."""
+    shifted = family.logit_shift
+    return FamilyRules(shifted, not shifted, not shifted, "entropy" if shifted else "low_confidence", shifted)

@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from d3llm_ray.decoding.canvas import BoolArray, Canvas, FloatArray, IntArray
+from d3llm_ray.decoding.canvas import BoolArray, Canvas
 from d3llm_ray.decoding.rules import FamilyRules
+from d3llm_ray.decoding.schedules import Opening
+from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.errors import require
 
+Flags = tuple[BoolArray, BoolArray]  # (revealed, forced) over the eligible positions
 
-@dataclass(frozen=True)
-class TopK:
-    """A fixed number of positions a forward: `steps` forwards for the whole canvas (LLaDA generate.py).
 
-    A block of m masks that has S forwards reveals m // S positions in each, and one more in the first
-    m % S. `steps` None means one token a forward.
-    """
-
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        require(self.steps is None or self.steps > 0, "steps", self.steps, "a positive whole number or null")
-
-    def select(
-        self, canvas: Canvas, eligible: IntArray, entropy: FloatArray, confidence: FloatArray, rules: FamilyRules
-    ) -> tuple[BoolArray, BoolArray]:
-        """(revealed, forced) flags over `eligible`; the two statistics have one figure for each of them.
-
-        A forced position takes the most probable token whatever the temperature.
-        """
-        block = canvas.first_open_block()
-        start, end = int(canvas.starts[block]), int(canvas.ends[block])
-        total = min(self.steps or canvas.size, canvas.size)
-        steps = max(1, total * end // canvas.size - total * start // canvas.size)
-        step = int(canvas.steps_in_block[block])
-        quota = (end - start) // steps + (step < (end - start) % steps)
-        canvas.steps_in_block[block] += 1
-        ranking = -confidence if rules.order == "confidence" else entropy
-        chosen = np.argsort(ranking, kind="stable")[: max(1, quota)]  # ties: the lowest position
-        revealed = np.zeros(len(eligible), dtype=np.bool_)
-        revealed[chosen] = True
-        return revealed, np.zeros_like(revealed)
+def _best_of(scores: np.ndarray, where: BoolArray) -> int:
+    """Index of the highest score among `where`; the lowest index on ties."""
+    return int(np.argmax(np.where(where, scores, -np.inf)))
 
 
 @dataclass(frozen=True)
@@ -54,26 +31,134 @@ class EntropyThreshold:
     """
 
     entropy_threshold: float = 0.45
+    needs_margins: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         accepted = "a number of nats, 0 or more"
         require(self.entropy_threshold >= 0, "entropy_threshold", self.entropy_threshold, accepted)
 
     def select(
-        self, canvas: Canvas, eligible: IntArray, entropy: FloatArray, confidence: FloatArray, rules: FamilyRules
-    ) -> tuple[BoolArray, BoolArray]:
-        """As `TopK.select`."""
-        threshold = np.float32(self.entropy_threshold)
+        self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
+    ) -> Flags:
+        """(revealed, forced) flags over the eligible positions, of which `statistics` has one row each.
+
+        A forced position takes the most probable token whatever the temperature.
+        """
+        entropy, threshold = statistics.entropy, np.float32(self.entropy_threshold)
         revealed = entropy < threshold if rules.strict_threshold else entropy <= threshold
         if rules.always_reveal_best:
             revealed[np.argmin(entropy)] = True
         forced = np.zeros_like(revealed)
         block = np.flatnonzero(canvas.activated & (canvas.mask_counts > 0))[0]
-        in_block = eligible < canvas.ends[block]  # nothing before the first open block is eligible
+        in_block = opening.eligible < canvas.ends[block]  # nothing before the first open block is eligible
         if not revealed[in_block].any():
             best = int(np.argmin(entropy[in_block]))
             revealed[best] = forced[best] = True
         return revealed, forced
 
 
-Selection = TopK | EntropyThreshold
+@dataclass(frozen=True)
+class _Confidence:
+    confidence_threshold: float = 0.9
+    needs_margins: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        accepted = "a probability from 0 to 1"
+        require(0.0 <= self.confidence_threshold <= 1.0, "confidence_threshold", self.confidence_threshold, accepted)
+
+
+@dataclass(frozen=True)
+class ConfidenceThreshold(_Confidence):
+    """Every position whose token has at least the threshold's probability, and always the best (Fast-dLLM v1,
+    arXiv:2505.22618, section 3.3).
+
+    With `factor` f instead: positions by falling confidence, as long as the n-th has at least 1 - f / (n + 1).
+    """
+
+    factor: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        accepted = "a number above 0, or null for the threshold"
+        number = isinstance(self.factor, int | float) and 0.0 < self.factor < math.inf
+        require(self.factor is None or number, "factor", self.factor, accepted)
+
+    def select(
+        self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
+    ) -> Flags:
+        """As `EntropyThreshold.select`."""
+        confidence = statistics.confidence
+        if self.factor is None:
+            revealed = confidence >= min(np.float32(self.confidence_threshold), confidence.max())
+        else:
+            order = np.argsort(-confidence, kind="stable")
+            passes = confidence[order] >= 1.0 - self.factor / (np.arange(len(order)) + 2.0)
+            passes[0] = True
+            revealed = np.zeros(len(order), dtype=np.bool_)
+            revealed[order[np.logical_and.accumulate(passes)]] = True
+        return revealed, np.zeros_like(revealed)
+
+
+@dataclass(frozen=True)
+class SubBlockConfidence(_Confidence):
+    """Fast-dLLM v2: above the threshold, and always the best; a block's boundary token is the most probable one."""
+
+    def select(
+        self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
+    ) -> Flags:
+        """As `EntropyThreshold.select`."""
+        confidence = statistics.confidence
+        revealed = confidence > np.float32(self.confidence_threshold)
+        revealed[np.argmax(confidence)] = True
+        return revealed, np.full_like(revealed, opening.boundary)
+
+
+@dataclass(frozen=True)
+class BlockwiseConfidence(_Confidence):
+    """D2F: above the threshold in every block; a fully activated block with none reveals its best."""
+
+    def select(
+        self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
+    ) -> Flags:
+        """As `EntropyThreshold.select`."""
+        confidence, eligible = statistics.confidence, opening.eligible
+        revealed = confidence > np.float32(self.confidence_threshold)
+        for block in np.flatnonzero(canvas.activated & (canvas.mask_counts > 0)):
+            inside = (eligible >= canvas.starts[block]) & (eligible < canvas.ends[block])
+            if not revealed[inside].any():
+                revealed[_best_of(confidence, inside)] = True
+        return revealed, np.zeros_like(revealed)
+
+
+@dataclass(frozen=True)
+class AllEligible:
+    """Whatever the schedule opens: autoregressive decoding's one next token."""
+
+    needs_margins: ClassVar[bool] = False
+
+    def select(
+        self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
+    ) -> Flags:
+        """As `EntropyThreshold.select`."""
+        revealed = np.ones(len(opening.eligible), dtype=np.bool_)
+        return revealed, np.zeros_like(revealed)
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A fixed mean number of tokens a forward, from the left: a real schedule for a model with random weights."""
+
+    tokens_per_forward: float
+    needs_margins: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        accepted = "a number, 1 or more"
+        require(1.0 <= self.tokens_per_forward < math.inf, "tokens_per_forward", self.tokens_per_forward, accepted)
+
+    def select(
+        self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
+    ) -> Flags:
+        """As `EntropyThreshold.select`."""
+        due = int(canvas.forwards * self.tokens_per_forward) - int(canvas.masked.size - canvas.masked.sum())
+        revealed = np.arange(len(opening.eligible)) < max(1, due)
+        return revealed, np.zeros_like(revealed)

@@ -28,6 +28,11 @@ class CommittedText:
         return self._stop_tokens is not None
 
     @property
+    def text(self) -> str:
+        """What is certain so far."""
+        return self._sent
+
+    @property
     def tokens(self) -> int:
         """Tokens of the answer; with a stop string, up to and including the one that completed it."""
         return len(self._ids) if self._stop_tokens is None else self._stop_tokens

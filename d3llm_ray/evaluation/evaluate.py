@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from d3llm_ray.decoding import Decoder, DiffusionLLM, Engine, Output
+from d3llm_ray.decoding import Decoder, DiffusionLLM, Output
 from d3llm_ray.errors import require
 from d3llm_ray.evaluation.rows import Row, Sample, summarise
 from d3llm_ray.progress import Progress
@@ -66,13 +66,6 @@ def evaluate(
         warmup=min(warmup, len(prompts)),
         max_batch_size=llm.engine.max_batch_size,
     )
-
-
-def with_decoder(llm: DiffusionLLM, decoder: Decoder) -> DiffusionLLM:
-    """The same loaded model behind an engine with another decoder and a cache of its own."""
-    size, vocabulary = llm.engine.max_batch_size, llm.engine.vocabulary_size
-    engine = Engine(llm.model, llm.family, decoder, max_batch_size=size, vocabulary_size=vocabulary)
-    return DiffusionLLM(llm.model, llm.family, llm.tokenizer, engine)
 
 
 def decoding_settings(decoder: Decoder) -> dict[str, Any]:

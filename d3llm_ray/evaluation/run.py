@@ -18,7 +18,7 @@ from d3llm_ray.decoding import Decoder, DiffusionLLM
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.checkpoints import fingerprint
 from d3llm_ray.evaluation.decoders import decoder_label, read_decoder, sweep_decoder
-from d3llm_ray.evaluation.evaluate import decoding_settings, evaluate, with_decoder
+from d3llm_ray.evaluation.evaluate import decoding_settings, evaluate
 from d3llm_ray.evaluation.plots import plot_report
 from d3llm_ray.evaluation.report import Report, score, write_text
 from d3llm_ray.evaluation.rows import Row, Sample
@@ -128,7 +128,7 @@ def _measure_all(
             loaded = item.model
         assert llm is not None
         row = evaluate(
-            with_decoder(llm, item.decoder),
+            llm.with_decoder(item.decoder),
             tasks[item.task],
             problems[item.task],
             settings.max_tokens,

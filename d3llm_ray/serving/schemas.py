@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 4
+MAX_STOP_IDS = 64
 MAX_STOP_LENGTH = 256
 MAX_MESSAGES = 1024
 MAX_SEED = 2**63 - 1
@@ -22,7 +23,6 @@ FinishReason = Literal["stop", "length"]
 # send those by default; any other value must not be ignored in silence.
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "n": (1,),
-    "top_p": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "frequency_penalty": (0,),
@@ -82,7 +82,8 @@ class ChatRequest(_Strict):
     """`POST /v1/chat/completions`.
 
     `diffusion` overrides decoding settings of the server's decoder for this request, for example
-    `{"entropy_threshold": 0.3}`. `user` is accepted and ignored.
+    `{"entropy_threshold": 0.3}`. `top_k` (0: off), `stop_token_ids` and `ignore_eos` mean what they mean in vLLM.
+    `user` is accepted and ignored.
     """
 
     model: str
@@ -90,7 +91,11 @@ class ChatRequest(_Strict):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0.0, le=2.0)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    top_k: int | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS)
+    ignore_eos: bool | None = None
     stop: Annotated[list[StopString], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)] = []
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from jinja2 import TemplateError
 
 from d3llm_ray.decoding import Decoder, DiffusionLLM, Request
+from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.errors import ApiError, bad_input
 from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest, FinishReason, ModelCard, Usage
 from d3llm_ray.serving.settings import ReplicaSettings
-from d3llm_ray.serving.text import CommittedText
 from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded, Submission
 
 RETRY_AFTER_S = 1
@@ -42,16 +42,18 @@ class Answer:
         """The next committed text, never empty, or None at the end. Raises `ApiError` when the engine fails."""
         while self.finish_reason is None:
             try:
-                event, forwards = await self._submission.next_event()
+                event = await self._submission.next_event()
             except EngineFailure as error:
                 raise ApiError(500, f"{error}; ask again", code="engine_failed") from error
+            if event.error is not None:
+                raise ApiError(500, event.error, code="decoding_failed")
             text = self._text.push(event.token_ids)
             if event.completion is not None:
                 text += self._text.finish()
             if self._text.stopped:
-                self._end("stop", forwards)
+                self._end("stop", event.forwards)
             elif event.completion is not None:
-                self._end("stop" if event.completion.finish_reason == "stop" else "length", forwards)
+                self._end("stop" if event.completion.finish_reason == "stop" else "length", event.forwards)
             if text:
                 self._note_first()
                 return text
@@ -143,6 +145,10 @@ class ChatService:
             temperature=request.temperature or 0.0,
             seed=secrets.randbelow(MAX_SEED) if request.seed is None else request.seed,
             decoder=decoder,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            top_k=request.top_k or 0,
+            stop_token_ids=request.stop_token_ids or (),
+            ignore_eos=bool(request.ignore_eos),
         )
 
     def check_model(self, name: str) -> None:

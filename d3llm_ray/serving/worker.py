@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Literal
 
 from d3llm_ray.decoding import Engine, Event, Request
@@ -37,12 +36,11 @@ class Submission:
 
     request: Request
     worker: EngineWorker
-    events: asyncio.Queue[tuple[Event, int] | Exception] = field(default_factory=asyncio.Queue)
-    forwards: int = 0  # it took part in so far; of the engine's thread alone, as is the next
-    engine_id: int | None = None
+    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    engine_id: int | None = None  # of the engine's thread alone
 
-    async def next_event(self) -> tuple[Event, int]:
-        """Wait for the next event and the number of forwards until then; raises what ended the request instead."""
+    async def next_event(self) -> Event:
+        """Wait for the next event; raises what ended the request instead."""
         item = await self.events.get()
         if isinstance(item, Exception):
             raise item
@@ -155,14 +153,10 @@ class EngineWorker:
         self._step_began = time.monotonic()
         events = self._engine.step()
         self._step_began = None
-        # Requests start in order: all but the last `waiting` ones took part in this forward.
-        for submission in islice(self._decoding.values(), len(self._decoding) - self._engine.waiting):
-            submission.forwards += 1
         batch = []
         for event in events:
-            submission = self._decoding[event.request_id]
-            batch.append((submission, event, submission.forwards))
-            if event.completion is not None:
+            batch.append((self._decoding[event.request_id], event))
+            if event.completion is not None or event.error is not None:
                 del self._decoding[event.request_id]
         self._metrics.stepped(self._engine.active, self._engine.waiting)
         if batch:
@@ -173,11 +167,11 @@ class EngineWorker:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback, argument)
 
-    def _deliver(self, batch: list[tuple[Submission, Event, int]]) -> None:
-        for submission, event, forwards in batch:
-            if event.completion is not None:
+    def _deliver(self, batch: list[tuple[Submission, Event]]) -> None:
+        for submission, event in batch:
+            if event.completion is not None or event.error is not None:
                 self._open.discard(submission)
-            submission.events.put_nowait((event, forwards))
+            submission.events.put_nowait(event)
 
     def _fail(self, failure: EngineFailure) -> None:
         for submission in self._open:

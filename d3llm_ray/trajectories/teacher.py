@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from d3llm_ray.decoding import Completion, Decoder, DiffusionLLM, Event, Request, decoder
-from d3llm_ray.errors import InputError
+from d3llm_ray.decoding.rules import family_rules
+from d3llm_ray.errors import DecodingError, InputError
+from d3llm_ray.models import read_configs
 from d3llm_ray.tasks import Task
 from d3llm_ray.trajectories.prompts import Prompt, attempt_seed
 from d3llm_ray.trajectories.settings import TrajectorySettings
@@ -57,6 +59,8 @@ def climb(
         running[engine.submit(ladder[0])] = (index, 0)
     while running:
         for event in engine.step():
+            if event.error is not None:
+                raise DecodingError(event.error)
             if event.completion is None:
                 continue
             index, rung = running.pop(event.request_id)
@@ -68,8 +72,15 @@ def climb(
 
 
 def teacher_decoder(settings: TrajectorySettings) -> Decoder:
-    """LLaDA's own decoding at one token a forward: the finest order of reveals there is."""
-    return decoder("vanilla", steps=None, block_size=settings.block_size, early_stop=settings.early_stop)
+    """The family's own order at one token a forward, block by block: the finest order of reveals there is.
+
+    LLaDA reveals the most probable token, Dream the one of lowest entropy (d3LLM's data preparation).
+    """
+    options: dict[str, Any] = {"block_size": settings.block_size, "early_stop": settings.early_stop}
+    _, family = read_configs(settings.teacher)
+    if family_rules(family).remasking == "entropy":
+        return decoder("dparallel", entropy_threshold=0.0, **options)
+    return decoder("vanilla", steps=None, **options)
 
 
 class Teacher:

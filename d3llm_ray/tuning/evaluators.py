@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError
 
 from d3llm_ray.decoding import DiffusionLLM, decoder
 from d3llm_ray.errors import InputError
-from d3llm_ray.evaluation.evaluate import evaluate, with_decoder
+from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.evaluation.rows import Row
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import load_task
@@ -43,7 +43,7 @@ class Evaluator:
         chosen = decoder(overrides.pop("decoder"), **overrides)
         settings = self._settings
         return evaluate(
-            with_decoder(self._llm, chosen),
+            self._llm.with_decoder(chosen),
             self._task,
             self._problems,
             settings.max_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d3llm_ray.serving.text import CommittedText
+from d3llm_ray.decoding.text import CommittedText
 
 
 def decode_bytes(ids: list[int]) -> str:

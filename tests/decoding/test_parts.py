@@ -10,21 +10,31 @@ from d3llm_ray.decoding.caches import DelayedCache, NoCache, Window
 from d3llm_ray.decoding.canvas import Canvas
 from d3llm_ray.decoding.rules import FamilyRules
 from d3llm_ray.decoding.schedules import MultiBlock, SequentialBlocks
-from d3llm_ray.decoding.selections import EntropyThreshold, TopK
+from d3llm_ray.decoding.remasking import TopK
+from d3llm_ray.decoding.schedules import Opening
+from d3llm_ray.decoding.selections import EntropyThreshold
+from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.errors import InputError
 
-LLADA = FamilyRules(False, True, True, "confidence")
-DREAM = FamilyRules(True, False, False, "entropy")
+LLADA = FamilyRules(False, True, True, "low_confidence", False)
+DREAM = FamilyRules(True, False, False, "entropy", False)  # without the shift: windows stay easy to read
 MASK = 99
 
 
-def _canvas(prompt: int = 5, size: int = 12, block: int = 4) -> Canvas:
-    return Canvas(list(range(prompt)), size, block, MASK)
+def _canvas(prompt: int = 5, size: int = 12, block: int = 4, **options) -> Canvas:
+    return Canvas(list(range(prompt)), size, block, MASK, **options)
 
 
 def _reveal(canvas: Canvas, *positions: int, token: int = 7) -> None:
-    count = len(positions)
-    canvas.commit(np.array(positions), np.full(count, token), np.zeros(count, dtype=np.float32))
+    none = np.zeros(len(positions), dtype=np.float32)
+    canvas.commit(np.array(positions), np.full(len(positions), token), none, none)
+
+
+def _statistics(confidence: np.ndarray | None = None, entropy: np.ndarray | None = None, **others) -> TokenStatistics:
+    """Figures of a forward; what is not given must not be looked at."""
+    given = {"confidence": confidence, "entropy": entropy, **others}
+    names = TokenStatistics.__dataclass_fields__
+    return TokenStatistics(**{name: given.get(name) for name in names})
 
 
 def test_a_canvas_that_is_no_multiple_has_a_shorter_last_block() -> None:
@@ -38,26 +48,25 @@ def test_a_canvas_that_is_no_multiple_has_a_shorter_last_block() -> None:
 
 def test_sequential_blocks_open_one_after_another() -> None:
     canvas, schedule = _canvas(), SequentialBlocks()
-    eligible, end = schedule.open(canvas)
-    assert eligible.tolist() == [0, 1, 2, 3] and end == 4
+    opening = schedule.open(canvas)
+    assert opening.eligible.tolist() == [0, 1, 2, 3] and (opening.start, opening.end) == (0, 4)
     _reveal(canvas, 0, 1, 2, 3)
     _reveal(canvas, 5)
-    eligible, end = schedule.open(canvas)
-    assert eligible.tolist() == [4, 6, 7] and end == 8
+    opening = schedule.open(canvas)
+    assert opening.eligible.tolist() == [4, 6, 7] and (opening.start, opening.end) == (4, 8)
 
 
 def test_multi_block_adds_one_block_a_forward_at_the_threshold() -> None:
     canvas, schedule = _canvas(), MultiBlock(block_add_threshold=0.5, decoded_token_threshold=0.75)
-    eligible, end = schedule.open(canvas)
-    assert end == 4 and canvas.activated.tolist() == [True, False, False]
+    assert schedule.open(canvas).end == 4 and canvas.activated.tolist() == [True, False, False]
     _reveal(canvas, 0)
-    assert schedule.open(canvas)[1] == 4  # 25 % decoded
+    assert schedule.open(canvas).end == 4  # 25 % decoded
     _reveal(canvas, 1)
-    eligible, end = schedule.open(canvas)
-    assert end == 8 and eligible.tolist() == [2, 3, 4, 5, 6, 7]
+    opening = schedule.open(canvas)
+    assert opening.end == 8 and opening.eligible.tolist() == [2, 3, 4, 5, 6, 7]
     assert canvas.activated.tolist() == [True, False, False]  # half-decoded predecessor: semi-activated
     _reveal(canvas, 2, 4, 5)
-    assert schedule.open(canvas)[1] == 12
+    assert schedule.open(canvas).end == 12
     assert canvas.activated.tolist() == [True, True, False]
 
 
@@ -66,21 +75,20 @@ def test_top_k_spreads_the_remainder_over_the_first_steps() -> None:
     canvas, rule, counts = _canvas(size=10, block=10), TopK(steps=4), []
     confidence = np.linspace(0.9, 0.1, 10, dtype=np.float32)
     for _ in range(4):
-        eligible, _ = SequentialBlocks().open(canvas)
-        revealed, forced = rule.select(canvas, eligible, 1 - confidence[eligible], confidence[eligible], LLADA)
+        opening = SequentialBlocks().open(canvas)
+        revealed, forced = rule.select(canvas, opening, _statistics(confidence[opening.eligible]), LLADA, 0)
         assert not forced.any()
-        counts.append(eligible[revealed].tolist())
-        _reveal(canvas, *eligible[revealed])
+        counts.append(opening.eligible[revealed].tolist())
+        _reveal(canvas, *opening.eligible[revealed])
     assert counts == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
 
 
 def test_entropy_threshold_by_family() -> None:
     canvas = _canvas()
     canvas.activated[0] = True
-    eligible = np.arange(8)
-    entropy = np.array([2.0, 0.5, 0.9, 1.5, 0.1, 0.5, 3.0, 0.2], dtype=np.float32)
-    none = np.zeros(8, dtype=np.float32)
-    reveal = lambda h, rules: EntropyThreshold(h).select(canvas, eligible, entropy, none, rules)  # noqa: E731
+    opening = Opening(np.arange(8), 0, 8)
+    figures = _statistics(entropy=np.array([2.0, 0.5, 0.9, 1.5, 0.1, 0.5, 3.0, 0.2], dtype=np.float32))
+    reveal = lambda h, rules: EntropyThreshold(h).select(canvas, opening, figures, rules, 0)  # noqa: E731
     assert np.flatnonzero(reveal(0.5, LLADA)[0]).tolist() == [1, 4, 5, 7]  # H <= threshold
     revealed, forced = reveal(0.5, DREAM)  # H < threshold, and the first block must advance
     assert np.flatnonzero(revealed).tolist() == [1, 4, 7] and np.flatnonzero(forced).tolist() == [1]
@@ -95,14 +103,13 @@ def _windows(
     canvas, schedule, seen = _canvas(), MultiBlock(add, 0.0), []
     for positions in reveals:
         canvas.forwards += 1
-        _, end = schedule.open(canvas)
-        seen.append((cache.window(canvas, end, rules), canvas.cached))
+        seen.append((cache.window(canvas, schedule.open(canvas), rules), canvas.cached))
         _reveal(canvas, *positions)
     return seen
 
 
 def test_no_cache_computes_everything() -> None:
-    assert NoCache().window(_canvas(), 4, LLADA) == Window(0, 17, 17)
+    assert NoCache().window(_canvas(), Opening(np.arange(4), 0, 4), LLADA) == Window(0, 17, 17)
 
 
 def test_delay_one_freezes_the_prompt_in_the_first_forward() -> None:
@@ -136,18 +143,34 @@ def test_suffix_modes_bound_the_window(suffix: str, full: int, key_length: int) 
     assert second == Window(5, 17 if suffix == "recompute" else 9, key_length)
 
 
+def test_a_cached_suffix_is_computed_at_first_and_by_interval_only() -> None:
+    """Block 1 finishes in forward 1: forward 2 starts at 0 while it stabilises, but leaves the suffix out."""
+    cache = DelayedCache(suffix="cached", refresh_interval=4)
+    seen = [window for window, _ in _windows(cache, LLADA, [(0, 1, 2, 3), (4,), (5,), (6,), (7,)], add=0.5)]
+    assert seen == [Window(0, 17, 17), Window(0, 13, 17), Window(5, 13, 17), Window(0, 17, 17), Window(9, 17, 17)]
+
+
 def test_early_stop_fills_the_tail_and_may_move_left() -> None:
-    canvas = _canvas()
+    canvas = _canvas(stop_ids=[1, 2])
     canvas.forwards = 4
     _reveal(canvas, 6, token=1)
     _reveal(canvas, 9)
-    canvas.fill_after_stop([1, 2], 1)
+    canvas.fill_after_stop(1)
     assert canvas.stop == 6 and canvas.tokens[5 + 7 :].tolist() == [1] * 5 and not canvas.masked[6:].any()
     assert canvas.mask_counts.tolist() == [4, 2, 0] and canvas.created == 3
     assert canvas.reveal_step[7] == 3
+    # What lies behind the stop token's block is no longer worth computing.
+    assert MultiBlock().open(canvas).end == 8
     _reveal(canvas, 2, token=2)
-    canvas.fill_after_stop([1, 2], 1)
+    canvas.fill_after_stop(1)
     assert canvas.stop == 2 and canvas.tokens[5 + 2 :].tolist() == [2] + [1] * 9 and canvas.committed == 0
+
+
+def test_aligned_blocks_end_at_absolute_multiples() -> None:
+    canvas = _canvas(prompt=6, size=10, aligned=True)
+    assert canvas.starts.tolist() == [0, 2, 6] and canvas.ends.tolist() == [2, 6, 10]
+    canvas = _canvas(prompt=8, size=8, aligned=True)
+    assert canvas.starts.tolist() == [0, 4]
 
 
 def test_presets_and_overrides() -> None:
@@ -169,8 +192,18 @@ def test_presets_and_overrides() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("d4llm", {}, "decoder.*accepted: d3llm, d3llm-nocache, dparallel, vanilla"),
-        ("vanilla", {"entropy_threshold": 0.4}, "entropy_threshold.*accepted: block_size, early_stop, steps"),
+        ("d4llm", {}, "decoder.*accepted: autoregressive, d2f, d3llm, d3llm-nocache, dparallel"),
+        ("vanilla", {"entropy_threshold": 0.4}, "entropy_threshold.*accepted: alg_temp, block_size, cfg_scale"),
+        ("autoregressive", {"block_size": 4}, "block_size.*accepted: none"),
+        ("vanilla", {"remasking": "low"}, "remasking.*accepted: entropy, low_confidence, maskgit_plus"),
+        ("vanilla", {"cfg_scale": -1.0}, "cfg_scale"),
+        ("vanilla", {"eps": 0.0}, "eps"),
+        ("fast-dllm-dual", {"factor": 0}, "factor"),
+        ("fast-dllm-dual", {"confidence_threshold": 1.5}, "confidence_threshold"),
+        ("fast-dllm-prefix", {"cache": "half"}, "cache.*accepted: dual, none, prefix"),
+        ("fast-dllm-v2", {"sub_block_size": 0}, "sub_block_size"),
+        ("fast-dllm-v2", {"block_size": 12}, "block_size.*multiple of sub_block_size 8"),
+        ("d3llm", {"block_size": True}, "block_size"),
         ("d3llm", {"suffix": "half"}, "suffix.*accepted: cached, none, recompute"),
         ("d3llm", {"entropy_threshold": -1.0}, "entropy_threshold"),
         ("d3llm", {"entropy_threshold": float("nan")}, "entropy_threshold"),

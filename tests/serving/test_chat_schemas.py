@@ -38,7 +38,7 @@ def test_both_names_of_the_answer_length() -> None:
 
 @pytest.mark.parametrize(
     "neutral",
-    [{"n": 1}, {"top_p": 1.0}, {"logprobs": False}, {"tools": []}, {"response_format": {"type": "text"}}, {"n": None}],
+    [{"n": 1}, {"logprobs": False}, {"tools": []}, {"response_format": {"type": "text"}}, {"n": None}],
 )
 def test_parameters_that_ask_for_nothing_are_accepted(neutral: dict[str, Any]) -> None:
     assert request(**neutral) == request()
@@ -51,7 +51,6 @@ def test_parameters_that_ask_for_nothing_are_accepted(neutral: dict[str, Any]) -
         {"n": True},
         {"logprobs": True},
         {"logprobs": 0},
-        {"top_p": 0.5},
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
         {"max_tokens": 3, "max_completion_tokens": 4},

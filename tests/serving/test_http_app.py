@@ -373,7 +373,7 @@ def test_client_that_leaves_frees_its_slot(make_service: Any, monkeypatch: pytes
         task = asyncio.create_task(create_app(service)(scope, receive, send))
         while service.llm.engine.active == 0 or (stream and len(sent) < 4):
             await asyncio.sleep(0.005)
-        forwards = service.llm.engine.forwards
+        forwards = service.llm.engine.steps
         if stream:
             disconnected.set()
             await asyncio.wait_for(task, 5)
@@ -383,7 +383,7 @@ def test_client_that_leaves_frees_its_slot(make_service: Any, monkeypatch: pytes
         assert service.worker.in_flight == 0
         await asyncio.sleep(0.2)
         assert service.llm.engine.active == 0
-        assert service.llm.engine.forwards <= forwards + 2  # of 64: the one that ran, and one that had begun
+        assert service.llm.engine.steps <= forwards + 2  # of 64: the one that ran, and one that had begun
         service.stop()
 
     asyncio.run(main())

@@ -1,0 +1,156 @@
+"""Token statistics as one Triton kernel: each row of logits is read once, in its own dtype, and left as it is.
+
+Importing this module needs triton, which CUDA builds of torch bring along. Equal to `scoring.score` and, on rows
+without top-p and top-k, to `scoring.draw`.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d3llm_ray.decoding import sampling as rules
+
+GOLDEN = tl.constexpr(rules.GOLDEN)
+MIX_1 = tl.constexpr(rules.MIX_1)
+MIX_2 = tl.constexpr(rules.MIX_2)
+LOWEST = tl.constexpr(-1e30)  # below every logit; finite, so that differences and products with 0 stay finite
+NO_ID = tl.constexpr((1 << 31) - 1)
+BLOCK, WARPS = 2048, 16  # 4 tokens a thread: the widest tile that spills no registers with float64 noise
+
+
+def score(logits: Tensor, mask_id: int | None, sampling: rules.Sampling | None) -> Tensor:
+    """Statistics of [N, V] logits in float32, float16 or bfloat16, without top-p and top-k.
+
+    Returns [4, N] float32 as `scoring.score`, or with `sampling` [7, N] as `scoring.draw`: the same token ids.
+    """
+    rows, vocabulary = logits.shape
+    out = torch.empty(4 if sampling is None else 7, rows, dtype=torch.float32, device=logits.device)
+    temperatures = keys = None
+    if sampling is not None:
+        temperatures = torch.from_numpy(sampling.temperatures).to(logits.device, non_blocking=True)
+        keys = torch.from_numpy(sampling.keys.view(np.int64)).to(logits.device, non_blocking=True)
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        _score[(rows,)](
+            logits,
+            out,
+            temperatures,
+            keys,
+            rows,
+            vocabulary,
+            -1 if mask_id is None else mask_id,
+            *logits.stride(),
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+    return out
+
+
+@triton.jit
+def _gumbel(key, ids):
+    """`sampling.gumbel_noise` of one row."""
+    x = key + (ids + 1).to(tl.uint64) * GOLDEN
+    x = (x ^ (x >> 30)) * MIX_1
+    x = (x ^ (x >> 27)) * MIX_2
+    x = x ^ (x >> 31)
+    uniform = ((x >> 11).to(tl.float64) + 0.5) * (1.0 / (1 << 53))
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _add(total, moment, rise, valid):
+    """Add exp(x) to an online softmax: `total` = sum exp(x - top), `moment` = sum exp(x - top) (x - top).
+
+    `rise` is x - top; where it is positive, x becomes the top and what was summed shrinks. NaN and infinities make
+    the moment NaN, and it stays so.
+    """
+    weight = tl.where(valid, tl.exp(-tl.abs(rise)), 0.0)
+    moment = tl.where(rise > 0, weight * (moment - rise * total), moment + weight * rise)
+    total = tl.where(rise > 0, weight * total + 1, total + weight)
+    return total, moment
+
+
+@triton.jit
+def _merge(total, moment, drop):
+    """The lanes' sums as one, `drop` = top of the lane - top of the row: (sum, entropy in nats)."""
+    scale = tl.exp(drop)
+    merged = tl.sum(total * scale, 0)
+    return merged, tl.log(merged) - tl.sum(scale * (moment + total * drop), 0) / merged
+
+
+@triton.jit(do_not_specialize=["rows"])  # or a batch of a new size would wait for the compiler
+def _score(logits, out, temperatures, keys, rows, vocabulary, mask_id, row_stride, stride, BLOCK: tl.constexpr):
+    """One program a row. Every lane keeps the statistics of its own tokens; they meet once, at the end."""
+    SAMPLE: tl.constexpr = temperatures is not None
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    second = tl.full([BLOCK], LOWEST, tl.float32)
+    top_id = tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], tl.float32)
+    moment = tl.zeros([BLOCK], tl.float32)
+    if SAMPLE:
+        temperature = tl.load(temperatures + row)
+        hot = temperature > 0
+        coldness = tl.where(hot, tl.minimum(1 / tl.where(hot, temperature, 1.0), -LOWEST), 1.0)
+        key = tl.load(keys + row).to(tl.uint64, bitcast=True)
+        tempered_total = tl.zeros([BLOCK], tl.float32)
+        tempered_moment = tl.zeros([BLOCK], tl.float32)
+        best = tl.full([BLOCK], float("-inf"), tl.float64)
+        best_id = tl.zeros([BLOCK], tl.int32)
+        best_logit = tl.full([BLOCK], LOWEST, tl.float32)
+
+    for begin in range(0, vocabulary, BLOCK):
+        ids = begin + lanes
+        inside = ids < vocabulary
+        valid = inside & (ids != mask_id)
+        x = tl.load(logits + row * row_stride + ids * stride, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(valid, x, LOWEST)
+        rise = x - top
+        total, moment = _add(total, moment, rise, valid)
+        if SAMPLE:
+            tempered_rise = tl.minimum(tl.maximum(rise * coldness, LOWEST), -LOWEST)
+            tempered_total, tempered_moment = _add(tempered_total, tempered_moment, tempered_rise, valid)
+            if hot:
+                noisy = x.to(tl.float64) / temperature.to(tl.float64) + _gumbel(key, ids)
+                noisy = tl.where(valid, noisy, float("-inf"))
+                better = noisy > best
+                best = tl.where(better, noisy, best)
+                best_id = tl.where(better, ids, best_id)
+                best_logit = tl.where(better, x, best_logit)
+        second = tl.where(rise > 0, top, tl.maximum(second, x))
+        top_id = tl.where(rise > 0, ids, top_id)
+        top = tl.maximum(top, x)
+
+    peak = tl.max(top, 0)
+    argmax = tl.min(tl.where(top == peak, top_id, NO_ID), 0)
+    runner_up = tl.max(tl.where((top == peak) & (top_id == argmax), second, top), 0)
+    drop = top - peak
+    mass, entropy = _merge(total, moment, drop)
+    gap = 1 - tl.exp(runner_up - peak)
+    logprob = -tl.log(mass)
+    if SAMPLE:
+        tempered_drop = tl.maximum(drop * coldness, LOWEST)
+        tempered_mass, tempered_entropy = _merge(tempered_total, tempered_moment, tempered_drop)
+        gap = (1 - tl.exp((runner_up - peak) * coldness)) / tempered_mass
+        sampled = argmax
+        chosen = peak
+        if hot:
+            winner = tl.max(best, 0)
+            sampled = tl.min(tl.where(best == winner, best_id, NO_ID), 0)
+            chosen = tl.max(tl.where((best == winner) & (best_id == sampled), best_logit, LOWEST), 0)
+        logprob += chosen - peak
+        tl.store(out + 4 * rows + row, sampled.to(tl.float32))
+        tl.store(out + 5 * rows + row, tl.exp((chosen - peak) * coldness) / tempered_mass)
+        tl.store(out + 6 * rows + row, tempered_entropy)
+    else:
+        gap /= mass
+    tl.store(out + row, argmax.to(tl.float32))
+    tl.store(out + rows + row, logprob)
+    tl.store(out + 2 * rows + row, entropy)
+    tl.store(out + 3 * rows + row, gap)

@@ -1,0 +1,124 @@
+"""What goes into the engine and what comes out: requests, events, completions. Token ids only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from d3llm_ray.decoding.canvas import Canvas
+from d3llm_ray.decoding.presets import Decoder
+from d3llm_ray.errors import InputError, require
+from d3llm_ray.models import Family
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to decode.
+
+    `max_tokens` is what the answer may have at most; the canvas is that rounded up to whole blocks. `decoder` None
+    takes the engine's own. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 filter nothing. `seed` alone decides
+    what is drawn, never the batch. `stop_token_ids` end the answer besides the model's own; with `ignore_eos` those
+    do not. With `reveals`, every forward of the request has an event that tells what it revealed.
+    """
+
+    prompt_ids: Sequence[int]
+    max_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    decoder: Decoder | None = None
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    reveals: bool = False
+
+    def check(self, decoder: Decoder, family: Family, vocab_size: int, context: int) -> None:
+        """Raise `InputError` naming the field of a request that can never be decoded with these."""
+        (self.decoder or decoder).check(family)
+        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "a positive whole number")
+        require(0.0 <= self.temperature < math.inf, "temperature", self.temperature, "a number, 0 or more")
+        require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number above 0, at most 1")
+        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        require(whole and self.top_k >= 0, "top_k", self.top_k, "a whole number, 0 (off) or more")
+        for token in self.stop_token_ids:
+            valid = isinstance(token, int) and 0 <= token < vocab_size
+            require(valid, "stop_token_ids", token, f"ids from 0 to {vocab_size - 1}")
+        length = len(self.prompt_ids)
+        require(length >= 1, "prompt", "no tokens", "one token or more")
+        if context - length < self.max_tokens:
+            raise InputError(
+                f"prompt: {length} tokens and max_tokens {self.max_tokens} exceed the model's context of {context}; "
+                f"accepted: together at most {context}"
+            )
+        ids = np.asarray(self.prompt_ids)
+        valid = ids.dtype.kind in "iu" and int(ids.min()) >= 0 and int(ids.max()) < vocab_size
+        require(valid, "prompt", "a token id out of range", f"ids from 0 to {vocab_size - 1}")
+
+    def canvas_size(self, decoder: Decoder, family: Family, context: int) -> tuple[int, int]:
+        """(response positions, positions a block): `max_tokens` rounded up to whole blocks.
+
+        A context too short for whole blocks shortens the last one instead of refusing the request.
+        """
+        chosen, prompt = self.decoder or decoder, len(self.prompt_ids)
+        block = chosen.block_length(family, self.max_tokens)
+        head = prompt if chosen.schedule.aligned else 0
+        size = -(-(head + self.max_tokens) // block) * block - head
+        return min(size, context - prompt), block
+
+    def canvas(self, decoder: Decoder, family: Family, context: int) -> Canvas:
+        """The request's canvas before its first forward."""
+        chosen = self.decoder or decoder
+        size, block = self.canvas_size(decoder, family, context)
+        own = () if self.ignore_eos else family.stop_token_ids
+        fill = family.eos_token_id if family.mask_token_id is None else family.mask_token_id
+        return Canvas(
+            self.prompt_ids,
+            size,
+            block,
+            fill,
+            aligned=chosen.schedule.aligned,
+            created=chosen.schedule.initial_blocks,
+            stop_ids=(*own, *self.stop_token_ids),
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request. Lists over the canvas have one entry for each response position."""
+
+    token_ids: list[int]  # the answer: before the stop token, at most max_tokens
+    finish_reason: str  # "stop" or "length"
+    forwards: int  # model forwards in which the request took part, full and refresh ones included
+    response_ids: list[int]  # the whole canvas, stop token and padding included
+    reveal_steps: list[int]  # 0-based forward that revealed each position
+    reveal_entropies: list[float]  # nats, at the reveal
+    reveal_logprobs: list[float]  # of the revealed token at its reveal, before temperature and filters
+
+
+@dataclass(frozen=True)
+class Reveal:
+    """What one forward revealed: response positions with their tokens and entropies (nats)."""
+
+    forward: int  # 0-based, of the request
+    positions: list[int]
+    token_ids: list[int]
+    entropies: list[float]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step changed for one request.
+
+    `token_ids` extend the committed answer: text once told never changes. At the end there is a `completion`, or an
+    `error` for a request that failed alone.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    forwards: int  # of the request so far
+    completion: Completion | None = None
+    reveal: Reveal | None = None
+    error: str | None = None
