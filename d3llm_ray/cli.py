@@ -49,6 +49,11 @@ VERBS = {
         "d3llm_ray.evaluation.run:run",
         "measure accuracy, tokens per forward, tokens per second and AUP",
     ),
+    "benchmark": Verb(
+        "d3llm_ray.benchmark.settings:BenchmarkSettings",
+        "d3llm_ray.benchmark.run:run",
+        "measure decoding speed against what the machine allows, on a model or on a published shape",
+    ),
     "tune": Verb(
         "d3llm_ray.tuning.settings:TuneSettings",
         "d3llm_ray.tuning.run:run",

@@ -43,7 +43,7 @@ class Canvas:
         self.reveal_entropy: FloatArray = np.zeros(size, dtype=np.float32)
         self.reveal_logprob: FloatArray = np.zeros(size, dtype=np.float32)
         self.forwards = 0
-        self.stop_ids = tuple(stop_ids)
+        self.stop_ids = frozenset(stop_ids)
         self.stop: int | None = None  # response position of the first revealed stop token
         # Block state. `created`: the first so many blocks may be decoded; `activated`: decoded at full effort.
         head = -self.prompt_length % block_size if aligned else 0
@@ -92,9 +92,9 @@ class Canvas:
         self.reveal_entropy[positions] = entropies
         self.reveal_logprob[positions] = logprobs
         self._count_masks()
-        stops = positions[np.isin(token_ids, self.stop_ids)]
-        if stops.size:
-            self.stop = min(int(stops.min()), self.size if self.stop is None else self.stop)
+        for position, token in zip(positions.tolist(), token_ids.tolist(), strict=True):
+            if token in self.stop_ids and (self.stop is None or position < self.stop):
+                self.stop = position
 
     def fill_after_stop(self, eos_id: int) -> None:
         """Early stop: everything behind the first stop token becomes end-of-text (d3LLM's `handle_early_stop`).

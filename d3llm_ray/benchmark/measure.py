@@ -1,0 +1,199 @@
+"""Decode the same prompts in every cell, round by round, and set the bare model's time beside each step.
+
+All cells share one engine, and rounds interleave them (A B A B): what slows a machine down for a while slows all of
+them down, so that ratios between cells are steadier than the figures themselves.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial, reduce
+from itertools import chain
+from operator import add
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d3llm_ray.benchmark.machine import Machine, find_machine, timed
+from d3llm_ray.benchmark.plan import Plan
+from d3llm_ray.benchmark.report import Report
+from d3llm_ray.benchmark.roofline import Work, roofline
+from d3llm_ray.benchmark.rows import PHASES, Round, Row, spread
+from d3llm_ray.benchmark.workload import Cell, Workload, prepare
+from d3llm_ray.decoding import Completion, Engine, Request
+from d3llm_ray.models import KVCache, Ragged, Transformer
+from d3llm_ray.progress import Progress
+
+Call = tuple[Tensor, Ragged, KVCache | None, Tensor]  # token ids [T], layout, cache, scored rows [N]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What is found out about a cell before its rounds: counts, phases and overhead."""
+
+    completions: list[Completion]
+    steps: list[Work]
+    overheads: list[float]  # of every step: engine over bare model
+    phases: dict[str, float]  # seconds, summed over the steps
+
+
+def benchmark(plan: Plan, progress: Progress | None = None) -> Report:
+    """Measure every cell of the plan; no files, no Ray.
+
+    Raises:
+        InputError: a plan that cannot be carried out, before any weight is read or made.
+    """
+    workload = prepare(plan)
+    progress = progress or Progress()
+    model = workload.load()
+    machine = find_machine(plan.machine, workload.device, workload.dtype)
+    engine = Engine(
+        model,
+        workload.family,
+        workload.cells[0].decoder,
+        max_batch_size=max(plan.batch_sizes),
+        vocabulary_size=workload.vocabulary_size,
+        kv_positions=workload.kv_positions,
+    )
+    progress.start("benchmark", len(workload.cells) * (1 + plan.repeats), "pass")
+    rows = measure(workload, engine, machine, progress)
+    progress.finish()
+    return Report(plan, machine, engine.memory_plan().lines(), _memory(engine, workload.device), tuple(rows))
+
+
+def measure(workload: Workload, engine: Engine, machine: Machine, progress: Progress) -> list[Row]:
+    """A trial of every cell, then `repeats` rounds over all of them."""
+    trials = []
+    for cell in workload.cells:
+        trials.append(_try(engine, workload.requests(cell), cell, workload.device))
+        progress.update(len(trials))
+    rounds: list[list[Round]] = [[] for _ in trials]
+    done = len(trials)
+    for _ in range(workload.plan.repeats):
+        for cell, own in zip(workload.cells, rounds, strict=True):
+            own.append(_round(engine, workload.requests(cell), cell, workload.device))
+            done += 1
+            progress.update(done, tps=own[-1].tps)
+    cells = zip(workload.cells, trials, rounds, strict=True)
+    return [_row(workload, machine, cell, trial, own) for cell, trial, own in cells]
+
+
+def decode(engine: Engine, requests: Sequence[Request], batch_size: int) -> Iterator[list[Completion]]:
+    """Decode all requests, `batch_size` at a time whatever the engine could hold; yields what each step completed.
+
+    Raises:
+        RuntimeError: a request failed; figures of the others would not be those of the plan.
+    """
+    pending = deque(requests)
+    while pending or engine.active:
+        while pending and engine.active + engine.waiting < batch_size:
+            engine.submit(pending.popleft())
+        events = engine.step()
+        for event in events:
+            if event.error is not None:
+                raise RuntimeError(event.error)
+        yield [event.completion for event in events if event.completion is not None]
+
+
+def replay(model: Transformer, calls: Iterable[Call]) -> None:
+    """The model alone on the same windows: forward and LM head on the same scored rows."""
+    with torch.inference_mode():
+        for token_ids, ragged, cache, scored in calls:
+            model.logits(model(token_ids, ragged, cache, scored))
+
+
+def _try(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.device) -> _Trial:
+    list(decode(engine, requests[: cell.batch_size], cell.batch_size))  # allocation, compilation: nobody's forward
+    phases = _phases(engine, requests, cell.batch_size)
+    completions: list[Completion] = []
+    work: list[Work] = []
+    overheads: list[float] = []
+    steps = decode(engine, requests, cell.batch_size)
+    while True:
+        # The bare model right behind each step: both see the machine in the same state, and the cache stays the same.
+        calls: list[Call] = []
+        engine.capture = calls
+        seconds, finished = timed(device, partial(next, steps, None))
+        engine.capture = None
+        if finished is None:
+            return _Trial(completions, work, overheads, phases)
+        replayed, _ = timed(device, partial(replay, engine.model, calls))
+        completions += finished
+        overheads.append(seconds / replayed)
+        work.append(reduce(add, (Work.of(ragged, len(scored)) for _, ragged, _, scored in calls)))
+
+
+def _round(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.device) -> Round:
+    steps = decode(engine, requests, cell.batch_size)
+    seconds, finished = timed(device, lambda: list(chain.from_iterable(steps)))
+    return Round(count_tokens(finished), seconds)
+
+
+def count_tokens(completions: Iterable[Completion]) -> int:
+    """Tokens of all answers."""
+    return sum(len(completion.token_ids) for completion in completions)
+
+
+def _phases(engine: Engine, requests: Sequence[Request], batch_size: int) -> dict[str, float]:
+    """Seconds that one pass spends in each phase; waiting for the device between them slows it down a little."""
+    engine.profile.reset()
+    engine.profile.synchronise = True
+    list(decode(engine, requests, batch_size))
+    engine.profile.synchronise = False
+    return {phase: getattr(engine.profile, phase) for phase in PHASES}
+
+
+def _row(workload: Workload, machine: Machine, cell: Cell, trial: _Trial, rounds: Sequence[Round]) -> Row:
+    limit = roofline(workload.config, workload.dtype, trial.steps, machine)
+    steps, tokens = len(trial.steps), count_tokens(trial.completions)
+    forwards = sum(completion.forwards for completion in trial.completions)
+    seconds, _, _ = spread([one.seconds for one in rounds])
+    tps, tps_low, tps_high = spread([one.tps for one in rounds])
+    overhead_low, overhead, overhead_high = np.quantile(trial.overheads, (0.25, 0.5, 0.75)).tolist()
+    return Row(
+        model=workload.model_name,
+        decoder=cell.decoder.name,
+        task=workload.task_name,
+        settings={"decoder": cell.decoder.name, **cell.decoder.settings()},
+        batch_size=cell.batch_size,
+        max_tokens=cell.max_tokens,
+        prompt_tokens=sum(map(len, workload.prompts)) / len(workload.prompts),
+        requests=len(workload.prompts),
+        tokens=tokens,
+        forwards=forwards,
+        steps=steps,
+        tpf=tokens / forwards,
+        tps=tps,
+        tps_low=tps_low,
+        tps_high=tps_high,
+        seconds=seconds,
+        ms=1e3 * seconds / steps,
+        phases_ms={phase: 1e3 * total / steps for phase, total in trial.phases.items()},
+        window=sum(one.tokens for one in trial.steps) / forwards,
+        flops=limit.flops / steps,
+        bytes=limit.bytes / steps,
+        compute_bound=limit.compute_bound / steps,
+        roofline_ms=1e3 * limit.seconds / steps,
+        roofline_tps=tokens / limit.seconds,
+        roofline_percent=100 * limit.seconds / seconds,
+        overhead=overhead,
+        overhead_low=overhead_low,
+        overhead_high=overhead_high,
+        rounds=tuple(rounds),
+    )
+
+
+def _memory(engine: Engine, device: torch.device) -> dict[str, Any]:
+    """Bytes: the engine's plan, and the most that was taken (of the device, or by this process on a CPU)."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {**asdict(engine.memory_plan()), "peak": peak}
