@@ -63,11 +63,13 @@ class DiffusionLLM:
         device: str = "cpu",
         max_batch_size: int = 32,
         attention: str = "auto",
+        cuda_graphs: bool | None = None,
         **settings: Any,
     ) -> DiffusionLLM:
         """Load a zoo model or checkpoint folder; `settings` override the decoder preset's.
 
         `attention`: "auto" takes flash-attn where it is installed on CUDA, "sdpa" or "flash-attn" say which.
+        `cuda_graphs` None replays steady-state steps as graphs on CUDA, False never.
 
         Raises `InputError` for an unknown model, decoder or setting, before any weight is read where possible.
         """
@@ -78,7 +80,9 @@ class DiffusionLLM:
         model.use_attention(backend)
         tokenizer = load_tokenizer(name_or_path, family)
         size = len(tokenizer) if tokenizer is not None else None
-        engine = Engine(model, family, chosen, max_batch_size=max_batch_size, vocabulary_size=size)
+        engine = Engine(
+            model, family, chosen, max_batch_size=max_batch_size, vocabulary_size=size, cuda_graphs=cuda_graphs
+        )
         return cls(model, family, tokenizer, engine)
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -91,3 +91,14 @@ def groups(sequences: Sequence[Span], device: torch.device, limit: int) -> Itera
         tokens += length
     if group:
         yield group
+
+
+def guided_rows(sequences: Sequence[Span]) -> tuple[list[int], list[int], list[int]]:
+    """Places of a step's scored rows without those of twins, of their twins' (their own where none is), and their
+    requests' indices."""
+    ends = np.cumsum([len(one.scored) for one in sequences])
+    places = {(one.row, one.twin): range(end - len(one.scored), end) for one, end in zip(sequences, ends, strict=True)}
+    own = [one.row for one in sequences if not one.twin]
+    conditional = [place for row in own for place in places[row, False]]
+    twins = [place for row in own for place in places.get((row, True), places[row, False])]
+    return conditional, twins, [row for row in own for _ in places[row, False]]

@@ -73,11 +73,11 @@ class BlockCache:
 class DelayedCache:
     """d3LLM's cache with delay and refresh (section 4.2).
 
-    A finished block (the prompt is the first) waits `cache_delay` forwards before its keys and values are
-    frozen, and meanwhile every forward starts at position 0; with nothing waiting, every `refresh_interval`-th
-    forward does too. Other forwards start behind the frozen part. `suffix` says what happens to the masks behind the
-    active blocks: "recompute" as published, "cached" (their keys as of the first forward or the last refresh by
-    interval), or "none": they are not seen.
+    A finished block (the prompt is the first) waits `cache_delay` forwards before its keys and values are frozen,
+    and meanwhile every forward starts at position 0; with nothing waiting, every `refresh_interval`-th forward does
+    too (with 1 every one, also those that freeze). Other forwards start behind the frozen part. `suffix` says what
+    happens to the masks behind the active blocks: "recompute" as published, "cached" (their keys as of the first
+    forward or the last refresh by interval), or "none": they are not seen.
     """
 
     cache_delay: int = 1
@@ -97,7 +97,8 @@ class DelayedCache:
         """As `NoCache.window`; moves `canvas.cached` to what is frozen once this forward has run."""
         frozen, waiting = self._walk(canvas, rules)
         start, canvas.cached = canvas.cached, max(canvas.cached, frozen)
-        due = frozen <= start and canvas.forwards % self.refresh_interval == 0
+        every = self.refresh_interval == 1
+        due = every or (frozen <= start and canvas.forwards % self.refresh_interval == 0)
         if due or (frozen <= start and waiting):
             start = 0
         end = canvas.prompt_length + opening.end

@@ -102,14 +102,16 @@ class Canvas:
         The first stop position may move left as earlier positions are revealed.
         """
         if self.stop is not None:
-            self.fill(self.stop + 1, eos_id)
+            self.response[self.stop + 1 :] = eos_id
             self.created = self.num_blocks
+            self.fill(eos_id, self.stop + 1)
 
-    def fill(self, start: int, token_id: int) -> None:
-        """Write `token_id` to every response position from `start` on; masks there count as revealed now."""
-        self.reveal_step[start:][self.masked[start:]] = max(self.forwards - 1, 0)
-        self.response[start:] = token_id
-        self.masked[start:] = False
+    def fill(self, token_id: int, start: int = 0) -> None:
+        """Write `token_id` to every masked response position from `start` on; they count as revealed now."""
+        masked = np.flatnonzero(self.masked[start:]) + start
+        self.response[masked] = token_id
+        self.reveal_step[masked] = max(self.forwards - 1, 0)
+        self.masked[masked] = False
         self._count_masks()
 
     def _count_masks(self) -> None:

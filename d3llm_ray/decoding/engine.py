@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d3llm_ray.decoding.batch import Group, Span, groups, max_group_tokens
+from d3llm_ray.decoding.batch import Group, Span, groups, guided_rows, max_group_tokens
 from d3llm_ray.decoding.caches import Window
 from d3llm_ray.decoding.canvas import Canvas
 from d3llm_ray.decoding.memory import MemoryPlan, PositionPool, plan_memory
@@ -26,7 +26,8 @@ from d3llm_ray.decoding.request import Completion, Event, Request, Reveal
 from d3llm_ray.decoding.rules import family_rules
 from d3llm_ray.decoding.sampling import Sampling, row_keys
 from d3llm_ray.decoding.schedules import Opening
-from d3llm_ray.decoding.statistics import TokenStatistics, token_statistics
+from d3llm_ray.decoding.static import SCRATCH, StaticRunner
+from d3llm_ray.decoding.statistics import TokenStatistics, token_statistics, unpack
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family, KVCache, Transformer
 
@@ -55,7 +56,8 @@ class Engine:
 
     `vocabulary_size` is the number of ids that have a token (defaults to the LM head's rows); ids from there on
     are never predicted. At most `max_batch_size` requests decode at a time, and only as many as the KV pool of
-    `kv_positions` (default: what fits in memory) has room for; the others wait in order.
+    `kv_positions` (default: what fits in memory) has room for; the others wait in order. `cuda_graphs` (default: on
+    CUDA) runs greedy steps with a cache in static shapes, on CUDA as graphs.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Engine:
         max_batch_size: int = 32,
         vocabulary_size: int | None = None,
         kv_positions: int | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         decoder.check(family)
         require(max_batch_size >= 1, "max_batch_size", max_batch_size, "a positive whole number")
@@ -84,8 +87,10 @@ class Engine:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[_Row] = []
         self._next_id = 0
+        self._static = self._device.type == "cuda" if cuda_graphs is None else cuda_graphs
+        self._runner: StaticRunner | None = None
         self._plan_of_memory = plan_memory(
-            model, self.vocabulary_size, self.context, max_batch_size, self._max_tokens, kv_positions
+            model, self.vocabulary_size, self.context, max_batch_size, self._max_tokens, kv_positions, self._static
         )
         self._pool = PositionPool(self._plan_of_memory.kv_positions)
         self._cache = self._allocate() if decoder.caching.uses_cache else None
@@ -131,7 +136,7 @@ class Engine:
         self._waiting = deque(item for item in self._waiting if item[0] != request_id)
         for row in [row for row in self._rows if row.request_id == request_id]:
             self._release(row)
-            return self._completion(row, row.sent, "abort") if row.canvas.forwards else None
+            return Completion.of(row.canvas, row.sent, "abort") if row.canvas.forwards else None
         return None
 
     def step(self) -> list[Event]:
@@ -143,14 +148,21 @@ class Engine:
         profile = self.profile
         with profile.time("plan"):
             spans = [span for index, row in enumerate(self._rows) for span in self._plan(index, row)]
-            batch = [Group.build(group, self._device) for group in groups(spans, self._device, self._max_tokens)]
-            ordered = [span for group in batch for span in group.sequences]
+            parts = list(groups(spans, self._device, self._max_tokens))
+            ordered = [span for part in parts for span in part]
             sampling = self._sampling([span for span in ordered if not span.twin])
+            runner = self._runner if self.capture is None and not sampling.active.any() else None
+            static = runner if runner is not None and runner.accepts(parts) else None
+            batch = [] if static is not None else [Group.build(part, self._device) for part in parts]
+            profile.count(parts)
         with torch.inference_mode():
             with profile.time("forward"):
-                hidden = torch.cat([self._forward(group) for group in batch]) if batch[1:] else self._forward(batch[0])
+                if static is not None:
+                    packed = static.run(parts)  # statistics included
+                else:
+                    hidden = torch.cat([self._forward(group) for group in batch])
             with profile.time("statistics"):
-                statistics = self._score(hidden, ordered, sampling)
+                statistics = unpack(packed) if static is not None else self._score(hidden, ordered, sampling)
         with profile.time("update"):
             return self._update_all([span for span in ordered if not span.twin], statistics)
 
@@ -162,7 +174,8 @@ class Engine:
             if chosen.caching.uses_cache:
                 base = self._pool.take(canvas.length)
                 if base is None:
-                    return  # those that run will free their spans
+                    assert self._rows, "a span of the KV pool was not given back"
+                    return  # those that run will free theirs
                 self._cache = self._cache or self._allocate()
             self._waiting.popleft()
             self._rows.append(_Row(request_id, request, chosen, canvas, base))
@@ -170,8 +183,11 @@ class Engine:
     def _allocate(self) -> KVCache:
         for line in self._plan_of_memory.lines():
             logger.info(line)
-        weight = self.model.embed_tokens.weight
-        return KVCache(self.model.config, self._pool.positions, dtype=weight.dtype, device=weight.device)
+        dtype, scratch = self.model.embed_tokens.weight.dtype, SCRATCH if self._static else 0
+        cache = KVCache(self.model.config, self._pool.positions, dtype=dtype, device=self._device, scratch=scratch)
+        if self._static:
+            self._runner = StaticRunner(self.model, cache, self.vocabulary_size, self.family.mask_token_id)
+        return cache
 
     def _release(self, row: _Row) -> None:
         self._rows.remove(row)
@@ -214,36 +230,20 @@ class Engine:
         cache = self._cache if group.sequences[0].base is not None else None
         if self.capture is not None:
             self.capture.append((group.token_ids, group.ragged, cache, group.scored))
-        ragged, profile = group.ragged, self.profile
-        profile.forwards += 1
-        profile.rows += len(ragged.lengths)
-        profile.window_tokens += sum(ragged.lengths)
-        profile.key_positions += sum(ragged.key_lengths)
-        profile.attended += sum(n * keys for n, keys in zip(ragged.lengths, ragged.key_lengths, strict=True))
-        profile.scored_rows += group.scored.numel()
-        out: Tensor = self.model(group.token_ids, ragged, cache, group.scored)
+        out: Tensor = self.model(group.token_ids, group.ragged, cache, group.scored)
         return out
 
     def _score(self, hidden: Tensor, ordered: list[Span], sampling: Sampling) -> TokenStatistics:
-        rows = self._rows
         options: dict[str, Any] = {
             "vocabulary": self.vocabulary_size,
             "mask_id": self.family.mask_token_id,
             "sampling": sampling,
-            "margins": any(row.decoder.selection.needs_margins for row in rows),
+            "margins": any(row.decoder.selection.needs_margins for row in self._rows),
         }
         if not any(span.twin for span in ordered):
             return token_statistics(self.model, hidden, **options)
-        ends = np.cumsum([len(span.scored) for span in ordered])
-        places = {
-            (span.row, span.twin): range(end - len(span.scored), end) for span, end in zip(ordered, ends, strict=True)
-        }
-        own = [span for span in ordered if not span.twin]
-        conditional = [place for span in own for place in places[span.row, False]]
-        twins = [place for span in own for place in places.get((span.row, True), places[span.row, False])]
-        scales = np.repeat(
-            np.array([rows[span.row].guidance for span in own], dtype=np.float32), [len(span.scored) for span in own]
-        )
+        conditional, twins, of_request = guided_rows(ordered)
+        scales = np.array([row.guidance for row in self._rows], dtype=np.float32)[of_request]
         return token_statistics(self.model, hidden[conditional], guidance=(hidden[twins], scales), **options)
 
     def _update_all(self, spans: list[Span], statistics: TokenStatistics) -> list[Event]:
@@ -294,20 +294,6 @@ class Engine:
         if not self._finished(row):
             return Event(row.request_id, new, canvas.forwards, None, reveal) if new or reveal else None
         self._release(row)
-        if row.decoder.schedule.growing and canvas.masked.any():
-            canvas.fill(int(np.flatnonzero(canvas.masked)[0]), self.family.eos_token_id)
-        completion = self._completion(row, end, "stop" if stopped else "length")
+        canvas.fill(self.family.eos_token_id)
+        completion = Completion.of(canvas, end, "stop" if stopped else "length")
         return Event(row.request_id, new, canvas.forwards, completion, reveal)
-
-    @staticmethod
-    def _completion(row: _Row, end: int, reason: str) -> Completion:
-        canvas = row.canvas
-        return Completion(
-            token_ids=canvas.response[:end].tolist(),
-            finish_reason=reason,
-            forwards=canvas.forwards,
-            response_ids=canvas.response.tolist(),
-            reveal_steps=canvas.reveal_step.tolist(),
-            reveal_entropies=canvas.reveal_entropy.tolist(),
-            reveal_logprobs=canvas.reveal_logprob.tolist(),
-        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from d3llm_ray.decoding.static import SCRATCH, STATIC_KEY_CELLS, STATIC_TOKENS
 from d3llm_ray.decoding.statistics import MAX_CHUNK_ELEMENTS
 from d3llm_ray.models import KVCache, Transformer
 
@@ -81,11 +82,13 @@ def plan_memory(
     max_batch_size: int,
     max_forward_tokens: int,
     kv_positions: int | None,
+    cuda_graphs: bool = False,
 ) -> MemoryPlan:
     """Size the pool: `kv_positions`, or what fits up to `max_batch_size` whole contexts.
 
     What fits is a fraction of the device's memory, after weights and the activations of `max_forward_tokens` packed
-    tokens. The pool holds at least one whole context if that much memory is there at all.
+    tokens, with `cuda_graphs` also those that graphs keep. The pool holds at least one whole context if that much
+    memory is there at all.
     """
     weight = model.embed_tokens.weight
     shape, size, device = model.config, weight.dtype.itemsize, weight.device
@@ -95,6 +98,9 @@ def plan_memory(
     gathered = 2 * per_position // shape.num_layers  # keys and values of one layer, copied into a rectangle
     logits = 4 * min(MAX_CHUNK_ELEMENTS, max_forward_tokens * vocabulary)
     activations = max_forward_tokens * (ACTIVATION_WIDTHS * widest * size + gathered) + LOGIT_COPIES * logits
+    if cuda_graphs:
+        activations += STATIC_TOKENS * ACTIVATION_WIDTHS * widest * size + STATIC_KEY_CELLS * gathered
+        activations += LOGIT_COPIES * logits + SCRATCH * per_position
     if device.type == "cuda":
         free, limit = torch.cuda.mem_get_info(device)
         room = free - int((1 - CUDA_FRACTION) * limit) - activations

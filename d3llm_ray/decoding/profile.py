@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from time import perf_counter
 
 import torch
+
+from d3llm_ray.decoding.batch import Span
 
 
 @dataclass
@@ -30,6 +32,16 @@ class StepProfile:
         for field in fields(self):
             if field.name != "synchronise":
                 setattr(self, field.name, field.default)
+
+    def count(self, calls: Sequence[Sequence[Span]]) -> None:
+        """Add the work of a step's model calls, without what padding adds to it."""
+        self.forwards += len(calls)
+        for one in (one for call in calls for one in call):
+            self.rows += 1
+            self.window_tokens += len(one.tokens)
+            self.key_positions += one.window.key_length
+            self.attended += len(one.tokens) * one.window.key_length
+            self.scored_rows += len(one.scored)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:

@@ -33,6 +33,8 @@ class TopK:
     filtered distribution; with `alg_temp`, drawn by softmax(score / alg_temp) without replacement. A step that
     would reveal nothing runs no forward.
     `cfg_scale`: classifier-free guidance by a second sequence whose prompt is masked (LLaDA generate.py).
+    `defer_stops`: positions whose token is a stop token are revealed only when nothing else is left to reveal
+    (LLaDA's `confidence_eos_eot_inf`, with which its GSM8K and MATH figures were made).
     """
 
     steps: int | None = None
@@ -40,6 +42,7 @@ class TopK:
     cfg_scale: float = 0.0
     alg_temp: float = 0.0
     eps: float = 1e-3
+    defer_stops: bool = False
 
     def __post_init__(self) -> None:
         require(self.steps is None or self.steps > 0, "steps", self.steps, "a positive whole number or null")
@@ -48,6 +51,7 @@ class TopK:
         for field in ("cfg_scale", "alg_temp"):
             value = getattr(self, field)
             require(0.0 <= value < math.inf, field, value, "a number, 0 or more")
+        require(isinstance(self.defer_stops, bool), "defer_stops", self.defer_stops, "true or false")
         require(0.0 < self.eps < 1.0, "eps", self.eps, "a number between 0 and 1")
 
     @property
@@ -81,6 +85,8 @@ class TopK:
             else:
                 canvas.steps_in_block[block] += 1
             scores = self._scores(rule, canvas, opening, statistics, seed)
+            if self.defer_stops:
+                scores = np.where(np.isin(statistics.sampled, list(canvas.stop_ids)), -np.inf, scores)
             revealed = np.zeros(len(opening.eligible), dtype=np.bool_)
             revealed[np.argsort(-scores, kind="stable")[: max(1, quota)]] = True  # ties: the lowest position
         return revealed, np.zeros_like(revealed)

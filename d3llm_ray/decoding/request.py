@@ -14,6 +14,14 @@ from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to decode.
@@ -38,13 +46,16 @@ class Request:
     def check(self, decoder: Decoder, family: Family, vocab_size: int, context: int) -> None:
         """Raise `InputError` naming the field of a request that can never be decoded with these."""
         (self.decoder or decoder).check(family)
-        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "a positive whole number")
-        require(0.0 <= self.temperature < math.inf, "temperature", self.temperature, "a number, 0 or more")
-        require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number above 0, at most 1")
-        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
-        require(whole and self.top_k >= 0, "top_k", self.top_k, "a whole number, 0 (off) or more")
+        require(
+            _whole(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "a positive whole number"
+        )
+        hot = _number(self.temperature) and 0.0 <= self.temperature < math.inf
+        require(hot, "temperature", self.temperature, "a number, 0 or more")
+        require(_number(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number above 0, at most 1")
+        require(_whole(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "a whole number, 0 (off) or more")
+        require(_whole(self.seed), "seed", self.seed, "a whole number")
         for token in self.stop_token_ids:
-            valid = isinstance(token, int) and 0 <= token < vocab_size
+            valid = isinstance(token, int | np.integer) and 0 <= token < vocab_size
             require(valid, "stop_token_ids", token, f"ids from 0 to {vocab_size - 1}")
         length = len(self.prompt_ids)
         require(length >= 1, "prompt", "no tokens", "one token or more")
@@ -96,6 +107,19 @@ class Completion:
     reveal_steps: list[int]  # 0-based forward that revealed each position
     reveal_entropies: list[float]  # nats, at the reveal
     reveal_logprobs: list[float]  # of the revealed token at its reveal, before temperature and filters
+
+    @staticmethod
+    def of(canvas: Canvas, end: int, reason: str) -> Completion:
+        """What a canvas holds, with the answer [0, end)."""
+        return Completion(
+            token_ids=canvas.response[:end].tolist(),
+            finish_reason=reason,
+            forwards=canvas.forwards,
+            response_ids=canvas.response.tolist(),
+            reveal_steps=canvas.reveal_step.tolist(),
+            reveal_entropies=canvas.reveal_entropy.tolist(),
+            reveal_logprobs=canvas.reveal_logprob.tolist(),
+        )
 
 
 @dataclass(frozen=True)

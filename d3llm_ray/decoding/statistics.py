@@ -79,7 +79,7 @@ def token_statistics(
         if chosen is not None and drawn[rows].any():
             _redraw(packed, logits, mask_id, chosen, np.flatnonzero(drawn[rows]))
         parts.append(packed)
-    return _unpack(torch.cat(parts, dim=1).cpu().numpy() if parts else np.zeros((3, 0), dtype=np.float32))
+    return unpack(torch.cat(parts, dim=1).cpu().numpy() if parts else np.zeros((3, 0), dtype=np.float32))
 
 
 @cache
@@ -112,7 +112,8 @@ def _redraw(packed: Tensor, logits: Tensor, mask_id: int | None, sampling: Sampl
     packed[:, rows] = draw(logits[rows].float(), mask_id, packed[:, rows], sampling.select(chosen))
 
 
-def _unpack(packed: FloatArray) -> TokenStatistics:
+def unpack(packed: FloatArray) -> TokenStatistics:
+    """Rows of `scoring.score` or `scoring.draw`, copied to the host, by name."""
     argmax, logprob, entropy = packed[:3]
     ids, confidence = argmax.astype(np.int64), np.exp(logprob)
     margin = packed[3] if len(packed) > 3 else np.full_like(entropy, np.nan)

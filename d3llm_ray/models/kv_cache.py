@@ -17,9 +17,17 @@ class KVCache:
     held twice. A canvas has its final length from the start, so that one contiguous span is all a sequence needs.
     """
 
-    def __init__(self, config: ModelConfig, positions: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
-        shape = (config.num_layers, positions, config.num_kv_heads, config.head_dim)
-        self.positions = positions
+    def __init__(
+        self,
+        config: ModelConfig,
+        positions: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        scratch: int = 0,
+    ) -> None:
+        shape = (config.num_layers, positions + scratch, config.num_kv_heads, config.head_dim)
+        self.positions = positions  # of sequences; behind them lie the `scratch` ones, which padding writes to
         self.keys = torch.empty(shape, dtype=dtype, device=device)  # [layers, positions, kv heads, head dim]
         self.values = torch.empty(shape, dtype=dtype, device=device)
 

@@ -144,6 +144,32 @@ class Ragged:
             any(one is not None for one in by_row),
         )
 
+    @staticmethod
+    def static(
+        positions: Tensor, write: Tensor, visible: Tensor, bases: Tensor, key_lengths: Tensor, span: int
+    ) -> Ragged:
+        """Lay out B windows of W tokens each on the device, from tensors whose values the host never sees.
+
+        Of each token, [B, W] int64: position, place in the `KVCache`, number of leading keys that it sees. Of each row,
+        [B] int64: base and key length, at most S = `span`. For `sdpa_attention` only, since kernels that take packed
+        sequences need lengths on the host: it counts as patterned.
+        """
+        count, width = positions.shape
+        cells = torch.arange(span, device=positions.device)
+        return Ragged(
+            lengths=(width,) * count,
+            starts=(),
+            key_lengths=(span,) * count,
+            bases=(),
+            positions=positions.flatten(),
+            gather=None,
+            scatter=None,
+            write=write.flatten(),
+            read=bases[:, None] + torch.minimum(cells, key_lengths[:, None] - 1),
+            mask=cells < visible[:, None, :, None],
+            patterned=True,
+        )
+
     @cached_property
     def rows(self) -> Tensor:
         """[T] int64, the row of each packed token."""
@@ -172,16 +198,21 @@ class Ragged:
         """[T, ...] -> [B, W, ...]; cells beyond a row's window hold copies that attention masks or drops."""
         if self.gather is None:
             return packed.view(len(self.lengths), -1, *packed.shape[1:])
-        return packed[self.gather]
+        return _take(packed, self.gather)
 
     def to_packed(self, rectangle: Tensor) -> Tensor:
         """[B, W, ...] -> [T, ...], dropping the cells beyond each row's window."""
         flat = rectangle.flatten(0, 1)
-        return flat if self.scatter is None else flat[self.scatter]
+        return flat if self.scatter is None else flat.index_select(0, self.scatter)
 
     def key_rectangle(self, store: Tensor) -> Tensor:
         """The rows' key spans, [B, S, ...], from a flat key store [positions, ...]."""
         if self.read is not None:
-            return store[self.read]
+            return _take(store, self.read)
         begin, count = self.bases[0], len(self.lengths)
         return store[begin : begin + count * self.key_lengths[0]].view(count, -1, *store.shape[1:])
+
+
+def _take(rows: Tensor, places: Tensor) -> Tensor:
+    """rows[places] for `places` [B, N]; several times as fast on a CPU."""
+    return rows.index_select(0, places.flatten()).view(*places.shape, *rows.shape[1:])

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from d3llm_ray import __version__
+from d3llm_ray.decoding.rules import family_rules
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import ZOO_NAMES, read_configs, resolve_model
 from d3llm_ray.tasks import Task
@@ -86,7 +87,7 @@ def make_plan(settings: TrajectorySettings) -> Plan:
     shorter = f"less than the teacher's context {context}"
     require(settings.max_tokens < context, "max_tokens", settings.max_tokens, shorter)
     problems, task = read_prompts(settings.texts or settings.prompts, settings.split, settings.count)
-    generation = settings.generation(block_size)
+    generation = settings.generation(block_size, family_rules(family).remasking == "entropy")
     prompts = distinct_prompts(problems, generation)
     metadata = {"family": family.name, "package": "d3llm-ray", "version": __version__, **generation}
     output = Location.of(settings.output, "output")

@@ -65,15 +65,19 @@ class TrajectorySettings(Settings):
         """The temperatures that are used, one an attempt."""
         return self.temperatures[: self.attempts]
 
-    def generation(self, block_size: int) -> dict[str, Any]:
+    def generation(self, block_size: int, by_entropy: bool = False) -> dict[str, Any]:
         """All that a row depends on besides its prompt and reference; part of every `prompt_id`.
 
-        `block_size`: the one in effect. Machine settings (actors, batch size, device) change no row.
+        `block_size`: the one in effect; `by_entropy`: the teacher's family reveals in that order. Machine settings
+        (actors, batch size, device) change no row.
         """
+        order = (
+            {"decoder": "dparallel", "entropy_threshold": 0.0} if by_entropy else {"decoder": "vanilla", "steps": None}
+        )
         return {
             "teacher": self.teacher,
             "dtype": self.dtype,
-            "decoder": {"decoder": "vanilla", "block_size": block_size, "early_stop": self.early_stop, "steps": None},
+            "decoder": {**order, "block_size": block_size, "early_stop": self.early_stop},
             "max_tokens": self.max_tokens,
             "temperatures": list(self.ladder),
             "seed": self.seed,

@@ -88,7 +88,9 @@ def test_batch_and_neighbours_change_nothing(loaded, preset: str) -> None:
 
 
 @pytest.mark.parametrize("conventions", ["loaded", "dream"])
-@pytest.mark.parametrize("settings", [{"cache_delay": 10_000}, {"refresh_interval": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"cache_delay": 10_000}, {"refresh_interval": 1}, {"refresh_interval": 1, "suffix": "cached"}]
+)
 def test_caches_that_never_freeze_or_always_refresh_change_nothing(conventions, settings, request) -> None:
     model, family = request.getfixturevalue(conventions)
     requests = _requests(12, seed=4)

@@ -8,10 +8,9 @@ import pytest
 from d3llm_ray.decoding import PRESETS, decoder
 from d3llm_ray.decoding.caches import DelayedCache, NoCache, Window
 from d3llm_ray.decoding.canvas import Canvas
-from d3llm_ray.decoding.rules import FamilyRules
-from d3llm_ray.decoding.schedules import MultiBlock, SequentialBlocks
 from d3llm_ray.decoding.remasking import TopK
-from d3llm_ray.decoding.schedules import Opening
+from d3llm_ray.decoding.rules import FamilyRules
+from d3llm_ray.decoding.schedules import MultiBlock, Opening, SequentialBlocks
 from d3llm_ray.decoding.selections import EntropyThreshold
 from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.errors import InputError
@@ -81,6 +80,19 @@ def test_top_k_spreads_the_remainder_over_the_first_steps() -> None:
         counts.append(opening.eligible[revealed].tolist())
         _reveal(canvas, *opening.eligible[revealed])
     assert counts == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
+
+
+def test_stop_tokens_are_deferred_until_nothing_else_is_left() -> None:
+    canvas, order = _canvas(size=4, stop_ids=[9]), []
+    tokens = np.array([9, 7, 9, 7])
+    for _ in range(4):
+        opening = SequentialBlocks().open(canvas)
+        confidence = np.array([0.9, 0.2, 0.8, 0.3], dtype=np.float32)[opening.eligible]
+        figures = _statistics(confidence, sampled=tokens[opening.eligible])
+        revealed, _ = TopK(defer_stops=True).select(canvas, opening, figures, LLADA, 0)
+        order += opening.eligible[revealed].tolist()
+        _reveal(canvas, *opening.eligible[revealed])
+    assert order == [3, 1, 0, 2]
 
 
 def test_entropy_threshold_by_family() -> None:

@@ -55,7 +55,8 @@ def decode(
                     break
 
         newly_frozen = frozen > cached
-        interval_due = n % refresh_interval == 0 and not newly_frozen
+        # Interval 1 means every forward, also one that freezes.
+        interval_due = refresh_interval == 1 or (n % refresh_interval == 0 and not newly_frozen)
         refresh = interval_due or (waiting and not newly_frozen)
         first = 0 if refresh else cached
         last = canvas.length if suffix == "recompute" else canvas.prompt + active_end

@@ -4,13 +4,16 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from d3llm_ray.config import build
-from d3llm_ray.decoding import Completion, DiffusionLLM, Event, Request
+from d3llm_ray.decoding import Completion, DiffusionLLM, Engine, Event, Request
+from d3llm_ray.models import Transformer, save_model
+from d3llm_ray.models.families import read_family
 from d3llm_ray.trajectories.plan import make_plan
 from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.settings import TrajectorySettings
-from d3llm_ray.trajectories.teacher import Teacher, Verdict, climb
+from d3llm_ray.trajectories.teacher import Teacher, Verdict, climb, teacher_decoder
 
 
 class FakeEngine:
@@ -29,10 +32,10 @@ class FakeEngine:
     def step(self) -> list[Event]:
         request_id = self.rng.choice(list(self.running))
         if self.rng.random() < 0.5:
-            return [Event(request_id, [1])]  # progress without a completion
+            return [Event(request_id, [1], 1)]  # progress without a completion
         request = self.running.pop(request_id)
         tokens = [request.prompt_ids[0], round(request.temperature * 10)]
-        return [Event(request_id, [], Completion(tokens, "stop", 2, tokens, [0, 1], [0.0, 0.0]))]
+        return [Event(request_id, [], 2, Completion(tokens, "stop", 2, tokens, [0, 1], [0.0, 0.0], [0.0, 0.0]))]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -92,3 +95,26 @@ def test_prompt_beyond_the_context_becomes_an_error_row_and_spares_its_neighbour
     first, error, last = teacher.rows([plan.prompts[0], poison, plan.prompts[1]])
     assert error["prompt_id"] == "f" * 16 and "exceed the model's context of 256" in error["error"]
     assert [first, last] == teacher.rows(plan.prompts)
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("llada", "vanilla"), ("Dream", "dparallel")])
+def test_every_family_teaches_one_token_a_forward_in_its_own_order(model_type: str, name: str, tmp_path: Path) -> None:
+    config = {
+        "model_type": model_type, "vocab_size": 30, "mask_token_id": 28, "eos_token_id": 29, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "d_model": 16, "n_heads": 2, "n_layers": 1, "mlp_hidden_size": 16, "max_sequence_length": 64,
+        "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    shape, family = read_family(config, {"block_size": 8})
+    torch.manual_seed(0)
+    model = Transformer(shape)
+    save_model(model, family, tmp_path)
+    chosen = teacher_decoder(TrajectorySettings(teacher=str(tmp_path), output=str(tmp_path / "rows"), early_stop=False))
+    assert chosen.name == name
+    engine = Engine(model.eval(), family, chosen)
+    engine.submit(Request([3, 4, 5], 16))
+    events = []
+    while engine.active or engine.waiting:
+        events += engine.step()
+    steps = events[-1].completion.reveal_steps
+    assert sorted(steps) == list(range(16)) and max(steps[:8]) < min(steps[8:])
