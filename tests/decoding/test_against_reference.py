@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, given, settings
+import torch
+from hypothesis import HealthCheck, given, reject, settings
 
 from d3llm_ray.decoding import Completion, Engine, Request, decoder
 from d3llm_ray.decoding.sampling import uniforms
@@ -25,6 +28,7 @@ from tests.reference import (
     vanilla_llada,
 )
 from tests.reference.answer import Answer
+from tests.reference.network import Network
 
 REFERENCES = {
     "fast-dllm-prefix": fast_dllm_prefix,
@@ -78,7 +82,33 @@ def _compare(kind: str, preset: str, prompt: list[int], limit: int, **options: A
         given_options["seed"] = 7
     else:
         reference = REFERENCES[preset]
-    _assert_equal(done, reference.decode(network, prompt, size, conventions=conventions, limit=limit, **given_options))
+
+    def decode(network: Network) -> Answer:
+        return reference.decode(network, prompt, size, conventions=conventions, limit=limit, **given_options)
+
+    answer = decode(network)
+    try:
+        _assert_equal(done, answer)
+    except AssertionError:
+        # A tie to within rounding may fall either way: such an example proves nothing. It is one if weights that are
+        # off by less than rounding errors add up to give yet another answer.
+        if any(decode(nudged) != answer for nudged in _nudged(kind)):
+            reject()
+        raise
+
+
+@cache
+def _nudged(kind: str) -> list[Network]:
+    """The reference with every weight off by about 1e-6 of itself, in six ways."""
+    networks = []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        model = copy.deepcopy(loaded(kind)[0])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 1 + 1e-6 * torch.randn(parameter.shape, generator=generator)
+        networks.append(Network(model))
+    return networks
 
 
 prompts = st.lists(st.integers(2, 34), min_size=1, max_size=21)
@@ -87,7 +117,7 @@ blocks = st.sampled_from([3, 4, 8, 16])
 # Away from the ends, where rounding alone decides whether a probability is 1 or an entropy 0.
 entropies, confidences = st.floats(0.01, 4), st.floats(0.01, 0.99)
 both = st.sampled_from(["llada", "dream"])
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("rule", ["low_confidence", "random"])
@@ -181,13 +211,13 @@ def test_d3llm_nocache(kind, prompt, limit, options) -> None:
         }
     ),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_d3llm(suffix, kind, prompt, limit, options) -> None:
     _compare(kind, "d3llm", prompt, limit, suffix=suffix, **options)
 
 
 @given(both, prompts, limits, st.fixed_dictionaries({"confidence_threshold": confidences, **multi_block}))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_d2f(kind, prompt, limit, options) -> None:
     _compare(kind, "d2f", prompt, limit, **options)
 
@@ -200,7 +230,7 @@ def test_d2f(kind, prompt, limit, options) -> None:
     confidences,
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_fast_dllm_v2(kind, prompt, limit, sizes, threshold, block_cache) -> None:
     options = {"confidence_threshold": threshold, "block_cache": block_cache}
     _compare(kind, "fast-dllm-v2", prompt, limit, block_size=sizes[0], sub_block_size=sizes[1], **options)
