@@ -37,7 +37,17 @@ class FakeLLM:
 
     def _output(self, text: str, tokens: int, forwards: int) -> Output:
         return Output(
-            text, [7] * tokens, "stop", 5, [1] * 5, forwards, tokens / forwards, [0] * 64, [0.0] * 64, [7] * 64
+            text,
+            [7] * tokens,
+            "stop",
+            5,
+            [1] * 5,
+            forwards,
+            tokens / forwards,
+            [0] * 64,
+            [0.0] * 64,
+            [0.0] * 64,
+            [7] * 64,
         )
 
 

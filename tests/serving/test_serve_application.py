@@ -146,7 +146,7 @@ def test_yaml_is_what_serve_and_the_builder_accept(name: str) -> None:
         ({"modle": "x"}, "modle: unknown setting; accepted: model, "),
         ({"port": 8000}, "port: unknown setting"),
         ({"model": "nothing-here"}, "model: "),
-        ({"decoder": "d4llm"}, "decoder: unknown value 'd4llm'; accepted: d3llm, "),
+        ({"decoder": "d4llm"}, "decoder: unknown value 'd4llm'; accepted: autoregressive, d2f, d3llm, "),
         ({"max_tokens": 512}, "max_tokens_limit: got 256; accepted: at least max_tokens, 512"),
         ({"decoder_config": "missing.yaml"}, "config: cannot read 'missing.yaml'"),
         ({"device": "tpu"}, "device: got 'tpu'"),
