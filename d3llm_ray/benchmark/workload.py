@@ -69,7 +69,7 @@ class Workload:
         """
         context = self.config.max_position_embeddings
         lengths = (
-            len(request.prompt_ids) + request.canvas_size(cell.decoder, self.family, context)[0]
+            request.positions(cell.decoder, self.family, context)
             for cell in self.cells
             for request in self.requests(cell)
         )

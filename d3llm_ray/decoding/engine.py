@@ -113,8 +113,7 @@ class Engine:
         """Raise `InputError` for a request that this engine can never decode."""
         request.check(self.decoder, self.family, self.model.config.vocab_size, self.context)
         if (request.decoder or self.decoder).caching.uses_cache:
-            size, _ = request.canvas_size(self.decoder, self.family, self.context)
-            length = len(request.prompt_ids) + size
+            length = request.positions(self.decoder, self.family, self.context)
             if length > self._pool.positions:
                 raise InputError(
                     f"prompt: prompt and canvas need {length} positions of the KV pool; accepted: together at most "
@@ -170,14 +169,14 @@ class Engine:
         while self._waiting and len(self._rows) < self.max_batch_size:
             request_id, request = self._waiting[0]
             chosen, base = request.decoder or self.decoder, None
-            canvas = request.canvas(self.decoder, self.family, self.context)
             if chosen.caching.uses_cache:
-                base = self._pool.take(canvas.length)
+                base = self._pool.take(request.positions(self.decoder, self.family, self.context))
                 if base is None:
                     assert self._rows, "a span of the KV pool was not given back"
                     return  # those that run will free theirs
                 self._cache = self._cache or self._allocate()
             self._waiting.popleft()
+            canvas = request.canvas(self.decoder, self.family, self.context)
             self._rows.append(_Row(request_id, request, chosen, canvas, base))
 
     def _allocate(self) -> KVCache:

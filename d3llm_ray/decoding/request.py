@@ -79,6 +79,10 @@ class Request:
         size = -(-(head + self.max_tokens) // block) * block - head
         return min(size, context - prompt), block
 
+    def positions(self, decoder: Decoder, family: Family, context: int) -> int:
+        """Positions that prompt and canvas take together."""
+        return len(self.prompt_ids) + self.canvas_size(decoder, family, context)[0]
+
     def canvas(self, decoder: Decoder, family: Family, context: int) -> Canvas:
         """The request's canvas before its first forward."""
         chosen = self.decoder or decoder
