@@ -65,19 +65,26 @@ class TrajectorySettings(Settings):
         """The temperatures that are used, one an attempt."""
         return self.temperatures[: self.attempts]
 
+    def decoding(self, block_size: int | None, by_entropy: bool) -> dict[str, Any]:
+        """The teacher's decoder, as a decoding settings file has it: one token a forward in the family's own order.
+
+        LLaDA reveals the most probable token, Dream (`by_entropy`) that of lowest entropy (d3LLM's data preparation).
+        """
+        order: dict[str, Any] = {"decoder": "vanilla", "steps": None}
+        if by_entropy:
+            order = {"decoder": "dparallel", "entropy_threshold": 0.0}
+        return {**order, "block_size": block_size, "early_stop": self.early_stop}
+
     def generation(self, block_size: int, by_entropy: bool = False) -> dict[str, Any]:
         """All that a row depends on besides its prompt and reference; part of every `prompt_id`.
 
         `block_size`: the one in effect; `by_entropy`: the teacher's family reveals in that order. Machine settings
         (actors, batch size, device) change no row.
         """
-        order = (
-            {"decoder": "dparallel", "entropy_threshold": 0.0} if by_entropy else {"decoder": "vanilla", "steps": None}
-        )
         return {
             "teacher": self.teacher,
             "dtype": self.dtype,
-            "decoder": {**order, "block_size": block_size, "early_stop": self.early_stop},
+            "decoder": self.decoding(block_size, by_entropy),
             "max_tokens": self.max_tokens,
             "temperatures": list(self.ladder),
             "seed": self.seed,

@@ -72,15 +72,10 @@ def climb(
 
 
 def teacher_decoder(settings: TrajectorySettings) -> Decoder:
-    """The family's own order at one token a forward, block by block: the finest order of reveals there is.
-
-    LLaDA reveals the most probable token, Dream the one of lowest entropy (d3LLM's data preparation).
-    """
-    options: dict[str, Any] = {"block_size": settings.block_size, "early_stop": settings.early_stop}
+    """The finest order of reveals there is, block by block (`TrajectorySettings.decoding`)."""
     _, family = read_configs(settings.teacher)
-    if family_rules(family).remasking == "entropy":
-        return decoder("dparallel", entropy_threshold=0.0, **options)
-    return decoder("vanilla", steps=None, **options)
+    options = settings.decoding(settings.block_size, family_rules(family).remasking == "entropy")
+    return decoder(options.pop("decoder"), **options)
 
 
 class Teacher:
