@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from d3llm_ray.benchmark.machine import Machine
 from d3llm_ray.benchmark.plan import Plan
 from d3llm_ray.benchmark.ratios import ratios
 from d3llm_ray.benchmark.rows import PHASES, Row
-from d3llm_ray.evaluation.report import machine, versions, write_text
+from d3llm_ray.evaluation.report import WrittenReport, machine, table, versions
 
 # How every figure is counted, in every report: a number without its rule cannot be compared.
 COUNTING = {
@@ -36,7 +34,7 @@ COUNTING = {
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(WrittenReport):
     """The measured rows with all that is needed to read them. `memory` is in bytes."""
 
     plan: Plan
@@ -57,28 +55,15 @@ class Report:
             "counting": COUNTING,
         }
 
-    def to_json(self) -> str:
-        """One line of JSON; figures keep full precision."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
-
-    def __str__(self) -> str:
-        """For the terminal: memory, roofline, tables, and the JSON as the last line."""
-        return f"{self.to_markdown()}\n{self.to_json()}"
-
     def to_markdown(self) -> str:
         peak = self.memory["peak"] / 2**30
         limit = f"{self.machine.flops / 1e12:.4g} TFLOP/s, {self.machine.bandwidth / 1e9:.4g} GB/s"
         lines = [*self.memory_plan, f"peak memory {peak:.2f} GiB", f"roofline ({self.machine.name}): {limit}"]
-        tables = [_table(_HEADER, map(_cells, self.rows), left=1)]
+        tables = [table(_HEADER, map(_cells, self.rows), left=1)]
         found = ratios(self.rows, self.plan.full_length)
         cells = ([one.name, one.what, f"{one.value:.2f}", f"{one.low:.2f} - {one.high:.2f}"] for one in found)
-        tables.append(_table(["ratio", "of", "median", "spread"], cells, left=2))
+        tables.append(table(["ratio", "of", "median", "spread"], cells, left=2))
         return "\n".join(["\n".join(lines) + "\n", *tables])
-
-    def write(self, directory: Path) -> None:
-        """Write `report.md` and `report.json`, the latter last: where it exists, the report is complete."""
-        write_text(directory / "report.md", self.to_markdown())
-        write_text(directory / "report.json", self.to_json() + "\n")
 
 
 _HEADER = [
@@ -110,9 +95,3 @@ def _cells(row: Row) -> list[str]:
         f"{row.bytes / 1e9:.4g}",
         f"{row.roofline_percent:.1f} %",
     ]
-
-
-def _table(header: list[str], rows: Iterable[list[str]], left: int) -> str:
-    """A Markdown table whose first `left` columns are text and the others figures."""
-    rules = ["---"] * left + ["---:"] * (len(header) - left)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rules, *rows))

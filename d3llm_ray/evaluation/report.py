@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -32,8 +33,31 @@ COUNTING = {
 }
 
 
+class WrittenReport(ABC):
+    """How every report is printed and kept: a table for people, one line of JSON for programs."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def to_markdown(self) -> str: ...
+
+    def to_json(self) -> str:
+        """One line of JSON; figures keep full precision."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+
+    def __str__(self) -> str:
+        """For the terminal: the tables, and the JSON as the last line."""
+        return f"{self.to_markdown()}\n{self.to_json()}"
+
+    def write(self, directory: Path) -> None:
+        """Write `report.md` and `report.json`, the latter last: where it exists, the report is complete."""
+        write_text(directory / "report.md", self.to_markdown())
+        write_text(directory / "report.json", self.to_json() + "\n")
+
+
 @dataclass(frozen=True)
-class Report:
+class Report(WrittenReport):
     """Scored rows. `anchors` maps a model to the model whose vanilla run anchors it, where that is another one."""
 
     rows: tuple[Row, ...]
@@ -48,26 +72,18 @@ class Report:
             "counting": COUNTING,
         }
 
-    def to_json(self) -> str:
-        """One line of JSON; figures keep full precision."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
-
-    def __str__(self) -> str:
-        """For the terminal: the table, and the JSON as the last line."""
-        return f"{self.to_markdown()}\n{self.to_json()}"
-
     def to_markdown(self) -> str:
         """A table with one line a row; a task column where there are several tasks."""
         tasks = len({row.task for row in self.rows}) > 1
         header = ["model", "decoder", *(["task"] if tasks else []), "accuracy", "TPF", "TPS", "AUP"]
-        rules = ["---"] * (len(header) - 4) + ["---:"] * 4
-        lines = [header, rules, *(_cells(row, _decoder_cell(row, self.rows), tasks) for row in self.rows)]
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        cells = (_cells(row, _decoder_cell(row, self.rows), tasks) for row in self.rows)
+        return table(header, cells, left=len(header) - 4)
 
-    def write(self, directory: Path) -> None:
-        """Write `report.md` and `report.json`, the latter last: where it exists, the report is complete."""
-        write_text(directory / "report.md", self.to_markdown())
-        write_text(directory / "report.json", self.to_json() + "\n")
+
+def table(header: list[str], rows: Iterable[list[str]], left: int) -> str:
+    """A Markdown table whose first `left` columns are text and the others figures."""
+    rules = ["---"] * left + ["---:"] * (len(header) - left)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rules, *rows))
 
 
 def _decoder_cell(row: Row, rows: Sequence[Row]) -> str:
