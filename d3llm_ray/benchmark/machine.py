@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from d3llm_ray.benchmark.plan import MEASURED
 from d3llm_ray.errors import unknown
-
-T = TypeVar("T")
+from d3llm_ray.timing import timed
 
 
 @dataclass(frozen=True)
@@ -65,18 +62,3 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
 def _best(device: torch.device, work: Callable[[], object]) -> float:
     work()  # the first call allocates and tunes
     return min(timed(device, work)[0] for _ in range(_ROUNDS))
-
-
-def timed(device: torch.device, work: Callable[[], T]) -> tuple[float, T]:
-    """(seconds, result) of `work`, the device's share included."""
-    synchronise(device)
-    began = time.perf_counter()
-    result = work()
-    synchronise(device)
-    return time.perf_counter() - began, result
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for what the device still has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

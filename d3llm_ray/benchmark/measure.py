@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d3llm_ray.benchmark.machine import Machine, find_machine, timed
+from d3llm_ray.benchmark.machine import Machine, find_machine
 from d3llm_ray.benchmark.plan import Plan
 from d3llm_ray.benchmark.report import Report
 from d3llm_ray.benchmark.roofline import Work, roofline
@@ -29,6 +29,7 @@ from d3llm_ray.benchmark.workload import Cell, Workload, prepare
 from d3llm_ray.decoding import Completion, Engine, Request
 from d3llm_ray.models import KVCache, Ragged, Transformer
 from d3llm_ray.progress import Progress
+from d3llm_ray.timing import timed
 
 Call = tuple[Tensor, Ragged, KVCache | None, Tensor]  # token ids [T], layout, cache, scored rows [N]
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from d3llm_ray.decoding import Decoder, DiffusionLLM, Output
 from d3llm_ray.errors import require
 from d3llm_ray.evaluation.rows import Row, Sample, summarise
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Problem, Task
+from d3llm_ray.timing import timed
 
 
 def evaluate(
@@ -45,12 +43,9 @@ def evaluate(
     options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, **overrides}
     if warmup:
         llm.generate(prompts[:warmup], **options)
-    _synchronise(llm)
     progress.start(f"evaluate {decoder.name}", len(prompts), "problem")
-    began = time.perf_counter()
-    outputs = llm.generate(prompts, progress=progress, **options)
-    _synchronise(llm)
-    seconds = time.perf_counter() - began
+    device = llm.model.embed_tokens.weight.device
+    seconds, outputs = timed(device, lambda: llm.generate(prompts, progress=progress, **options))
     progress.finish()
     samples = [_sample(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
     return summarise(
@@ -86,10 +81,3 @@ def _sample(task: Task, problem: Problem, output: Output) -> Sample:
         prompt_tokens=output.prompt_tokens,
         finish_reason=output.finish_reason,
     )
-
-
-def _synchronise(llm: DiffusionLLM) -> None:
-    """Wait for the device, so that the clock covers its work and nothing else."""
-    device = llm.model.embed_tokens.weight.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -12,13 +12,13 @@ import json
 import os
 import platform
 import sys
-import time
 from typing import Any
 
 import torch
 
 from d3llm_ray.config import parse, to_yaml
 from d3llm_ray.errors import InputError
+from d3llm_ray.timing import timed
 from d3llm_ray.trajectories.plan import Plan, make_plan
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.teacher import Teacher
@@ -30,11 +30,8 @@ def rate(plan: Plan, batch_size: int) -> tuple[float, list[dict[str, Any]]]:
     """(rows a second, rows) of one teacher that decodes `batch_size` rows at a time."""
     teacher = Teacher(plan.settings.model_copy(update={"batch_size": batch_size}), plan.task)
     teacher.rows(plan.prompts[:1])
-    _synchronise(plan.settings.device)
-    started = time.perf_counter()
-    rows = teacher.rows(plan.prompts)
-    _synchronise(plan.settings.device)
-    return len(rows) / (time.perf_counter() - started), rows
+    seconds, rows = timed(torch.device(plan.settings.device), lambda: teacher.rows(plan.prompts))
+    return len(rows) / seconds, rows
 
 
 def compare(settings: TrajectorySettings) -> dict[str, Any]:
@@ -57,11 +54,6 @@ def compare(settings: TrajectorySettings) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__},
     }
-
-
-def _synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def main() -> int:
