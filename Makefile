@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test chaos lint bench clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,7 +16,11 @@ quickstart: $(READY)
 	$(BIN)/d3llm-ray quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not chaos"
+
+# Faults on a local multi-node cluster: processes, nodes and drivers are killed on purpose.
+chaos: $(READY)
+	$(BIN)/python -m pytest -q -m chaos
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -24,7 +28,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m d3llm_ray.trajectories.benchmark
+	$(BIN)/d3llm-ray trajectories benchmark
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -39,6 +39,21 @@ VERBS = {
         "d3llm_ray.trajectories.pipeline:run",
         "let a teacher decode prompts and keep the order in which it revealed every token (Ray Data)",
     ),
+    "trajectories import": Verb(
+        "d3llm_ray.trajectories.importer:ImportSettings",
+        "d3llm_ray.trajectories.importer:run",
+        "turn a published trajectory or distillation dataset into trajectory rows",
+    ),
+    "trajectories inspect": Verb(
+        "d3llm_ray.trajectories.inspection:InspectSettings",
+        "d3llm_ray.trajectories.inspection:run",
+        "say what a trajectory dataset holds, draw one row and play it in the terminal",
+    ),
+    "trajectories benchmark": Verb(
+        "d3llm_ray.trajectories.benchmark:BenchmarkSettings",
+        "d3llm_ray.trajectories.benchmark:run",
+        "measure rows a second of one process, of the job, and of the job with more actors",
+    ),
     "distill": Verb(
         "d3llm_ray.distillation.settings:DistillSettings",
         "d3llm_ray.distillation.run:run",
@@ -86,7 +101,8 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit codes: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Run one verb. Exit codes: 0 done, 1 storage that fails and 2 bad input (one line on stderr each),
+    130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage(), end="")
@@ -96,11 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if words[0] not in VERBS:
-            raise unknown("verb", words[0], VERBS)
-        verb = VERBS[words[0]]
+        length = 2 if " ".join(words[:2]) in VERBS else 1
+        name = " ".join(words[:length])
+        if name not in VERBS:
+            raise unknown("verb", name, VERBS)
+        verb = VERBS[name]
         settings_class: type[Settings] = _load(verb.settings)
-        settings, print_only = parse(settings_class, words[1:])
+        settings, print_only = parse(settings_class, words[length:])
         if print_only:
             print(to_yaml(settings), end="")
             return 0
@@ -111,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"d3llm-ray: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a lost network share
+        print(f"d3llm-ray: {error}; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
             "d3llm-ray: interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr

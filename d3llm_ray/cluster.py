@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from d3llm_ray.errors import InputError
 
 # Set before Ray starts; a user's own value wins.
 _ENVIRONMENT = {
@@ -26,11 +30,11 @@ EMBEDDED_CPUS = 5
 EMBEDDED_OBJECT_STORE_BYTES = 300_000_000
 
 
-def connect(*, quiet: bool = True, dashboard: bool = False) -> None:
+def connect(*, quiet: bool = True, dashboard: bool = False, min_cpus: int = EMBEDDED_CPUS) -> None:
     """Use the Ray that is already there, join the cluster of `RAY_ADDRESS`, or start an embedded one.
 
-    An embedded cluster counts at least 5 logical CPUs: on a laptop its actors mostly wait for each other, and
-    Ray Data and Train reserve a CPU for every helper (a pipeline on two would wait for ever).
+    An embedded cluster counts at least 5 logical CPUs, and `min_cpus`: on a laptop its actors mostly wait for each
+    other, and Ray Data and Train reserve a CPU for every helper (a pipeline on two would wait for ever).
     """
     if ray.is_initialized():
         return
@@ -44,9 +48,38 @@ def connect(*, quiet: bool = True, dashboard: bool = False) -> None:
     # change what the user's next `ray start` does.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(
-        num_cpus=max(EMBEDDED_CPUS, os.cpu_count() or 1),
+        num_cpus=max(EMBEDDED_CPUS, min_cpus, os.cpu_count() or 1),
         object_store_memory=EMBEDDED_OBJECT_STORE_BYTES,
         include_dashboard=dashboard,
         log_to_driver=not quiet,
         logging_level=level,
     )
+
+
+def wait_for_resources(bundles: list[dict[str, float]], timeout_s: float, field: str) -> None:
+    """Return when the cluster can hold all `bundles` (resources each) at once; an autoscaler is asked to help.
+
+    Ray itself would wait for ever, without a word. Raises `InputError` naming `field`, what was demanded and what is
+    there, after `timeout_s`.
+    """
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        if group.wait(timeout_s):
+            return
+        demand: Counter[str] = Counter()
+        for bundle in bundles:
+            demand.update(bundle)
+        free, total = ray.available_resources(), ray.cluster_resources()  # type: ignore[no-untyped-call]
+        wanted = []
+        for name, amount in demand.items():
+            there = (_amount(name, resources.get(name, 0.0)) for resources in (free, total))
+            wanted.append("{} ({} free of {})".format(_amount(name, amount), *there))
+        raise InputError(
+            f"{field}: the cluster did not give within {timeout_s:g} s: {', '.join(wanted)}; accepted: what fits in it"
+        )
+    finally:
+        remove_placement_group(group)
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{amount / 2**30:.1f} GiB {name}" if name == "memory" else f"{amount:g} {name}"

@@ -1,12 +1,17 @@
-"""Names of all metrics, exported by Ray as Prometheus series `ray_<name>`.
+"""Names of all metrics, exported by Ray as Prometheus series `ray_<name>`, counters as `ray_<name>_total`.
 
 Outside a Ray process the same objects record into nothing, so callers never ask where they run.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Callable
+
 from ray.util.metrics import Counter, Gauge, Histogram
 
+Clock = Callable[[], float]  # seconds
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _TOKENS_PER_FORWARD = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 32.0]
 
@@ -55,3 +60,70 @@ class ServingMetrics:
                 self._tokens.inc(count, tags={**self._model, "kind": kind})
         if forwards:
             self._tpf.observe(completion_tokens / forwards, tags=self._model)
+
+
+class TeacherMetrics:
+    """What one teacher actor reports; every series carries the tag `teacher`."""
+
+    def __init__(self, teacher: str, clock: Clock = time.monotonic) -> None:
+        of_teacher = ("teacher",)
+        self._rows = Counter(
+            "d3llm_teacher_rows", "Finished rows, by result and 0-based attempt", ("teacher", "result", "attempt")
+        )
+        self._tokens = Counter("d3llm_teacher_tokens", "Response tokens of finished rows", of_teacher)
+        self._row_forwards = Counter("d3llm_teacher_row_forwards", "Forwards that finished rows were in", of_teacher)
+        self._forwards = Counter("d3llm_teacher_forwards", "Model forwards, each of a whole batch", of_teacher)
+        self._retries = Counter("d3llm_teacher_retries", "Wrong answers of finished rows decoded anew", of_teacher)
+        self._errors = Counter("d3llm_teacher_errors", "Prompts that could not be decoded", of_teacher)
+        self._queue = Gauge("d3llm_teacher_queue", "Prompts waiting for a slot", of_teacher)
+        self._active = Gauge("d3llm_teacher_active", "Rows in the running batch", of_teacher)
+        self._rows_per_second = Gauge(
+            "d3llm_teacher_rows_per_second", "Finished rows a second, over half a minute", of_teacher
+        )
+        self._tokens_per_second = Gauge(
+            "d3llm_teacher_tokens_per_second", "Tokens of finished rows a second, over half a minute", of_teacher
+        )
+        self._row_rate, self._token_rate = Rate(clock=clock), Rate(clock=clock)
+        self._teacher = {"teacher": teacher}
+
+    def stepped(self, active: int, waiting: int) -> None:
+        """Record one batched forward and what the engine holds after it."""
+        self._forwards.inc(tags=self._teacher)
+        self._active.set(active, tags=self._teacher)
+        self._queue.set(waiting, tags=self._teacher)
+        self._rows_per_second.set(self._row_rate.per_second(), tags=self._teacher)
+        self._tokens_per_second.set(self._token_rate.per_second(), tags=self._teacher)
+
+    def finished(self, is_correct: bool | None, tokens: int, forwards: int, attempt: int) -> None:
+        """Record a row. `is_correct`: None without a reference; `attempt`: 0-based, so also the retries it took."""
+        result = {True: "correct", False: "wrong", None: "unjudged"}[is_correct]
+        self._rows.inc(tags={**self._teacher, "result": result, "attempt": str(attempt)})
+        for counter, count in ((self._tokens, tokens), (self._row_forwards, forwards), (self._retries, attempt)):
+            if count:  # Ray refuses to add 0 to a counter
+                counter.inc(count, tags=self._teacher)
+        self._row_rate.add(1)
+        self._token_rate.add(tokens)
+
+    def failed(self) -> None:
+        self._errors.inc(tags=self._teacher)
+
+
+class Rate:
+    """Events a second over the last `window_s` seconds, or since this was made while that is less."""
+
+    def __init__(self, window_s: float = 30.0, clock: Clock = time.monotonic) -> None:
+        self._window_s, self._clock = window_s, clock
+        self._began = clock()
+        self._events: deque[tuple[float, int]] = deque()  # (seconds, count)
+        self._sum = 0
+
+    def add(self, count: int) -> None:
+        self._events.append((self._clock(), count))
+        self._sum += count
+
+    def per_second(self) -> float:
+        now = self._clock()
+        while self._events and self._events[0][0] <= now - self._window_s:
+            self._sum -= self._events.popleft()[1]
+        elapsed = min(self._window_s, now - self._began)
+        return self._sum / elapsed if elapsed > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Decoders as a report names them: presets, decoding settings files, and sweeps over a setting."""
+"""Decoders as a report lists them: sweeps over a setting, and labels."""
 
 from __future__ import annotations
 
@@ -6,31 +6,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from d3llm_ray.config import read_yaml
-from d3llm_ray.decoding import Decoder, decoder
-from d3llm_ray.errors import InputError, require
-
-
-def read_decoder(name_or_file: str) -> Decoder:
-    """The decoder of a preset's name or of a decoding settings file (`decoder`: its preset; the rest: overrides).
-
-    Raises:
-        InputError: an unreadable file, an unknown preset or setting, or a value that is not accepted.
-    """
-    if not is_settings_file(name_or_file):
-        return decoder(name_or_file)
-    values = read_yaml(name_or_file)
-    preset = values.pop("decoder", None)
-    require(isinstance(preset, str), f"{name_or_file}: decoder", preset, "the name of a preset")
-    try:
-        return decoder(str(preset), **values)
-    except InputError as error:
-        raise InputError(f"{name_or_file}: {error}") from error
-
-
-def is_settings_file(name_or_file: str) -> bool:
-    """Whether a decoder is given as a file rather than by its preset's name."""
-    return Path(name_or_file).suffix in (".yaml", ".yml")
+from d3llm_ray.decoder_settings import is_settings_file
+from d3llm_ray.decoding import Decoder
 
 
 def sweep_decoder(base: Decoder, sweep: dict[str, list[Any]]) -> list[Decoder]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from d3llm_ray.decoding import Decoder, DiffusionLLM, Output
+from d3llm_ray.decoder_settings import decoding_settings
+from d3llm_ray.decoding import DiffusionLLM, Output
 from d3llm_ray.errors import require
 from d3llm_ray.evaluation.rows import Row, Sample, summarise
 from d3llm_ray.progress import Progress
@@ -61,11 +62,6 @@ def evaluate(
         warmup=min(warmup, len(prompts)),
         max_batch_size=llm.engine.max_batch_size,
     )
-
-
-def decoding_settings(decoder: Decoder) -> dict[str, Any]:
-    """The content of a decoding settings file: the preset's name under `decoder`, and every setting."""
-    return {"decoder": decoder.name, **decoder.settings()}
 
 
 def _sample(task: Task, problem: Problem, output: Output) -> Sample:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from d3llm_ray.config import to_yaml
+from d3llm_ray.decoder_settings import decoding_settings, read_decoder
 from d3llm_ray.decoding import Decoder, DiffusionLLM
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.checkpoints import fingerprint
-from d3llm_ray.evaluation.decoders import decoder_label, read_decoder, sweep_decoder
-from d3llm_ray.evaluation.evaluate import decoding_settings, evaluate
+from d3llm_ray.evaluation.decoders import decoder_label, sweep_decoder
+from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.evaluation.plots import plot_report
 from d3llm_ray.evaluation.report import Report, score, write_text
 from d3llm_ray.evaluation.rows import Row, Sample

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from d3llm_ray import config
 from d3llm_ray.config import Settings
-from d3llm_ray.errors import InputError, require
+from d3llm_ray.errors import require
 
 if TYPE_CHECKING:
     from d3llm_ray.decoding import Decoder
@@ -61,22 +60,15 @@ class ReplicaSettings(Settings):
 
     def decoding(self) -> Decoder:
         """Build the decoder of `decoder` and `decoder_config`; `InputError` names the setting at fault."""
-        from d3llm_ray.decoding import decoder  # torch takes seconds to import; --help should not wait for it
+        from d3llm_ray.decoder_settings import read_settings_file  # torch is slow to import: --help should not wait
+        from d3llm_ray.decoding import decoder
 
-        name, overrides = self._preset()
-        return decoder(name, **overrides)
-
-    def _preset(self) -> tuple[str, dict[str, Any]]:
         if self.decoder_config is None:
-            return self.decoder or DEFAULT_DECODER, {}
-        overrides = config.read_yaml(self.decoder_config)
-        name = overrides.pop("decoder", None)
-        if not isinstance(name, str):
-            raise InputError(
-                f"decoder_config: {str(self.decoder_config)!r} has no 'decoder'; accepted: a preset's name"
-            )
-        require(self.decoder in (None, name), "decoder", self.decoder, f"{name}, as decoder_config says, or nothing")
-        return name, overrides
+            return decoder(self.decoder or DEFAULT_DECODER)
+        chosen = read_settings_file(self.decoder_config)
+        accepted = f"{chosen.name}, as decoder_config says, or nothing"
+        require(self.decoder in (None, chosen.name), "decoder", self.decoder, accepted)
+        return chosen
 
     def checked(self) -> ReplicaSettings:
         """Refuse a bad model or decoder before any replica starts; local paths come back absolute.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from d3llm_ray.errors import unknown
 from d3llm_ray.tasks import arith
-from d3llm_ray.tasks.files import ENDINGS, read_problems
+from d3llm_ray.tasks.files import ENDINGS, read_problems, stem
 from d3llm_ray.tasks.task import SPLITS, Problem, Split, Task
 
 EMBEDDED = {
@@ -25,7 +24,7 @@ def load_task(name_or_file: str) -> Task:
     """
     if name_or_file in EMBEDDED:
         return EMBEDDED[name_or_file]
-    if Path(name_or_file).suffix not in ENDINGS:
-        raise unknown("task", name_or_file, [*EMBEDDED, "a .jsonl or .parquet file of prompts"])
+    if not name_or_file.endswith(ENDINGS):
+        raise unknown("task", name_or_file, [*EMBEDDED, "a .jsonl, .jsonl.gz or .parquet file of prompts"])
     problems = read_problems(name_or_file)
-    return Task(Path(name_or_file).stem, lambda _split, count: problems[:count])
+    return Task(stem(name_or_file), lambda _split, count: problems[:count])

@@ -1,68 +1,131 @@
-"""Tasks from files: JSONL or Parquet rows with `messages` or `prompt`, and optionally `reference`."""
+"""Tasks from files: JSONL (also gzip'd) or Parquet rows of one prompt and, optionally, its reference answer."""
 
 from __future__ import annotations
 
+import io
 import json
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from d3llm_ray.errors import InputError
 from d3llm_ray.tasks.task import Message, Problem, problem_id
 
-ENDINGS = (".jsonl", ".parquet")
-ACCEPTED = "a .jsonl or .parquet file with a column 'messages' or 'prompt', and optionally 'reference'"
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+PROMPTS = ("messages", "prompt", "question")
+REFERENCES = ("reference", "gt_answer", "answer")  # GSM8K's `answer` is a solution; `Task.is_correct` reads its ####
+ONE_PROMPT = "exactly one of 'messages', 'prompt' and 'question'"
+ACCEPTED = (
+    f"a .jsonl, .jsonl.gz or .parquet file with {ONE_PROMPT}, and optionally 'reference', 'gt_answer' or 'answer'"
+)
+BUFFER_BYTES = 1 << 20  # one request to a remote storage
+BATCH_ROWS = 256
 
 
-def read_problems(path: str | Path) -> list[Problem]:
-    """Read every row of a prompts file; `InputError` names the file, the row and what is wrong."""
-    path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise InputError(f"prompts: cannot read {str(path)!r}; accepted: {ACCEPTED}")
+def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
+    """All problems of a local file, in order; `InputError` names the file, the row and what is wrong."""
+    from pyarrow import fs
+
+    name = os.fspath(path)
+    problems = list(stream_problems(fs.LocalFileSystem(), os.path.abspath(name), name))
+    if not problems:
+        raise no_rows(name)
+    return problems
+
+
+def stream_problems(filesystem: fs.FileSystem, path: str, name: str) -> Iterator[Problem]:
+    """The problems of one file, row by row in constant memory; `name` is what errors call it.
+
+    Raises `InputError` when the file is not readable, not what its ending says, or at the first malformed row.
+    """
+    if not path.endswith(ENDINGS):
+        raise unreadable(name, "unknown ending")
+    rows = _parquet if path.endswith(".parquet") else _jsonl
     try:
-        rows = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts: cannot read {str(path)!r}: {error}; accepted: {ACCEPTED}") from error
-    if not rows:
-        raise InputError(f"prompts: {str(path)!r} has no rows; accepted: {ACCEPTED}")
-    return [_problem(row, f"prompts: row {number} of {str(path)!r}") for number, row in enumerate(rows, start=1)]
+        for where, row in rows(filesystem, path, name):
+            yield to_problem(row, f"prompts: {where} of {name!r}")
+    except OSError as error:
+        raise unreadable(name, error) from error
 
 
-def _parquet(path: Path) -> list[dict[str, Any]]:
+def unreadable(name: str, why: object) -> InputError:
+    """The error for prompts that cannot be read, in one line."""
+    return InputError(f"prompts: cannot read {name!r}: {' '.join(str(why).split())}; accepted: {ACCEPTED}")
+
+
+def no_rows(name: str) -> InputError:
+    """The error for a source without a single prompt."""
+    return InputError(f"prompts: {name!r} has no rows; accepted: {ACCEPTED}")
+
+
+def stem(name: str) -> str:
+    """The name of a file or folder without its path and ending."""
+    base = name.rstrip("/").rpartition("/")[2]
+    for ending in ENDINGS:
+        base = base.removesuffix(ending)
+    return base
+
+
+def _parquet(filesystem: fs.FileSystem, path: str, name: str) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        with filesystem.open_input_file(path) as stream:
+            # Else a whole row group is read at once.
+            file = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
+            used = [column for column in file.schema_arrow.names if column in PROMPTS + REFERENCES]
+            batches = file.iter_batches(BATCH_ROWS, columns=used or None)
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+                yield f"row {number}", row
     except pa.ArrowInvalid as error:
-        raise InputError(f"prompts: {str(path)!r} is not a Parquet file: {error}") from error
-    return rows
+        raise unreadable(name, f"not Parquet: {error}") from error
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(f"prompts: line {number} of {str(path)!r} is not JSON: {error}") from error
-    return rows
+def _jsonl(filesystem: fs.FileSystem, path: str, name: str) -> Iterator[tuple[str, Any]]:
+    with filesystem.open_input_stream(path) as stream:  # decompresses by the ending
+        for number, line in enumerate(io.BufferedReader(stream, BUFFER_BYTES), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # also text that is not UTF-8
+                raise InputError(f"prompts: line {number} of {name!r} is not JSON: {error}") from error
+            yield f"line {number}", row
 
 
-def _problem(row: Any, where: str) -> Problem:
-    if not isinstance(row, dict) or (row.get("messages") is None) == (row.get("prompt") is None):
-        raise InputError(f"{where}: accepted: exactly one of 'messages' and 'prompt'")
-    reference = row.get("reference")
+def to_problem(row: Any, where: str) -> Problem:
+    """One row as a problem; `InputError` starts with `where` and names the columns that are accepted.
+
+    The prompt is the one column of `PROMPTS` that is not null. The reference is the first column of `REFERENCES`
+    that the row has, even if null: `answer` is not the reference of a row with a column `reference`. Empty is none.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is {type(row).__name__}; accepted: an object with {ONE_PROMPT}")
+    prompts = [column for column in PROMPTS if row.get(column) is not None]
+    if len(prompts) != 1:
+        raise InputError(f"{where} has {_listed(prompts or row)}; accepted: {ONE_PROMPT}")
+    reference_column = next((column for column in REFERENCES if column in row), "reference")
+    reference = row.get(reference_column)
     if reference is not None and not isinstance(reference, str):
-        raise InputError(f"{where}: field 'reference' is {type(reference).__name__}; accepted: text")
-    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise InputError(f"{where}: field {reference_column!r} is {type(reference).__name__}; accepted: text")
+    content = row[prompts[0]]
+    messages = content if prompts[0] == "messages" else [{"role": "user", "content": content}]
+    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
         raise InputError(
-            f"{where}: accepted: 'prompt' as text, or 'messages' as objects with text 'role' and 'content'"
+            f"{where}: field {prompts[0]!r}; accepted: 'prompt' or 'question' as text, or 'messages' as objects "
+            "with text 'role' and 'content'"
         )
     chat: list[Message] = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return Problem(problem_id(chat, reference), chat, reference)
+    return Problem(problem_id(chat, reference or None), chat, reference or None)
+
+
+def _listed(columns: Any) -> str:
+    names = ", ".join(repr(column) for column in list(columns)[:10])
+    return f"the columns {names}" if names else "no column"
 
 
 def _is_message(message: Any) -> bool:

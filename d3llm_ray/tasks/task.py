@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,13 +33,17 @@ class Task:
     """A named set of problems. `load(split, count)` gives at most `count` problems, always the same ones."""
 
     name: str
-    load: Callable[[Split, int], list[Problem]]
+    load: Callable[[Split, int], Iterable[Problem]]
 
     def problems(self, split: Split = "test", count: int = 500) -> list[Problem]:
+        return list(self.stream(split, count))
+
+    def stream(self, split: Split, count: int) -> Iterator[Problem]:
+        """The same problems one at a time. `InputError` at once for an unknown split or a count below 1."""
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
         require(count >= 1, "count", count, "a positive whole number")
-        return self.load(split, count)
+        return iter(self.load(split, count))
 
     def extract(self, text: str) -> str | None:
         """The final answer of a solution, normalised; None when it has none."""

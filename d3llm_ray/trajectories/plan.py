@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset as pads
-
 from d3llm_ray import __version__
+from d3llm_ray.decoder_settings import decoding_settings, read_decoder
+from d3llm_ray.decoding import Decoder, decoder
 from d3llm_ray.decoding.rules import family_rules
-from d3llm_ray.errors import InputError, require
-from d3llm_ray.models import ZOO_NAMES, read_configs, resolve_model
-from d3llm_ray.tasks import Task
-from d3llm_ray.trajectories.prompts import Prompt, distinct_prompts, read_prompts
-from d3llm_ray.trajectories.schema import MESSAGES
+from d3llm_ray.errors import require
+from d3llm_ray.models import ZOO_NAMES, Family, read_configs, resolve_model
+from d3llm_ray.trajectories.prompts import Prompt, distinct_prompts
 from d3llm_ray.trajectories.settings import TrajectorySettings
+from d3llm_ray.trajectories.sources import Source, open_source
 from d3llm_ray.trajectories.storage import Location
-
-PROMPT_SCHEMA = pa.schema(
-    [
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("messages", MESSAGES),
-        pa.field("reference", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -33,15 +23,18 @@ class Plan:
     """A checked run. `staging` holds what is half done: prompts, finished parts, and Ray Data's checkpoint."""
 
     settings: TrajectorySettings
-    task: Task
-    prompts: list[Prompt]
-    duplicates: int  # prompts that came again in the source
-    metadata: Mapping[str, Any]
+    source: Source
+    generation: Mapping[str, Any]  # all that a row depends on besides its prompt and reference
+    metadata: Mapping[str, Any]  # of the files
     output: Location
 
     @property
     def staging(self) -> Location:
         return self.output / "_staging"
+
+    @property
+    def staged_prompts(self) -> Location:
+        return self.staging / "prompts"
 
     @property
     def parts(self) -> Location:
@@ -52,10 +45,6 @@ class Plan:
         return self.staging / "checkpoint"
 
     @property
-    def staged_prompts(self) -> Location:
-        return self.staging / "prompts.parquet"
-
-    @property
     def actor_settings(self) -> TrajectorySettings:
         """The settings with a teacher that an actor finds from its own working directory."""
         name = self.settings.teacher
@@ -63,43 +52,65 @@ class Plan:
             update={"teacher": name if name in ZOO_NAMES else str(resolve_model(name).resolve())}
         )
 
-    def prompt_table(self) -> pa.Table:
-        rows = [{"prompt_id": p.prompt_id, "messages": p.messages, "reference": p.reference} for p in self.prompts]
-        return pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA)
-
-    def committed_ids(self) -> set[str]:
-        """Ids of the rows that an interrupted run has finished; empty for a new run."""
-        files = [file for file in self.checkpoint.files(".parquet") if not file.path.endswith(".pending.parquet")]
-        if not files:
-            return set()
-        ids = pads.dataset([file.path for file in files], filesystem=self.output.filesystem, format="parquet")
-        return set(ids.to_table(columns=["prompt_id"])["prompt_id"].to_pylist())
+    def prompts(self) -> Iterator[Prompt]:
+        """Every distinct prompt in the source's order, read anew at each call."""
+        return distinct_prompts(self.source.problems(), self.generation)
 
 
 def make_plan(settings: TrajectorySettings) -> Plan:
-    """Read prompts and the teacher's configuration. `InputError` for anything that could not be decoded at all."""
+    """Open the prompts and read the teacher's configuration. `InputError` for what could not be decoded at all."""
     config, family = read_configs(settings.teacher)
-    require(family.mask_token_id is not None, "teacher", settings.teacher, "a masked-diffusion model (llada, dream)")
-    block_size = settings.block_size or family.block_size
+    chosen = teacher_decoder(settings, family)
+    block_size = chosen.block_length(family, settings.max_tokens)
     whole_blocks = f"a multiple of the block size {block_size}"
     require(settings.max_tokens % block_size == 0, "max_tokens", settings.max_tokens, whole_blocks)
     context = config.max_position_embeddings
     shorter = f"less than the teacher's context {context}"
     require(settings.max_tokens < context, "max_tokens", settings.max_tokens, shorter)
-    problems, task = read_prompts(settings.texts or settings.prompts, settings.split, settings.count)
-    generation = settings.generation(block_size, family_rules(family).remasking == "entropy")
-    prompts = distinct_prompts(problems, generation)
+    source = open_source(settings.prompts, settings.texts, settings.split, settings.count)
+    generation = generation_settings(settings, chosen, block_size)
     metadata = {"family": family.name, "package": "d3llm-ray", "version": __version__, **generation}
-    output = Location.of(settings.output, "output")
-    return Plan(settings, task, prompts, len(problems) - len(prompts), metadata, output)
+    return Plan(settings, source, generation, metadata, Location.of(settings.output, "output"))
 
 
-def check_resumable(plan: Plan) -> int:
-    """The number of rows already staged; `InputError` when they belong to other settings or prompts."""
-    done = plan.committed_ids()
-    if not done <= {prompt.prompt_id for prompt in plan.prompts}:
-        raise InputError(
-            f"output: {plan.settings.output!r} holds a half-finished run of other prompts or settings; accepted: "
-            "the settings.yaml beside it, or another folder"
-        )
-    return len(done)
+def teacher_decoder(settings: TrajectorySettings, family: Family) -> Decoder:
+    """The decoder of `settings.decoder`, by default the finest order of reveals that the family has.
+
+    That is one token a forward, block by block: the most probable one of LLaDA, that of lowest entropy of Dream
+    (d3LLM's data preparation). Raises `InputError` for one that does not fit the family or lacks a setting.
+    """
+    chosen = read_decoder(settings.decoder) if settings.decoder is not None else _finest(family)
+    chosen.check(family)
+    given = {"block_size": settings.block_size, "steps": settings.steps}
+    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if "early_stop" in chosen.settings():
+        overrides["early_stop"] = settings.early_stop
+    return chosen.override(**overrides)
+
+
+def _finest(family: Family) -> Decoder:
+    if family.mask_token_id is None:
+        return decoder("autoregressive")
+    if family.layout.attention == "block-causal":
+        return decoder("fast-dllm-v2", confidence_threshold=1.0)
+    if family_rules(family).remasking == "entropy":
+        return decoder("dparallel", entropy_threshold=0.0)
+    return decoder("vanilla")
+
+
+def generation_settings(settings: TrajectorySettings, chosen: Decoder, block_size: int) -> dict[str, Any]:
+    """All that a row depends on besides its prompt and reference; part of every `prompt_id`.
+
+    `block_size`: the one in effect. Machine settings (actors, batch size, device) change no row.
+    """
+    decoding = decoding_settings(chosen)
+    if "block_size" in decoding:
+        decoding["block_size"] = block_size
+    return {
+        "teacher": settings.teacher,
+        "dtype": settings.dtype,
+        "decoder": decoding,
+        "max_tokens": settings.max_tokens,
+        "temperatures": list(settings.ladder),
+        "seed": settings.seed,
+    }

@@ -27,25 +27,38 @@ def _list(values: pa.DataType) -> pa.DataType:
 MESSAGES = _list(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
 METADATA_KEY = b"d3llm_ray"
 
-# Null in imported rows, whose layout does not tell: reveal_entropy, attempt, temperature, seed.
+# Null in imported rows, whose layout does not tell: reveal_entropy, attempt, temperature, seed. Null in answers that
+# were imported without an order: reveal_step and forwards as well.
 SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),  # 16 hexadecimal digits, see `prompts.prompt_id`
         pa.field("messages", MESSAGES),  # null where the prompt is known by its token ids only
         pa.field("prompt_ids", _list(pa.int32()), nullable=False),
         pa.field("response_ids", _list(pa.int32()), nullable=False),  # the canvas: stop token and padding included
-        pa.field("reveal_step", _list(pa.uint16()), nullable=False),  # per canvas position: 0-based forward
+        pa.field("reveal_step", _list(pa.uint16())),  # per canvas position: 0-based forward
         pa.field("reveal_entropy", _list(pa.float16())),  # per canvas position: nats when it was revealed
         pa.field("reference", pa.string()),
         pa.field("answer", pa.string()),
         pa.field("is_correct", pa.bool_()),  # null without a reference
         pa.field("attempt", pa.int8()),  # 0-based rung of the temperature ladder
         pa.field("temperature", pa.float32()),
-        pa.field("forwards", pa.int32(), nullable=False),  # model forwards of this attempt
+        pa.field("forwards", pa.int32()),  # model forwards of this attempt
         pa.field("seed", pa.int64()),  # of this attempt: the row can be decoded again by itself
     ]
 )
 MAX_CANVAS = 2**16  # reveal_step is uint16
+
+# A prompt or source row that gave no trajectory. Null where it is unknown or makes no sense.
+ERROR_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),  # 0-based place in the source
+        pa.field("prompt_id", pa.string()),
+        pa.field("messages", MESSAGES),
+        pa.field("reference", pa.string()),
+        pa.field("error", pa.string(), nullable=False),  # the reason, one line
+    ]
+)
+ERRORS = "errors.parquet"
 
 
 def build_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema = SCHEMA) -> pa.Table:
@@ -71,6 +84,9 @@ def check_table(table: pa.Table, source: str) -> None:
     for name in ("reveal_step", "reveal_entropy"):
         if not _all(pc.equal(pc.list_value_length(table[name]), canvas)):
             raise InputError(f"{source}: {name} and response_ids differ in length; accepted: one entry a position")
+    for name, needed in (("forwards", "reveal_step"), ("reveal_step", "forwards"), ("reveal_entropy", "reveal_step")):
+        if not _all(pc.or_(pc.is_null(table[name]), pc.is_valid(table[needed]))):
+            raise InputError(f"{source}: a row has {name} but no {needed}; accepted: rows with both")
     steps = table["reveal_step"].combine_chunks()
     forwards = table["forwards"].combine_chunks().take(pc.list_parent_indices(steps))
     if not _all(pc.less(pc.list_flatten(steps), forwards)):
@@ -88,7 +104,7 @@ def read_trajectories(path: str | os.PathLike[str], columns: Sequence[str] | Non
     The table's schema metadata is the files' (see `read_metadata`). `columns` None reads and checks every column.
     Raises `InputError` for a path that is missing, unfinished or of another schema.
     """
-    dataset = _open(path)
+    dataset = open_dataset(path)
     if columns is not None:
         for name in columns:
             if name not in SCHEMA.names:
@@ -101,7 +117,7 @@ def read_trajectories(path: str | os.PathLike[str], columns: Sequence[str] | Non
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What produced a trajectory folder or file: teacher, family, decoder settings, package version."""
-    return decode_metadata(_open(path).schema)
+    return decode_metadata(open_dataset(path).schema)
 
 
 def with_metadata(schema: pa.Schema, values: Mapping[str, Any]) -> pa.Schema:
@@ -115,13 +131,15 @@ def decode_metadata(schema: pa.Schema) -> dict[str, Any]:
     return values
 
 
-def _open(path: str | os.PathLike[str]) -> pads.Dataset:
+def open_dataset(path: str | os.PathLike[str]) -> pads.Dataset:
+    """The rows of a finished trajectory folder or file, unread; `InputError` as of `read_trajectories`."""
     location = Location.of(path, "trajectories")
     if not location.exists:
         raise InputError(f"trajectories: {os.fspath(path)!r} does not exist; accepted: a trajectory folder or file")
     if location.is_folder and not (location / SUCCESS).exists:
         raise InputError(f"trajectories: {os.fspath(path)!r} has no {SUCCESS}; accepted: the folder of a finished run")
     files = location.files(".parquet") if location.is_folder else [location]
+    files = [file for file in files if not file.path.endswith(f"/{ERRORS}")]
     try:
         return pads.dataset([file.path for file in files], filesystem=location.filesystem, format="parquet")
     except (OSError, pa.ArrowInvalid) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -11,19 +11,30 @@ from d3llm_ray.tasks import Split
 
 
 class TrajectorySettings(Settings):
-    """Let a teacher decode prompts one token a step, and keep the order in which it revealed every token."""
+    """Let a teacher decode prompts, and keep the order in which it revealed every token."""
 
     verb: ClassVar[str] = "trajectories"
 
     teacher: str = Field("tiny-llada", description="zoo name or checkpoint folder of the teacher")
     prompts: str = Field(
-        "arith", description="embedded task, or a .jsonl or .parquet file with messages or prompt, and reference"
+        "arith",
+        description="embedded task; .jsonl or .parquet file, or a folder of them, local, s3:// or gs://; "
+        "or a `datasets` name, OWNER/NAME[:CONFIG]",
     )
     texts: list[str] = Field([], description="prompts written here; they replace `prompts` when there are any")
-    split: Split = Field("train", description="split of an embedded task")
-    count: int | None = Field(None, ge=1, description="prompts to decode; null: a whole file, 2000 of an embedded task")
+    split: Split = Field("train", description="split of an embedded task or of a `datasets` name")
+    count: int | None = Field(
+        None, ge=1, description="prompts to decode; null: a whole source, 2000 of an embedded task"
+    )
     output: str = Field("runs/trajectories", description="folder to write, any pyarrow.fs path")
+    keep: Literal["all", "correct"] = Field("all", description="correct: leave out rows whose answer is wrong")
 
+    decoder: str | None = Field(
+        None, description="preset or decoding settings file; null: one token a forward, in the family's own order"
+    )
+    steps: int | None = Field(
+        None, ge=1, description="forwards of a canvas, for `vanilla`; fewer than max_tokens reveal several at a time"
+    )
     max_tokens: int = Field(64, ge=1, description="response positions; a multiple of the block size")
     block_size: int | None = Field(None, ge=1, description="positions a block; null: the model's own")
     early_stop: bool = Field(True, description="end a row at its first stop token; false fills the whole canvas")
@@ -36,12 +47,19 @@ class TrajectorySettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="weights of the teacher")
     device: str = Field("cpu", description="torch device of a teacher actor: cpu or cuda")
     actors: int = Field(2, ge=1, description="teacher actors; each takes one CPU, or gpus_per_actor GPUs as well")
+    min_actors: int | None = Field(
+        None, ge=1, validate_default=True, description="actors to begin with, up to `actors` as the cluster has room"
+    )
     gpus_per_actor: float = Field(0.0, ge=0.0, validate_default=True, description="GPUs a teacher actor takes")
     batch_size: int = Field(32, ge=1, description="rows that one actor decodes at a time")
-    rows_per_part: int = Field(64, ge=1, description="rows of one unit of work: what a crash costs an actor at most")
+    rows_per_block: int = Field(64, ge=2, description="rows an actor works on: what its crash costs at most")
     rows_per_file: int = Field(50_000, ge=1, description="rows of one output file")
     max_error_fraction: float = Field(0.05, ge=0.0, le=1.0, description="stop when more prompts than this fail")
-    stall_timeout_s: float = Field(900.0, gt=0.0, description="stop when no unit of work ends for so many seconds")
+    resource_timeout_s: float = Field(
+        110.0, gt=0.0, description="stop when the cluster has not given the first actors within so many seconds"
+    )
+    stall_timeout_s: float = Field(900.0, gt=0.0, description="stop when no block ends for so many seconds")
+    operator_bars: bool = Field(False, description="show Ray Data's own bars, one an operator, instead of one line")
 
     @field_validator("temperatures")
     @classmethod
@@ -51,6 +69,14 @@ class TrajectorySettings(Settings):
             raise ValueError(f"temperatures: got {len(value)} for {attempts} attempts; accepted: one for each")
         if not all(0.0 <= temperature < float("inf") for temperature in value):
             raise ValueError(f"temperatures: got {value}; accepted: numbers, 0 or more")
+        return value
+
+    @field_validator("min_actors")
+    @classmethod
+    def _check_min_actors(cls, value: int | None, info: ValidationInfo) -> int | None:
+        actors = info.data.get("actors", 1)
+        if value is not None and value > actors:
+            raise ValueError(f"min_actors: got {value}; accepted: at most `actors`, {actors}")
         return value
 
     @field_validator("gpus_per_actor")
@@ -64,28 +90,3 @@ class TrajectorySettings(Settings):
     def ladder(self) -> tuple[float, ...]:
         """The temperatures that are used, one an attempt."""
         return self.temperatures[: self.attempts]
-
-    def decoding(self, block_size: int | None, by_entropy: bool) -> dict[str, Any]:
-        """The teacher's decoder, as a decoding settings file has it: one token a forward in the family's own order.
-
-        LLaDA reveals the most probable token, Dream (`by_entropy`) that of lowest entropy (d3LLM's data preparation).
-        """
-        order: dict[str, Any] = {"decoder": "vanilla", "steps": None}
-        if by_entropy:
-            order = {"decoder": "dparallel", "entropy_threshold": 0.0}
-        return {**order, "block_size": block_size, "early_stop": self.early_stop}
-
-    def generation(self, block_size: int, by_entropy: bool = False) -> dict[str, Any]:
-        """All that a row depends on besides its prompt and reference; part of every `prompt_id`.
-
-        `block_size`: the one in effect; `by_entropy`: the teacher's family reveals in that order. Machine settings
-        (actors, batch size, device) change no row.
-        """
-        return {
-            "teacher": self.teacher,
-            "dtype": self.dtype,
-            "decoder": self.decoding(block_size, by_entropy),
-            "max_tokens": self.max_tokens,
-            "temperatures": list(self.ladder),
-            "seed": self.seed,
-        }

@@ -64,6 +64,10 @@ class Location:
         if self.exists:
             self.filesystem.delete_dir(self.path)
 
+    def remove(self) -> None:
+        """Delete this file."""
+        self.filesystem.delete_file(self.path)
+
     def read_text(self) -> str:
         with self.filesystem.open_input_stream(self.path) as stream:
             return bytes(stream.read()).decode()

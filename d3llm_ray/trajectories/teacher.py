@@ -1,20 +1,23 @@
-"""The teacher: decodes a batch of prompts one token a step, retrying wrong answers at rising temperatures."""
+"""The teacher: decodes prompts in a continuous batch, retrying wrong answers at rising temperatures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from d3llm_ray.decoding import Completion, Decoder, DiffusionLLM, Event, Request, decoder
-from d3llm_ray.decoding.rules import family_rules
-from d3llm_ray.errors import DecodingError, InputError
+from d3llm_ray.decoding import Completion, DiffusionLLM, Event, Request
+from d3llm_ray.errors import InputError
 from d3llm_ray.models import read_configs
 from d3llm_ray.tasks import Task
+from d3llm_ray.trajectories.plan import teacher_decoder
 from d3llm_ray.trajectories.prompts import Prompt, attempt_seed
 from d3llm_ray.trajectories.settings import TrajectorySettings
+
+Key = TypeVar("Key")
+Row = dict[str, Any]
 
 
 class EngineLike(Protocol):
@@ -42,44 +45,63 @@ class Verdict:
     is_correct: bool | None
 
 
-Judge = Callable[[int, Completion], Verdict]  # index of the prompt, its response
+@dataclass(frozen=True)
+class Outcome(Generic[Key]):
+    """How a ladder ended: with the attempt that stands, or with the reason why there is none."""
+
+    key: Key
+    attempt: Attempt | None = None
+    verdict: Verdict | None = None
+    error: str | None = None
 
 
-def climb(
-    engine: EngineLike, ladders: Sequence[Sequence[Request]], judge: Judge
-) -> Iterator[tuple[int, Attempt, Verdict]]:
-    """Decode `ladders[i][0]`, and while the answer is wrong `ladders[i][1]` and so on; the last attempt stands.
+class Ladders(Generic[Key]):
+    """Attempts at many prompts in one running batch; nothing else may use the engine.
 
-    Yields (i, attempt, verdict) once for every ladder, in order of completion. A retry joins the running batch in
-    the forward after its answer was found wrong, so that no slot waits for the slowest row. Nothing else may
-    use the engine meanwhile.
+    A ladder's first request is decoded, and while the answer is wrong the next; the last attempt stands. A retry
+    joins the batch in the forward after its answer was found wrong, so that no slot waits for the slowest row.
+    `judge` may raise: then its ladder alone ends in an error, as one whose logits are not finite does.
     """
-    running: dict[int, tuple[int, int]] = {}  # request id -> ladder, rung
-    for index, ladder in enumerate(ladders):
-        running[engine.submit(ladder[0])] = (index, 0)
-    while running:
-        for event in engine.step():
-            if event.error is not None:
-                raise DecodingError(event.error)
-            if event.completion is None:
+
+    def __init__(self, engine: EngineLike, judge: Callable[[Key, Completion], Verdict]) -> None:
+        self._engine, self._judge = engine, judge
+        self._running: dict[int, tuple[Key, Sequence[Request], int]] = {}  # request id -> key, ladder, rung
+
+    def submit(self, key: Key, ladder: Sequence[Request]) -> None:
+        self._attempt(key, ladder, 0)
+
+    def step(self) -> list[Outcome[Key]]:
+        """One forward of the batch; the ladders that ended in it."""
+        outcomes = []
+        for event in self._engine.step():
+            if event.completion is None and event.error is None:
                 continue
-            index, rung = running.pop(event.request_id)
-            verdict = judge(index, event.completion)
-            if verdict.is_correct is False and rung + 1 < len(ladders[index]):
-                running[engine.submit(ladders[index][rung + 1])] = (index, rung + 1)
+            key, ladder, rung = self._running.pop(event.request_id)
+            if event.completion is None:
+                outcomes.append(Outcome(key, error=event.error))
+                continue
+            try:
+                verdict = self._judge(key, event.completion)
+            except Exception as error:  # a poison prompt costs its own row only
+                outcomes.append(Outcome(key, error=_reason(error)))
+                continue
+            if verdict.is_correct is False and rung + 1 < len(ladder):
+                self._attempt(key, ladder, rung + 1)
             else:
-                yield index, Attempt(rung, ladders[index][rung], event.completion), verdict
+                outcomes.append(Outcome(key, Attempt(rung, ladder[rung], event.completion), verdict))
+        return outcomes
 
-
-def teacher_decoder(settings: TrajectorySettings) -> Decoder:
-    """The finest order of reveals there is, block by block (`TrajectorySettings.decoding`)."""
-    _, family = read_configs(settings.teacher)
-    options = settings.decoding(settings.block_size, family_rules(family).remasking == "entropy")
-    return decoder(options.pop("decoder"), **options)
+    def _attempt(self, key: Key, ladder: Sequence[Request], rung: int) -> None:
+        self._running[self._engine.submit(ladder[rung])] = (key, ladder, rung)
 
 
 class Teacher:
-    """A loaded teacher that turns prompts into rows; plain Python, one in each Ray actor."""
+    """A loaded teacher that turns prompts into rows; plain Python, one in each Ray actor.
+
+    `submit` prompts at any time, and call `step` while there are rows to come: each is one forward of the batch and
+    returns the rows that it completed. A prompt that cannot be decoded (longer than the context, say) gives a row
+    with its `prompt_id`, `messages`, `reference` and `error`, and does not disturb its neighbours.
+    """
 
     def __init__(self, settings: TrajectorySettings, task: Task) -> None:
         if settings.device == "cpu":
@@ -87,48 +109,53 @@ class Teacher:
         self.settings, self.task = settings, task
         self.llm = DiffusionLLM.from_pretrained(
             settings.teacher,
-            decoder=teacher_decoder(settings),
+            decoder=teacher_decoder(settings, read_configs(settings.teacher)[1]),
             dtype=settings.dtype,
             device=settings.device,
             max_batch_size=settings.batch_size,
         )
+        self._ladders: Ladders[Prompt] = Ladders(self.llm.engine, self._judge)
+        self._refused: list[Row] = []
 
-    def rows(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """One row for every prompt, in the order of `prompts`.
+    @property
+    def active(self) -> int:
+        """Attempts that are being decoded."""
+        return self.llm.engine.active
 
-        A prompt that cannot be decoded (longer than the context, say) gives a row with its `prompt_id`, `messages`
-        and `error`, and does not disturb its neighbours.
-        """
-        rows: dict[str, dict[str, Any]] = {}
-        accepted: list[Prompt] = []
-        ladders: list[list[Request]] = []
+    @property
+    def waiting(self) -> int:
+        """Attempts that wait for a slot in the batch."""
+        return self.llm.engine.waiting
+
+    def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             try:
-                ladders.append(self._ladder(prompt))
-                accepted.append(prompt)
-            except InputError as error:
-                rows[prompt.prompt_id] = {
-                    "prompt_id": prompt.prompt_id,
-                    "messages": prompt.messages,
-                    "reference": prompt.reference,
-                    "error": str(error),
-                }
+                self._ladders.submit(prompt, self._ladder(prompt))
+            except Exception as error:  # a poison prompt costs its own row only
+                self._refused.append(_error_row(prompt, _reason(error)))
 
-        def judge(index: int, completion: Completion) -> Verdict:
-            text, reference = self.llm.decode(completion.token_ids), accepted[index].reference
-            return Verdict(
-                self.task.extract(text), None if reference is None else self.task.is_correct(text, reference)
-            )
+    def step(self) -> list[Row]:
+        """One forward; the rows that are complete, none when there is nothing to decode."""
+        rows, self._refused = self._refused, []
+        return rows + [_row(outcome) for outcome in self._ladders.step()]
 
-        for index, attempt, verdict in climb(self.llm.engine, ladders, judge):
-            rows[accepted[index].prompt_id] = _row(accepted[index], attempt, verdict)
+    def rows(self, prompts: Sequence[Prompt]) -> list[Row]:
+        """Decode `prompts` and nothing else; one row for each, in their order."""
+        self.submit(prompts)
+        rows: dict[str, Row] = {}
+        while len(rows) < len(prompts):
+            rows.update((row["prompt_id"], row) for row in self.step())
         return [rows[prompt.prompt_id] for prompt in prompts]
 
+    def _judge(self, prompt: Prompt, completion: Completion) -> Verdict:
+        text, reference = self.llm.decode(completion.token_ids), prompt.reference
+        return Verdict(self.task.extract(text), None if reference is None else self.task.is_correct(text, reference))
+
     def _ladder(self, prompt: Prompt) -> list[Request]:
-        """The requests of every attempt; `InputError` when the engine cannot decode the prompt."""
+        """The requests of every attempt; one only where there is no reference to be wrong against."""
         ids = self.llm.encode(prompt.messages)
         temperatures = self.settings.ladder if prompt.reference is not None else self.settings.ladder[:1]
-        ladder = [
+        return [
             Request(
                 prompt_ids=ids,
                 max_tokens=self.settings.max_tokens,
@@ -137,13 +164,30 @@ class Teacher:
             )
             for attempt, temperature in enumerate(temperatures)
         ]
-        self.llm.engine.check(ladder[0])
-        return ladder
 
 
-def _row(prompt: Prompt, attempt: Attempt, verdict: Verdict) -> dict[str, Any]:
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def _error_row(prompt: Prompt, reason: str | None) -> Row:
+    return {
+        "row": prompt.row,
+        "prompt_id": prompt.prompt_id,
+        "messages": prompt.messages,
+        "reference": prompt.reference,
+        "error": reason,
+    }
+
+
+def _row(outcome: Outcome[Prompt]) -> Row:
+    prompt, attempt, verdict = outcome.key, outcome.attempt, outcome.verdict
+    if attempt is None or verdict is None:
+        return _error_row(prompt, outcome.error)
     request, completion = attempt.request, attempt.completion
     return {
+        "row": prompt.row,
         "prompt_id": prompt.prompt_id,
         "messages": prompt.messages,
         "prompt_ids": list(request.prompt_ids),

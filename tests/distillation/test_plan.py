@@ -56,6 +56,21 @@ def test_keep_correct_drops_wrong_answers_only(rows: Path) -> None:
     assert some.prompt_ids == sorted(load_samples(str(rows)).prompt_ids)[:10]
 
 
+def test_rows_without_an_order_are_refused_with_what_to_do(rows: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (file,) = rows.glob("*.parquet")
+    written = pq.read_table(file)
+    imported = [{**row, "reveal_step": None, "forwards": None} for row in written.slice(0, 2).to_pylist()]
+    table = pa.concat_tables([pa.Table.from_pylist(imported, schema=written.schema), written.slice(2)])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(
+        InputError, match="reveal_step: got 'null in 2 of 70 rows'; accepted: .*d3llm-ray trajectories --prompts"
+    ):
+        load_samples(str(tmp_path / "rows.parquet"))
+
+
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_a_step_trains_on_the_same_samples_windows_and_masks_with_any_number_of_workers(
     samples: TrajectorySet, workers: int

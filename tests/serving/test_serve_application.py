@@ -168,7 +168,7 @@ def test_decoder_config_names_preset_and_overrides(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^decoder: got 'vanilla'; accepted: d3llm, as decoder_config says"):
         ReplicaSettings(decoder_config=tuned, decoder="vanilla").decoding()
     tuned.write_text("entropy_threshold: 0.7\n")
-    with pytest.raises(InputError, match="has no 'decoder'; accepted: a preset's name"):
+    with pytest.raises(InputError, match="tuned.yaml: decoder: got None; accepted: the name of a preset"):
         ReplicaSettings(decoder_config=tuned).decoding()
 
 

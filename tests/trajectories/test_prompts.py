@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from d3llm_ray.config import build
+from d3llm_ray.decoding import decoder
 from d3llm_ray.errors import InputError
+from d3llm_ray.models import read_configs
 from d3llm_ray.tasks import Problem
 from d3llm_ray.trajectories.pipeline import run
-from d3llm_ray.trajectories.plan import make_plan
-from d3llm_ray.trajectories.prompts import attempt_seed, distinct_prompts, prompt_id, read_prompts
+from d3llm_ray.trajectories.plan import generation_settings, make_plan, teacher_decoder
+from d3llm_ray.trajectories.prompts import attempt_seed, distinct_prompts, prompt_id
 from d3llm_ray.trajectories.settings import TrajectorySettings
 
 
@@ -33,9 +35,13 @@ def test_prompt_id_is_a_stable_hash_of_prompt_and_generation_settings() -> None:
 
 def test_every_generation_setting_changes_the_id_and_no_machine_setting_does() -> None:
     problem = Problem("0", [{"role": "user", "content": "2 + 2?"}])
+    _, family = read_configs("tiny-llada")
 
-    def row_id(block_size: int = 16, **values: Any) -> str:
-        return distinct_prompts([problem], settings(**values).generation(block_size))[0].prompt_id
+    def row_id(**values: Any) -> str:
+        chosen = settings(**values)
+        decoder = teacher_decoder(chosen, family)
+        generation = generation_settings(chosen, decoder, decoder.block_length(family, chosen.max_tokens))
+        return next(distinct_prompts([problem], generation)).prompt_id
 
     different = [
         {"teacher": "other"},
@@ -46,10 +52,12 @@ def test_every_generation_setting_changes_the_id_and_no_machine_setting_does() -
         {"seed": 1},
         {"dtype": "bfloat16"},
         {"block_size": 8},
+        {"steps": 32},
+        {"decoder": "fast-dllm-dual"},
     ]
     ids = {row_id(), *(row_id(**values) for values in different)}
     assert len(ids) == 1 + len(different)
-    assert row_id(actors=5, batch_size=3, rows_per_part=7, output="x", count=3) == row_id()
+    assert row_id(actors=5, batch_size=3, rows_per_block=7, output="x", count=3, keep="correct") == row_id()
 
 
 def test_attempt_seeds_differ_and_fit_the_column() -> None:
@@ -60,26 +68,12 @@ def test_attempt_seeds_differ_and_fit_the_column() -> None:
 
 def test_repeated_prompts_are_one_row_in_order_of_first_appearance() -> None:
     problems = [Problem(str(n), [{"role": "user", "content": text}], str(n)) for n, text in enumerate("abcab")]
-    prompts = distinct_prompts(problems, {})
-    assert [(prompt.messages[0]["content"], prompt.reference) for prompt in prompts] == [
-        ("a", "0"),
-        ("b", "1"),
-        ("c", "2"),
+    prompts = list(distinct_prompts(problems, {}))
+    assert [(prompt.row, prompt.messages[0]["content"], prompt.reference) for prompt in prompts] == [
+        (0, "a", "0"),
+        (1, "b", "1"),
+        (2, "c", "2"),
     ]
-
-
-def test_sources(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "one", "reference": "1"}\n{"prompt": "two"}\n{"prompt": "three"}\n')
-    for source in (str(file), file.as_uri()):
-        problems, task = read_prompts(source, "train", None)
-        assert [problem.messages[0]["content"] for problem in problems] == ["one", "two", "three"]
-        assert problems[0].reference == "1" and problems[1].reference is None
-        assert task.is_correct("#### 42", "42") and task.problems() == []  # judges, and carries no problems along
-    assert len(read_prompts(str(file), "train", 2)[0]) == 2
-    assert [p.messages for p in read_prompts(["hello"], "train", None)[0]] == [[{"role": "user", "content": "hello"}]]
-    train, test = read_prompts("arith", "train", 30)[0], read_prompts("arith", "test", 30)[0]
-    assert len(train) == 30 and not {str(p.messages) for p in train} & {str(p.messages) for p in test}
 
 
 @pytest.mark.parametrize(
@@ -88,12 +82,15 @@ def test_sources(tmp_path: Path) -> None:
         ({"teacher": "nobody"}, "model: unknown value 'nobody'"),
         ({"max_tokens": 40}, "max_tokens: got 40; accepted: a multiple of the block size 16"),
         ({"max_tokens": 256}, "max_tokens: got 256; accepted: less than the teacher's context 256"),
-        ({"prompts": "nothing"}, "task: unknown value 'nothing'"),
+        ({"prompts": "nothing"}, "prompts: unknown value 'nothing'"),
+        ({"decoder": "d9"}, "decoder: unknown value 'd9'"),
+        ({"decoder": "autoregressive"}, "'autoregressive' cannot decode a 'llada' model"),
+        ({"decoder": "d3llm", "steps": 8}, "steps: no setting of decoder 'd3llm'"),
         ({"prompts": "missing.jsonl"}, "prompts: cannot read 'missing.jsonl'"),
         ({"prompts": "file:///missing.jsonl"}, "prompts: cannot read 'file:///missing.jsonl'"),
         ({"prompts": "{tmp}/empty.jsonl"}, "has no rows"),
-        ({"prompts": "{tmp}/column.jsonl"}, "exactly one of 'messages' and 'prompt'"),
-        ({"prompts": "{tmp}/broken.parquet"}, "is not a Parquet file"),
+        ({"prompts": "{tmp}/column.jsonl"}, "exactly one of 'messages', 'prompt' and 'question'"),
+        ({"prompts": "{tmp}/broken.parquet"}, "broken.parquet': Error creating"),
         ({"output": "nowhere://x"}, "output: cannot open 'nowhere://x'"),
     ],
 )
@@ -101,11 +98,11 @@ def test_bad_input_is_refused_before_ray_starts(
     tiny_checkpoint: Path, tmp_path: Path, values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "column.jsonl").write_text(json.dumps({"question": "?"}) + "\n")
+    (tmp_path / "column.jsonl").write_text(json.dumps({"text": "?"}) + "\n")
     (tmp_path / "broken.parquet").write_text("PAR")
     values = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in values.items()}
     chosen = settings(**{"teacher": str(tiny_checkpoint), "output": str(tmp_path / "out"), "count": 2, **values})
-    monkeypatch.setattr("d3llm_ray.trajectories.pipeline.connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr("d3llm_ray.trajectories.pipeline.connect", lambda **_: pytest.fail("Ray was started"))
     with pytest.raises(InputError) as caught:
         run(chosen)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -121,6 +118,8 @@ def test_bad_input_is_refused_before_ray_starts(
         ({"device": "cuda"}, "gpus_per_actor: got 0"),
         ({"teachers": "x"}, "teachers: unknown setting"),
         ({"count": 0}, "count: got 0"),
+        ({"min_actors": 3}, "min_actors: got 3; accepted: at most `actors`, 2"),
+        ({"keep": "some"}, "keep: got 'some'"),
         ({"split": "dev"}, "split: got 'dev'"),
     ],
 )
@@ -132,15 +131,17 @@ def test_bad_settings_name_their_field(values: dict[str, Any], message: str) -> 
 
 def test_plan_says_what_the_files_will_say(tiny_checkpoint: Path, tmp_path: Path) -> None:
     plan = make_plan(settings(teacher=str(tiny_checkpoint), texts=["a", "b", "a"], output=str(tmp_path / "out")))
-    assert (len(plan.prompts), plan.duplicates) == (2, 1)
+    assert [prompt.row for prompt in plan.prompts()] == [0, 1]
     assert plan.metadata["family"] == "llada" and plan.metadata["max_tokens"] == 64
-    assert plan.metadata["decoder"] == {"decoder": "vanilla", "block_size": 16, "early_stop": True, "steps": None}
+    expected = {"decoder": "vanilla", "block_size": 16, "early_stop": True, "steps": None, "remasking": None}
+    assert plan.metadata["decoder"].items() >= expected.items()
+    decoder(plan.metadata["decoder"].pop("decoder"), **plan.metadata["decoder"])  # as a decoding settings file
 
 
 def test_job_script_ends_with_code_2_and_one_line(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = Path(__file__).parents[2] / "jobs" / "trajectories.py"
+    script = Path(__file__).parents[2] / "jobs" / "generate_trajectories.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--teacher", str(tiny_checkpoint), "--prompts", "missing.parquet"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")

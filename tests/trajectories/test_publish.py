@@ -4,31 +4,52 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from d3llm_ray.config import build
 from d3llm_ray.errors import InputError
-from d3llm_ray.trajectories import read_metadata, read_trajectories
-from d3llm_ray.trajectories.plan import Plan, check_resumable, make_plan
-from d3llm_ray.trajectories.publish import STAGED_SCHEMA, IncompleteRun, is_finished, publish
+from d3llm_ray.progress import Progress
+from d3llm_ray.trajectories import publish as publishing
+from d3llm_ray.trajectories import read_metadata, read_trajectories, staging
+from d3llm_ray.trajectories.plan import Plan, make_plan
+from d3llm_ray.trajectories.publish import IncompleteRun
 from d3llm_ray.trajectories.schema import build_table
 from d3llm_ray.trajectories.settings import TrajectorySettings
+from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage
+from d3llm_ray.trajectories.worker import STAGED_SCHEMA
 
 TEXTS = [f"prompt {number}" for number in range(10)]
+QUIET = Progress(quiet=True)
 
 
 @pytest.fixture
-def plan(tiny_checkpoint: Path, tmp_path: Path) -> Plan:
+def plan(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Ten prompts, staged in chunks of three."""
+    monkeypatch.setattr(staging, "ROWS_PER_FILE", 3)
     values = {"teacher": str(tiny_checkpoint), "texts": TEXTS, "output": str(tmp_path / "out"), "rows_per_file": 4}
-    return make_plan(build(TrajectorySettings, {**values, "max_error_fraction": 0.2}))
+    plan = make_plan(build(TrajectorySettings, {**values, "max_error_fraction": 0.2}))
+    stage(plan, QUIET)
+    return plan
+
+
+def manifest(plan: Plan) -> Manifest:
+    found = staging.read_manifest(plan)
+    assert found is not None
+    return found
+
+
+def publish(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
+    return publishing.publish(plan, manifest(plan), figures, QUIET)
 
 
 def staged(plan: Plan, number: int) -> dict[str, Any]:
     """The row of prompt `number`, told apart by its only token."""
-    prompt = plan.prompts[number]
+    prompt = list(plan.prompts())[number]
     return {
+        "row": number,
         "prompt_id": prompt.prompt_id,
         "messages": prompt.messages,
         "prompt_ids": [1],
@@ -43,6 +64,11 @@ def staged(plan: Plan, number: int) -> dict[str, Any]:
     }
 
 
+def failed(plan: Plan, number: int) -> dict[str, Any]:
+    row = staged(plan, number)
+    return {**{name: row[name] for name in ("row", "prompt_id", "messages")}, "error": "too long"}
+
+
 def write_part(plan: Plan, name: str, rows: list[dict[str, Any]]) -> None:
     plan.parts.make_folder()
     (plan.parts / f"{name}.parquet").write_table(build_table(rows, STAGED_SCHEMA))
@@ -53,6 +79,8 @@ def test_parts_in_any_order_become_few_files_in_the_order_of_the_prompts(plan: P
     write_part(plan, "b", [staged(plan, number) for number in (0, 1, 3, 4)])
     write_part(plan, "c", [staged(plan, number) for number in (8, 6, 5)])
     write_part(plan, "d", [staged(plan, number) for number in (2, 7, 9)])  # a late worker of a killed driver
+    (plan.parts / "e.parquet").write_text("half a fi")  # and one that was killed in the middle of a write
+    (plan.output / "trajectories-00009.parquet").write_text("of an earlier publication that was cut short")
     summary = publish(plan, {"seconds": 2.0})
     table = read_trajectories(plan.output.name)
     assert table["response_ids"].to_pylist() == [[number] for number in range(10)]
@@ -61,54 +89,106 @@ def test_parts_in_any_order_become_few_files_in_the_order_of_the_prompts(plan: P
     assert read_metadata(plan.output.name) == plan.metadata
     # Even rows are correct; attempts are 0, 1, 2, 0 ... 0; forwards are 1 to 10.
     expected = {"rows": 10, "judged": 10, "correct": 5, "accuracy": 50.0, "retried": 6, "mean_forwards": 5.5}
+    expected |= {"correct_at_attempt": [2, 1, 2], "repeated_rows": 3, "duplicates": 0, "kept": 10}
     assert {name: summary[name] for name in expected} == expected
     assert json.loads((plan.output / "summary.json").read_text()) == summary and summary["seconds"] == 2.0
-    assert is_finished(plan) and not plan.staging.exists
+    assert is_finished(plan, QUIET) and not plan.staging.exists
+
+
+def test_keep_correct_leaves_wrong_rows_out_and_says_how_many_there_were(plan: Plan) -> None:
+    plan = make_plan(plan.settings.model_copy(update={"keep": "correct", "output": plan.settings.output + "-kept"}))
+    stage(plan, QUIET)
+    unjudged = {**staged(plan, 9), "is_correct": None}
+    write_part(plan, "a", [*(staged(plan, number) for number in range(9)), unjudged])
+    summary = publish(plan, {})
+    assert read_trajectories(plan.output.name)["response_ids"].to_pylist() == [[n] for n in (0, 2, 4, 6, 8, 9)]
+    assert (summary["rows"], summary["judged"], summary["correct"], summary["kept"]) == (10, 9, 5, 6)
 
 
 def test_errors_are_kept_apart(plan: Plan) -> None:
-    failed = {"prompt_id": plan.prompts[3].prompt_id, "messages": plan.prompts[3].messages, "error": "too long"}
-    write_part(plan, "a", [failed if number == 3 else staged(plan, number) for number in range(10)])
+    write_part(plan, "a", [failed(plan, 3) if number == 3 else staged(plan, number) for number in range(10)])
     summary = publish(plan, {})
     assert (summary["rows"], summary["errors"]) == (9, 1)
-    assert json.loads((plan.output / "errors.jsonl").read_text()) == failed
+    (error,) = pq.read_table(plan.output.path + "/errors.parquet").to_pylist()
+    assert error == {**failed(plan, 3), "reference": None}
     assert read_trajectories(plan.output.name)["response_ids"].to_pylist() == [[n] for n in range(10) if n != 3]
-    assert is_finished(plan)
+    assert is_finished(plan, QUIET)
 
 
 def test_too_many_errors_leave_no_marker(plan: Plan) -> None:
-    failed = [{"prompt_id": prompt.prompt_id, "error": "too long"} for prompt in plan.prompts[:3]]
-    write_part(plan, "a", [*failed, *(staged(plan, number) for number in range(3, 10))])
-    with pytest.raises(InputError, match="3 of 10 could not be decoded, for example: too long; accepted: at most 20%"):
+    write_part(plan, "a", [(failed if number < 3 else staged)(plan, number) for number in range(10)])
+    with pytest.raises(InputError, match="3 of 10 gave no trajectory, for example: too long; accepted: at most 20%"):
         publish(plan, {})
-    assert not is_finished(plan)
+    assert not is_finished(plan, QUIET)
 
 
-def test_missing_and_foreign_rows_are_found(plan: Plan) -> None:
-    with pytest.raises(IncompleteRun, match="no parts"):
+def test_missing_and_foreign_rows_are_named(plan: Plan) -> None:
+    with pytest.raises(IncompleteRun, match="10 prompts, 10 staged, 0 distinct rows; 10 without a row"):
         publish(plan, {})
-    foreign = {**staged(plan, 0), "prompt_id": "f" * 16}
-    write_part(plan, "a", [foreign, *(staged(plan, number) for number in range(8))])
-    with pytest.raises(IncompleteRun, match="2 prompts have no row, 1 rows have no prompt"):
+    write_part(plan, "a", [staged(plan, number) for number in range(8)])
+    with pytest.raises(IncompleteRun, match="2 without a row") as caught:
         publish(plan, {})
-    assert not is_finished(plan)
+    assert all(staged(plan, number)["prompt_id"] in str(caught.value) for number in (8, 9))
+    write_part(plan, "b", [staged(plan, 8), {**staged(plan, 9), "prompt_id": "f" * 16}])
+    with pytest.raises(IncompleteRun, match="1 rows have no prompt: ffffffffffffffff"):
+        publish(plan, {})
+    write_part(plan, "b", [staged(plan, 8), staged(plan, 9), {**staged(plan, 9), "row": 10}])
+    with pytest.raises(IncompleteRun, match="11 distinct rows"):
+        publish(plan, {})
+    assert not is_finished(plan, QUIET)
 
 
 def test_folder_of_other_settings_is_refused(plan: Plan) -> None:
     write_part(plan, "a", [staged(plan, number) for number in range(10)])
+    others = [plan.settings.model_copy(update=change) for change in ({"seed": 1}, {"keep": "correct"}, {"count": 9})]
+    for other in others:
+        with pytest.raises(InputError, match="a half-finished run of other prompts or settings"):
+            stage(make_plan(other), QUIET)
     publish(plan, {})
-    other = make_plan(plan.settings.model_copy(update={"seed": 1}))
-    with pytest.raises(InputError, match="a finished run of other prompts or settings"):
-        is_finished(other)
+    for other in others:
+        with pytest.raises(InputError, match="a finished run of other prompts or settings"):
+            is_finished(make_plan(other), QUIET)
 
 
-def test_committed_ids_leave_out_pending_parts(plan: Plan) -> None:
+def test_staged_prompts_are_numbered_by_their_place_in_the_source(plan: Plan, tmp_path: Path) -> None:
+    texts = ["a", "b", "a", "c", "b", "d", "e"]
+    plan = make_plan(plan.settings.model_copy(update={"texts": texts, "output": str(tmp_path / "twice")}))
+    found = stage(plan, QUIET)
+    assert (found.prompts, found.duplicates) == (5, 2)
+    files = plan.staged_prompts.files(".parquet")
+    rows = [row for file in files for row in pq.read_table(file.path).to_pylist()]
+    assert len(files) == 2 and [row["row"] for row in rows] == [0, 1, 3, 5, 6]
+    assert [row["messages"][0]["content"] for row in rows] == ["a", "b", "c", "d", "e"]
+    assert stage(plan, QUIET) == found  # and begun again: nothing is written, and the same is found
+    (plan.staging / "manifest.json").remove()
+    (plan.staged_prompts / "prompts-00007.parquet").write_text("of a staging that was cut short")
+    assert stage(plan, QUIET) == found and len(plan.staged_prompts.files()) == 2
+
+
+def test_unchanged_prompt_files_are_not_read_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    chosen = plan.settings.model_copy(update={"texts": [], "prompts": str(file), "output": str(tmp_path / "files")})
+    plan = make_plan(chosen)
+    found = stage(plan, QUIET)
+    write_part(plan, "a", [staged(plan, 0), staged(plan, 1)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Plan, "prompts", lambda _self: pytest.fail("the prompts were read again"))
+        assert stage(make_plan(chosen), QUIET) == found
+        publish(plan, {})
+        assert is_finished(make_plan(chosen), QUIET)
+    file.write_text('{"prompt": "one"}\n\n{"prompt": "two"}\n')  # another file, the same prompts
+    assert is_finished(make_plan(chosen), QUIET)
+    file.write_text('{"prompt": "one"}\n{"prompt": "three"}\n')
+    with pytest.raises(InputError, match="a finished run of other prompts"):
+        is_finished(make_plan(chosen), QUIET)
+
+
+def test_committed_rows_leave_out_pending_parts(plan: Plan) -> None:
     """Ray Data's layout: `<part>.parquet` holds committed ids, `<part>.pending.parquet` those half written."""
-    ids = [prompt.prompt_id for prompt in plan.prompts]
+    assert committed_rows(plan.checkpoint).size == 0
     plan.checkpoint.make_folder()
-    assert check_resumable(plan) == 0
-    (plan.checkpoint / "one.parquet").write_table(pa.table({"prompt_id": ids[:3]}))
-    (plan.checkpoint / "two.pending.parquet").write_table(pa.table({"prompt_id": ids[3:5]}))
-    assert plan.committed_ids() == set(ids[:3]) and check_resumable(plan) == 3
-    with pytest.raises(InputError, match="half-finished run of other prompts or settings"):
-        check_resumable(make_plan(plan.settings.model_copy(update={"seed": 1})))
+    (plan.checkpoint / "two.parquet").write_table(pa.table({"row": pa.array([5, 3], pa.int64())}))
+    (plan.checkpoint / "one.parquet").write_table(pa.table({"row": pa.array([0, 1, 3], pa.int64())}))
+    (plan.checkpoint / "three.pending.parquet").write_table(pa.table({"row": pa.array([7], pa.int64())}))
+    assert np.array_equal(committed_rows(plan.checkpoint), [0, 1, 3, 5])

@@ -9,15 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.trajectories.publish import write_files
-from d3llm_ray.trajectories.schema import (
-    SCHEMA,
-    build_table,
-    check_table,
-    read_metadata,
-    read_trajectories,
-    with_metadata,
-)
+from d3llm_ray.trajectories.schema import SCHEMA, build_table, check_table, read_metadata, read_trajectories
+from d3llm_ray.trajectories.settings import TrajectorySettings
+from d3llm_ray.trajectories.shards import ShardWriter
 from d3llm_ray.trajectories.storage import Location
 
 # ARCHITECTURE.md's "Trajectory row", spelled out: a change of the file format must show here.
@@ -60,10 +54,10 @@ def row(number: int, canvas: int = 64, vocabulary: int = 30000) -> dict[str, Any
 
 
 def finished(folder: Path, rows: list[dict[str, Any]], rows_per_file: int = 100) -> Path:
-    table = build_table(rows).replace_schema_metadata(with_metadata(SCHEMA, {"teacher": "t"}).metadata)
-    folder.mkdir()
-    write_files(Location.of(folder), table, rows_per_file)
-    (folder / "_SUCCESS").touch()
+    writer = ShardWriter(Location.of(folder), {"teacher": "t"}, rows_per_file)
+    for row in rows:
+        writer.write(build_table([row]))
+    writer.finish(TrajectorySettings(), {})
     return folder
 
 
@@ -82,11 +76,12 @@ def test_round_trip_over_several_files_keeps_every_value(tmp_path: Path) -> None
     assert read_trajectories(folder, columns=["seed"]).to_pydict() == {"seed": [r["seed"] for r in rows]}
 
 
-def test_row_of_random_tokens_takes_at_most_two_kilobytes(tmp_path: Path) -> None:
-    """Random ids of a 30,000-token vocabulary: the worst case, hardly compressible."""
-    folder = finished(tmp_path / "out", [row(number) for number in range(200)], rows_per_file=1000)
+@pytest.mark.parametrize(("canvas", "limit"), [(64, 1000), (256, 2000)])
+def test_size_of_a_row_on_disk(canvas: int, limit: int, tmp_path: Path) -> None:
+    """Uniform random ids of LLaDA's vocabulary and random orders: nothing to compress, prompt and its text included."""
+    folder = finished(tmp_path / "out", [row(number, canvas, 126_464) for number in range(400)], rows_per_file=1000)
     (file,) = folder.glob("*.parquet")
-    assert file.stat().st_size / 200 <= 2000
+    assert file.stat().st_size / 400 <= limit
     column = pq.ParquetFile(file).metadata.row_group(0).column(0)
     assert column.compression == "ZSTD"
 

@@ -1,0 +1,132 @@
+"""Writing a finished trajectory folder piece by piece: rows as they come, in few files, with their totals."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from d3llm_ray.config import Settings, to_yaml
+from d3llm_ray.errors import InputError
+from d3llm_ray.trajectories.schema import ERROR_SCHEMA, ERRORS, SCHEMA, build_table, check_table, with_metadata
+from d3llm_ray.trajectories.storage import SUCCESS, Location
+
+
+class ShardWriter:
+    """Rows to `trajectories-00000.parquet` and on, `rows_per_file` each; memory holds one file's rows.
+
+    `keep` "correct" leaves out rows whose answer is wrong; one that could not be checked stays.
+
+    Every file is complete under its name or absent; the folder counts as finished when `finish` has set its marker.
+    """
+
+    def __init__(self, folder: Location, metadata: Mapping[str, Any], rows_per_file: int, keep: Keep = "all") -> None:
+        self.totals = Totals()
+        self.errors: list[dict[str, Any]] = []
+        self._folder, self._rows_per_file, self._keep = folder, rows_per_file, keep
+        self._schema = with_metadata(SCHEMA, metadata)
+        self._buffer: list[pa.Table] = []
+        self._buffered = self._kept = 0
+        self._files: list[Location] = []
+        folder.make_folder()
+
+    def write(self, rows: pa.Table) -> None:
+        """Append rows of `SCHEMA`; `InputError` for rows that contradict themselves."""
+        check_table(rows, self._folder.name)
+        self.totals.add(rows)
+        if self._keep == "correct":
+            rows = rows.filter(pc.fill_null(rows["is_correct"], True))
+        self._buffer.append(rows)
+        self._buffered += rows.num_rows
+        self._kept += rows.num_rows
+        while self._buffered >= self._rows_per_file:
+            self._write_file(self._rows_per_file)
+
+    def reject(self, error: Mapping[str, Any]) -> None:
+        """Note a prompt or source row (a mapping of `ERROR_SCHEMA`) that gave no trajectory."""
+        self.errors.append(dict(error))
+
+    def finish(self, settings: Settings, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Write what is left, the errors, the summary and, last, the marker; returns the summary.
+
+        A file of an earlier, interrupted attempt that this one has not written again is removed.
+        """
+        if self._buffered or not self._files:
+            self._write_file(self._buffered)
+        errors = self._folder / ERRORS
+        if self.errors:
+            errors.write_table(build_table(self.errors, ERROR_SCHEMA))
+        kept = {file.path for file in self._files} | ({errors.path} if self.errors else set())
+        for stale in self._folder.files(".parquet"):
+            if stale.path not in kept:
+                stale.remove()
+        summary = {**self.totals.figures(), "kept": self._kept, "errors": len(self.errors), **figures}
+        size = sum(file.info.size for file in self._files)
+        summary["bytes_per_row"] = round(size / max(1, self._kept))
+        (self._folder / "settings.yaml").write_text(to_yaml(settings))
+        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self._folder / SUCCESS).write_text("")
+        return summary
+
+    def _write_file(self, count: int) -> None:
+        rows = pa.concat_tables(self._buffer) if self._buffer else SCHEMA.empty_table()
+        file = self._folder / f"trajectories-{len(self._files):05d}.parquet"
+        file.write_table(rows.slice(0, count).replace_schema_metadata(self._schema.metadata))
+        self._files.append(file)
+        self._buffer, self._buffered = [rows.slice(count)], rows.num_rows - count
+
+
+class Totals:
+    """Counts over tables of rows, added up one by one."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._counts: Counter[str] = Counter()
+        self._correct_at: Counter[int] = Counter()
+
+    def add(self, rows: pa.Table) -> None:
+        self.rows += rows.num_rows
+        correct = pc.fill_null(rows["is_correct"], False)
+        self._counts["judged"] += rows.num_rows - rows["is_correct"].null_count
+        self._counts["correct"] += pc.sum(correct).as_py() or 0
+        self._counts["retried"] += pc.sum(pc.greater(rows["attempt"], 0)).as_py() or 0
+        self._counts["ordered"] += rows.num_rows - rows["forwards"].null_count
+        self._counts["forwards"] += pc.sum(rows["forwards"]).as_py() or 0
+        self._counts["response_tokens"] += pc.sum(pc.list_value_length(rows["response_ids"])).as_py() or 0
+        self._counts["prompt_tokens"] += pc.sum(pc.list_value_length(rows["prompt_ids"])).as_py() or 0
+        self._correct_at.update(rows["attempt"].filter(correct).drop_null().to_pylist())
+
+    def figures(self) -> dict[str, Any]:
+        """Rows, accuracy in percent where there are references, forwards, tokens.
+
+        `correct_at_attempt[k]`: rows whose attempt k (0-based) was the first correct one.
+        """
+        counts = self._counts
+        last = max(self._correct_at, default=-1)
+        return {
+            "rows": self.rows,
+            "judged": counts["judged"],
+            "correct": counts["correct"],
+            "accuracy": 100.0 * counts["correct"] / counts["judged"] if counts["judged"] else None,
+            "correct_at_attempt": [self._correct_at[attempt] for attempt in range(last + 1)],
+            "retried": counts["retried"],
+            "mean_forwards": counts["forwards"] / counts["ordered"] if counts["ordered"] else None,
+            "response_tokens": counts["response_tokens"],
+            "prompt_tokens": counts["prompt_tokens"],
+        }
+
+
+Keep = Literal["all", "correct"]
+
+
+def check_errors(failed: int, total: int, allowed: float, example: str) -> None:
+    """Raise `InputError` when more than the allowed fraction of all prompts failed."""
+    if failed > allowed * total:
+        raise InputError(
+            f"prompts: {failed} of {total} gave no trajectory, for example: {example}; accepted: at most "
+            f"{allowed:.0%} (max_error_fraction)"
+        )

@@ -1,0 +1,144 @@
+"""The half-done run on storage: numbered prompts, and which of them are done.
+
+Ray Data's checkpoint filters file sources only, so prompts are staged as Parquet, in constant memory. The manifest
+comes last: without it the staged prompts do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+from numpy.typing import NDArray
+
+from d3llm_ray.config import to_yaml
+from d3llm_ray.errors import InputError
+from d3llm_ray.progress import Progress
+from d3llm_ray.trajectories.plan import Plan
+from d3llm_ray.trajectories.prompts import Prompt
+from d3llm_ray.trajectories.schema import MESSAGES
+from d3llm_ray.trajectories.storage import SUCCESS, Location
+
+PROMPT_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("messages", MESSAGES),
+        pa.field("reference", pa.string()),
+    ]
+)
+ROWS_PER_FILE = 50_000  # of staged prompts: what staging and publishing hold in memory at a time
+ROWS_PER_GROUP = 1024  # a read task takes whole row groups
+PENDING = ".pending.parquet"  # Ray Data's mark of a part whose ids are not committed
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a run consists of; two runs with the same fingerprint are the same run."""
+
+    fingerprint: str  # of every prompt_id, row and reference in order, and of what is kept
+    prompts: int  # distinct ones
+    duplicates: int  # prompts that came again in the source
+    inputs: str | None  # of the source's files and the settings: unchanged, they spare reading a million prompts again
+
+
+def read_manifest(plan: Plan) -> Manifest | None:
+    """The manifest of a half-done run; None when there is none."""
+    file = plan.staging / "manifest.json"
+    return Manifest(**json.loads(file.read_text())) if file.exists else None
+
+
+def stage(plan: Plan, progress: Progress) -> Manifest:
+    """Number the prompts of a new run and write them; of one begun before, check that it is the same run.
+
+    Raises `InputError` when the folder holds another run's work, or when the source turns out to be malformed.
+    """
+    begun = read_manifest(plan)
+    if begun is not None and begun.inputs is not None and begun.inputs == _inputs(plan):
+        return begun
+    if begun is None:
+        plan.staging.remove_folder()  # a staging that was cut short
+        plan.staged_prompts.make_folder()
+    manifest = _number(plan, progress, write=begun is None)
+    if begun is None:
+        (plan.output / "settings.yaml").write_text(to_yaml(plan.settings))
+        (plan.staging / "manifest.json").write_text(json.dumps(asdict(manifest)))
+    elif begun.fingerprint != manifest.fingerprint:
+        raise _other_run(plan, "half-finished")
+    return manifest
+
+
+def is_finished(plan: Plan, progress: Progress) -> bool:
+    """Whether the output already holds exactly this run; `InputError` when it holds another one."""
+    if not (plan.output / SUCCESS).exists:
+        return False
+    summary, inputs = json.loads((plan.output / "summary.json").read_text()), _inputs(plan)
+    unchanged = inputs is not None and summary.get("inputs") == inputs
+    if not unchanged and summary.get("fingerprint") != _number(plan, progress, write=False).fingerprint:
+        raise _other_run(plan, "finished")
+    plan.staging.remove_folder()
+    return True
+
+
+def _other_run(plan: Plan, state: str) -> InputError:
+    return InputError(
+        f"output: {plan.settings.output!r} holds a {state} run of other prompts or settings; accepted: the "
+        "settings.yaml beside it, or another folder"
+    )
+
+
+def _number(plan: Plan, progress: Progress, write: bool) -> Manifest:
+    """Go through the source once; with `write`, into the staged prompts' files."""
+    digest, count, last = hashlib.sha256(plan.settings.keep.encode()), 0, -1
+    progress.start("prompts", plan.source.total, "prompt")
+    prompts = plan.prompts()
+    while batch := list(islice(prompts, ROWS_PER_FILE)):
+        for prompt in batch:
+            digest.update(f"{prompt.row} {prompt.prompt_id} {prompt.reference}\n".encode())
+        if write:
+            _write_prompts(plan.staged_prompts / f"prompts-{count // ROWS_PER_FILE:05d}.parquet", batch)
+        count, last = count + len(batch), batch[-1].row
+        progress.update(last + 1)
+    progress.finish()
+    return Manifest(digest.hexdigest()[:16], count, last + 1 - count, _inputs(plan))
+
+
+def _inputs(plan: Plan) -> str | None:
+    """A hash of all that decides which prompts there are, without reading them; None where that is not known."""
+    source = plan.source
+    if source.version is None:
+        return None
+    content = json.dumps([source.version, source.count, plan.settings.keep, plan.generation], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _write_prompts(file: Location, prompts: list[Prompt]) -> None:
+    columns = {
+        "row": [prompt.row for prompt in prompts],
+        "prompt_id": [prompt.prompt_id for prompt in prompts],
+        "messages": [prompt.messages for prompt in prompts],
+        "reference": [prompt.reference for prompt in prompts],
+    }
+    file.write_table(pa.table(columns, schema=PROMPT_SCHEMA), ROWS_PER_GROUP)
+
+
+def staged_ids(plan: Plan) -> Iterator[pa.Table]:
+    """`row` and `prompt_id` of every prompt, ascending, at most `ROWS_PER_FILE` at a time."""
+    for file in plan.staged_prompts.files(".parquet"):
+        dataset = pads.dataset(file.path, filesystem=file.filesystem, format="parquet")
+        yield dataset.to_table(columns=["row", "prompt_id"])
+
+
+def committed_rows(checkpoint: Location) -> NDArray[np.int64]:
+    """The `row` of every prompt whose part is committed, ascending."""
+    files = [file.path for file in checkpoint.files(".parquet") if not file.path.endswith(PENDING)]
+    if not files:
+        return np.empty(0, dtype=np.int64)
+    dataset = pads.dataset(files, schema=PROMPT_SCHEMA, filesystem=checkpoint.filesystem, format="parquet")
+    return np.unique(dataset.to_table(columns=["row"])["row"].to_numpy())
