@@ -51,9 +51,19 @@ class _Lists:
 
 
 class TrajectorySet:
-    """Samples by index. Rows are sorted by `prompt_id`, so that an index means the same row wherever it is read."""
+    """Samples by index. Rows are sorted by `prompt_id`, so that an index means the same row wherever it is read.
+
+    Raises `InputError` for rows without an order: answers that were imported without a trajectory.
+    """
 
     def __init__(self, table: pa.Table) -> None:
+        unordered = table["reveal_step"].null_count
+        require(
+            unordered == 0,
+            "trajectories: reveal_step",
+            f"null in {unordered} of {table.num_rows} rows",
+            "rows with an order; a teacher decodes the prompts of such a file: `d3llm-ray trajectories --prompts FILE`",
+        )
         table = table.sort_by("prompt_id")
         self.prompt_ids: list[str] = table["prompt_id"].to_pylist()
         self._prompts, self._responses = _Lists(table["prompt_ids"]), _Lists(table["response_ids"])

@@ -1,187 +1,259 @@
-"""Import trajectories in the published layout (the d3LLM project's `trajectory_data_*` datasets).
+"""Import published distillation data: files in, a finished trajectory folder out, in constant memory.
 
-There, `trajectory` lists the whole sequence, prompt included, after every step: entry k holds
-k + 1 revealed tokens. Everything it says fits one row of `schema.SCHEMA`; what it does not say (entropies, attempt,
-temperature, seed) is null.
-
-    python -m d3llm_ray.trajectories.importer --source FOLDER_OR_FILE --teacher DIR --output FOLDER
+What the layouts hold, and how a row becomes one of ours, is in `published`.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any, ClassVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+from pyarrow import fs
 from pydantic import Field
 
 from d3llm_ray import __version__
-from d3llm_ray.config import Settings, parse, to_yaml
+from d3llm_ray.config import Settings
 from d3llm_ray.errors import InputError, require
-from d3llm_ray.models import Family, encode_chat, load_tokenizer, read_configs
+from d3llm_ray.models import load_tokenizer, read_configs
 from d3llm_ray.progress import Progress
-from d3llm_ray.trajectories.prompts import prompt_id
-from d3llm_ray.trajectories.publish import ERRORS, check_errors, summarise, write_files
-from d3llm_ray.trajectories.schema import MAX_CANVAS, SCHEMA, build_table, check_table, with_metadata
+from d3llm_ray.trajectories.published import ChatTemplate, Imported, Teacher, import_answer, import_trajectory
+from d3llm_ray.trajectories.schema import MAX_CANVAS, build_table
+from d3llm_ray.trajectories.shards import ShardWriter, check_errors
 from d3llm_ray.trajectories.storage import SUCCESS, Location
 
-REQUIRED = ("prompt_ids", "trajectory")
-OPTIONAL = ("question", "gt_answer", "llm_answer", "is_correct")
-BATCH_ROWS = 32  # a published row is 0.4 MB
-
-Encode = Callable[[str], list[int]]
+TRAJECTORY = ("trajectory", "prompt_ids", "final_output", "question", "gt_answer", "llm_answer", "is_correct")
+ANSWER = ("question", "llm_response", "gt_answer")
+FORMATS = "Parquet (.parquet), JSON Lines (.jsonl, or one .json) or a saved `datasets` folder (.arrow, local)"
+BATCH_ROWS = 32  # a published row is 0.4 to 0.8 MB
+BUFFER_BYTES = 1 << 20  # one request to a remote storage
 
 
 class ImportSettings(Settings):
-    """Turn published trajectories into ours, about 300 times smaller."""
+    """Turn published distillation data into trajectory rows: d3LLM's trajectories, or dParallel's plain answers."""
 
-    verb: ClassVar[str] = "import-trajectories"
+    verb: ClassVar[str] = "trajectories import"
 
-    source: str = Field(description="Parquet file or folder with prompt_ids and trajectory, any pyarrow.fs path")
-    teacher: str = Field(description="checkpoint folder of the model that made them: its mask token and tokenizer")
+    source: str = Field(
+        description="file, or folder of files, any pyarrow.fs path: Parquet, JSON Lines, or a saved `datasets` folder; "
+        "with a column trajectory, or with question and llm_response"
+    )
+    teacher: str = Field(description="zoo name or checkpoint folder of the model that made them, with its tokenizer")
     output: str = Field(description="folder to write, any pyarrow.fs path")
     retemplate: bool = Field(
-        True, description="tokenise `question` anew through the chat template; false keeps the published prompt_ids"
+        True, description="put `question` in the chat template as the prompt; false keeps the published tokens"
     )
+    max_tokens: int = Field(256, ge=1, le=MAX_CANVAS, description="response positions of answers without a trajectory")
     max_error_fraction: float = Field(0.05, ge=0.0, le=1.0, description="stop when more rows than this are malformed")
     rows_per_file: int = Field(50_000, ge=1, description="rows of one output file")
 
 
-def reveal_steps(trajectory: Sequence[Sequence[int]], prompt_length: int, mask_id: int) -> tuple[list[int], list[int]]:
-    """(response ids, step that revealed each of them) of one published trajectory of K whole sequences.
+@dataclass(frozen=True)
+class Source:
+    """Opened input: `rows()` yields each row as a mapping of plain values and arrays, or what stands in its place."""
 
-    Raises `InputError` when sequences differ in length, a position is never revealed, or one is masked again.
-    """
-    require(0 < len(trajectory) <= MAX_CANVAS, "trajectory", f"{len(trajectory)} steps", f"1 to {MAX_CANVAS} steps")
-    lengths = {len(entry) for entry in trajectory}
-    require(len(lengths) == 1, "trajectory", f"sequences of {sorted(lengths)} tokens", "one length")
-    require(lengths.pop() > prompt_length, "trajectory", "no token behind the prompt", "a response")
-    response = np.asarray(trajectory, dtype=np.int64)[:, prompt_length:]  # [K, canvas]
-    revealed = response != mask_id
-    require(bool(revealed[-1].all()), "trajectory", "a position masked to the end", "a finished decoding")
-    require(bool((revealed[1:] >= revealed[:-1]).all()), "trajectory", "a position masked again", "reveals that stay")
-    return response[-1].tolist(), np.argmax(revealed, axis=0).tolist()
+    columns: list[str]
+    total: int
+    rows: Callable[[], Iterator[Any]]
 
 
-def import_row(
-    published: Mapping[str, Any], mask_id: int, generation: Mapping[str, Any], encode: Encode | None = None
-) -> dict[str, Any]:
-    """One published row as ours. `encode` tokenises its `question`; None keeps the published `prompt_ids`.
+class Findings:
+    """How the published prompts looked, for the summary."""
 
-    The published prompt is tokenised without the chat template that training and decoding use. Our positions are
-    relative to the response, so the prompt may be replaced under them. `InputError` for a malformed trajectory.
-    """
-    prompt_ids, question = list(published["prompt_ids"]), published.get("question")
-    response_ids, steps = reveal_steps(published["trajectory"], len(prompt_ids), mask_id)
-    # The published code calls an answer without a reference correct; here it is unjudged.
-    reference = published.get("gt_answer") or None
-    messages = None if question is None else [{"role": "user", "content": question}]
-    return {
-        "prompt_id": prompt_id(messages or prompt_ids, generation),
-        "messages": messages,
-        "prompt_ids": encode(question) if encode is not None and question is not None else prompt_ids,
-        "response_ids": response_ids,
-        "reveal_step": steps,
-        "reference": reference,
-        "answer": published.get("llm_answer"),
-        "is_correct": published.get("is_correct") if reference is not None else None,
-        "forwards": len(published["trajectory"]),
-    }
+    def __init__(self) -> None:
+        self._forms: Counter[str] = Counter()
+        self._inferred = 0
+        self._offsets: tuple[int, int] | None = None
+
+    def add(self, imported: Imported) -> None:
+        self._forms[imported.form] += 1
+        self._inferred += imported.inferred
+        low, high = self._offsets or (imported.offset, imported.offset)
+        self._offsets = min(low, imported.offset), max(high, imported.offset)
+
+    def figures(self) -> dict[str, Any]:
+        """Rows by published prompt: the question's own tokens, templated, neither; the prompt's growth in tokens.
+
+        `inferred`: rows whose prompt_ids were missing or wrong, where the masks told the prompt's end.
+        """
+        forms = {form: self._forms[form] for form in ("raw", "templated", "other")}
+        return {**forms, "inferred": self._inferred, "offset": self._offsets}
 
 
 def run(settings: ImportSettings, progress: Progress | None = None) -> str:
     """Import `settings.source` into the folder `settings.output`, laid out as a finished trajectory run; return it.
 
-    A row met twice is kept once. Malformed rows go to `errors.jsonl`, up to `max_error_fraction` of all.
+    A row met twice is kept once. Malformed rows go to `errors.parquet`; `InputError` once they are more than
+    `max_error_fraction` of all.
     """
-    _, family = read_configs(settings.teacher)
-    if family.mask_token_id is None:
-        raise InputError(f"teacher: {settings.teacher!r} is causal; accepted: a masked-diffusion model (llada, dream)")
-    encode = _template(settings.teacher, family) if settings.retemplate else None
-    dataset, columns = _open(settings.source)
-    generation = {"imported": True, "teacher": settings.teacher}
-    total = dataset.count_rows()
+    output = Location.of(settings.output, "output")
+    finished = (output / SUCCESS).exists
+    require(not finished, "output", settings.output, f"a folder without a finished run ({SUCCESS})")
+    source = _open(settings.source)
+    convert, metadata = _converter(settings, source.columns)
+    writer = ShardWriter(output, metadata, settings.rows_per_file)
+    findings, seen, failed, example = Findings(), set[int](), 0, ""
     progress = progress or Progress()
-    progress.start("import", total, "row")
-    tables: list[pa.Table] = []
-    errors: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for start, batch in _batches(dataset, columns):
+    progress.start("import", source.total, "row")
+    published, done = source.rows(), 0
+    while batch := list(islice(published, BATCH_ROWS)):
         rows = []
-        for number, published in enumerate(batch, start=start):
+        for number, row in enumerate(batch, start=done):
             try:
-                row = import_row(published, family.mask_token_id, generation, encode)
+                imported = convert(row)
             except InputError as error:
-                errors.append({"row": number, "error": str(error)})
+                failed, example = failed + 1, example or f"row {number}: {error}"
+                writer.reject({"row": number, "error": str(error)})
                 continue
-            if row["prompt_id"] not in seen:
-                seen.add(row["prompt_id"])
-                rows.append(row)
-        tables.append(build_table(rows))
-        progress.update(start + len(batch), errors=len(errors))
+            identity = int(imported.row["prompt_id"], 16)
+            if identity not in seen:
+                seen.add(identity)
+                findings.add(imported)
+                rows.append(imported.row)
+        writer.write(build_table(rows))
+        done += len(batch)
+        check_errors(failed, source.total, settings.max_error_fraction, example)
+        progress.update(done, errors=failed)
     progress.finish()
-    check_errors(len(errors), total, settings.max_error_fraction, errors[0]["error"] if errors else "")
-    metadata = {"family": family.name, "package": "d3llm-ray", "version": __version__, **generation}
-    table = pa.concat_tables(tables).replace_schema_metadata(with_metadata(SCHEMA, metadata).metadata)
-    check_table(table, settings.source)
-    _write(settings, table, errors, duplicates=total - len(errors) - table.num_rows)
+    writer.finish(settings, {"duplicates": done - failed - len(seen), "template": findings.figures()})
     return settings.output
 
 
-def _template(teacher: str, family: Family) -> Encode:
-    """Text to token ids through the teacher's chat template."""
-    tokenizer = load_tokenizer(teacher, family)
-    if tokenizer is None:
-        raise InputError("retemplate: the teacher has no tokenizer; accepted: false, or a checkpoint with one")
-    return lambda question: encode_chat(tokenizer, [{"role": "user", "content": question}])
+def _converter(settings: ImportSettings, columns: list[str]) -> tuple[Callable[[Any], Imported], dict[str, Any]]:
+    """The layout's conversion of one row, and the metadata of the files to be written."""
+    shape, family = read_configs(settings.teacher)
+    if family.mask_token_id is None:
+        raise InputError(f"teacher: {settings.teacher!r} is causal; accepted: a masked-diffusion model (llada, dream)")
+    tokenizer = load_tokenizer(settings.teacher, family)
+    ordered = "trajectory" in columns
+    accepted = "trajectory (d3LLM's layout), or question and llm_response (dParallel's)"
+    require(ordered or set(ANSWER[:2]) <= set(columns), "source", f"columns {', '.join(columns)}", accepted)
+    text = "a checkpoint with a tokenizer" + (", or retemplate: false" if ordered else "")
+    needs_text = settings.retemplate or not ordered
+    require(tokenizer is not None or not needs_text, "teacher", settings.teacher, text)
+    require("question" in columns or not needs_text, "source", "no column question", "one, or retemplate: false")
+    generation = {"imported": True, "teacher": settings.teacher}
+    template = None if tokenizer is None else ChatTemplate(tokenizer)
+    teacher = Teacher(family, family.mask_token_id, shape.vocab_size, template, generation, settings.retemplate)
+    metadata = {"family": family.name, "package": "d3llm-ray", "version": __version__, **generation}
+    if ordered:
+        return partial(import_trajectory, teacher=teacher), metadata
+    return partial(import_answer, teacher=teacher, max_tokens=settings.max_tokens), metadata
 
 
-def _open(source: str) -> tuple[pads.Dataset, list[str]]:
-    location = Location.of(source, "source")
-    require(location.exists, "source", source, "a Parquet file or folder that exists")
+def _open(name: str) -> Source:
+    """Find the files of a source and open them by their ending."""
+    location = Location.of(name, "source")
+    require(location.exists, "source", name, f"a file or folder that exists: {FORMATS}")
+    if location.is_folder:
+        found = {ending: files for ending in (".parquet", ".jsonl", ".arrow") if (files := location.files(ending))}
+        kinds = f"files {', '.join(found)}" if found else "no data files"
+        require(len(found) == 1, "source", f"{name} with {kinds}", f"a folder of one kind of files: {FORMATS}")
+        ((ending, files),) = found.items()
+    else:
+        ending, files = f".{location.path.rpartition('.')[2]}", [location]
+        require(ending in _OPENERS, "source", name, FORMATS)
+    with _readable(name):
+        source = _OPENERS[ending](files)
+    require(source.total > 0, "source", f"{name} without rows", "one row or more")
+
+    def rows() -> Iterator[Any]:
+        with _readable(name):
+            yield from source.rows()
+
+    return replace(source, rows=rows)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
     try:
-        dataset = pads.dataset(location.path, filesystem=location.filesystem, format="parquet")
+        yield
     except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"source: {source!r} is not Parquet: {error}") from error
-    found = dataset.schema.names
-    for name in REQUIRED:
-        require(name in found, "source", f"columns {', '.join(found)}", f"a dataset with a column {name!r}")
-    return dataset, [name for name in (*REQUIRED, *OPTIONAL) if name in found]
+        reason = " ".join(str(error).split())
+        raise InputError(f"source: cannot read {name!r}: {reason}; accepted: {FORMATS}") from error
 
 
-def _batches(dataset: pads.Dataset, columns: list[str]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """(number of the first row, rows), a few at a time: a published dataset is larger than memory."""
-    start = 0
-    for batch in dataset.to_batches(columns=columns, batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1):
-        yield start, batch.to_pylist()
-        start += batch.num_rows
+def _open_parquet(files: list[Location]) -> Source:
+    def read(file: Location) -> Iterator[Any]:
+        with file.filesystem.open_input_file(file.path) as stream:
+            # Buffered, else a whole row group is read at once.
+            parquet = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES)
+            for batch in parquet.iter_batches(BATCH_ROWS, columns=_used(parquet.schema_arrow.names)):
+                yield from _rows(batch)
+
+    heads = [pq.read_metadata(file.path, filesystem=file.filesystem) for file in files]
+    columns = heads[0].schema.to_arrow_schema().names
+    return Source(columns, sum(head.num_rows for head in heads), lambda: (row for file in files for row in read(file)))
 
 
-def _write(settings: ImportSettings, table: pa.Table, errors: list[dict[str, Any]], duplicates: int) -> None:
-    output = Location.of(settings.output, "output")
-    output.make_folder()
-    write_files(output, table, settings.rows_per_file)
-    if errors:
-        (output / ERRORS).write_text("".join(json.dumps(error) + "\n" for error in errors))
-    summary = {**summarise(table), "errors": len(errors), "duplicates": duplicates}
-    (output / "settings.yaml").write_text(to_yaml(settings))
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (output / SUCCESS).write_text("")
+def _open_arrow(files: list[Location]) -> Source:
+    """Record batches are mapped, not read: `datasets` writes 1,000 rows a batch."""
+    local = all(isinstance(file.filesystem, fs.LocalFileSystem) for file in files)
+    require(local, "source", files[0].name, "a local folder; Parquet and JSON Lines may be remote")
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for file in files:
+            with pa.memory_map(file.path) as stream:
+                yield from pa.ipc.open_stream(stream)
+
+    with pa.memory_map(files[0].path) as stream:
+        columns = pa.ipc.open_stream(stream).schema.names
+    return Source(
+        columns,
+        sum(batch.num_rows for batch in batches()),
+        lambda: (row for batch in batches() for row in _rows(batch.select(_used(columns)))),
+    )
 
 
-def main() -> int:
+def _open_json_lines(files: list[Location]) -> Source:
+    def lines() -> Iterator[bytes]:
+        for file in files:
+            with file.filesystem.open_input_stream(file.path) as stream:
+                yield from (line for line in io.BufferedReader(stream, BUFFER_BYTES) if line.strip())
+
+    first = _json(next(lines(), b"{}"))
+    accepted = "JSON Lines, one object a line; `jq -c '.[]'` turns an array into them"
+    require(isinstance(first, dict), "source", f"{files[0].name} without an object in its first line", accepted)
+    return Source(list(first), sum(1 for _ in lines()), lambda: map(_json, lines()))
+
+
+_OPENERS = {
+    ".parquet": _open_parquet,
+    ".arrow": _open_arrow,
+    ".jsonl": _open_json_lines,
+    ".json": _open_json_lines,
+}
+
+
+def _used(columns: list[str]) -> list[str]:
+    return [name for name in columns if name in TRAJECTORY or name in ANSWER]
+
+
+def _json(line: bytes) -> Any:
+    """The line's value, or the line itself when it is not JSON: a row that will be refused with what it says."""
     try:
-        settings, print_only = parse(ImportSettings, sys.argv[1:], prog="python -m d3llm_ray.trajectories.importer")
-        print(to_yaml(settings) if print_only else run(settings))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return json.loads(line)
+    except ValueError:
+        return line
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The rows of a record batch one by one, lists of numbers as arrays."""
+    for number in range(batch.num_rows):
+        yield {name: _value(batch[name][number]) for name in batch.schema.names}
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    if not isinstance(scalar, pa.ListScalar) or scalar.values is None:
+        return scalar.as_py()
+    if pa.types.is_nested(scalar.values.type):
+        return [_value(item) for item in scalar.values]
+    return scalar.values.to_numpy(zero_copy_only=False)
