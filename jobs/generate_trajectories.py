@@ -1,6 +1,6 @@
 """Let a teacher decode prompts on a Ray cluster and write its trajectories.
 
-    ray job submit --working-dir . -- python jobs/generate_trajectories.py --teacher DIR --prompts FILE --output DIR --actors 8
+    ray job submit --working-dir . -- python jobs/generate_trajectories.py --teacher DIR --prompts FILE --output DIR
 
 Takes the settings of `d3llm-ray trajectories`; paths must be on storage that every node sees.
 """

@@ -1,44 +1,34 @@
-"""The Ray Data job: staged prompts -> teacher actors -> staged parts, exactly once, then the finished folder.
+"""The Ray Data job: staged prompts -> teacher actors -> committed parts, exactly once, then the finished folder.
 
-Ray Data's checkpoint makes the job resumable: a part and the rows it holds are committed together, and a re-run
-reads the prompts again and drops the committed ones.
+Each actor commits its parts itself, and a re-run stages the prompts that no part holds. Ray Data's own checkpoint
+would commit a part in a later task: what waits for it is lost with the driver, and its loader starts a read task for
+every part, minutes of them at a million rows.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import ray
-from ray.data import ActorPoolStrategy, DataContext
-from ray.data.checkpoint import CheckpointConfig
-from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+import pyarrow as pa
+from ray.data import ActorPoolStrategy, DataContext, Dataset, read_parquet
+from ray.exceptions import RayError
 
 from d3llm_ray.cluster import connect, wait_for_resources
 from d3llm_ray.errors import InputError
-from d3llm_ray.progress import Progress, polled
+from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.plan import Plan, make_plan
 from d3llm_ray.trajectories.publish import publish
 from d3llm_ray.trajectories.settings import TrajectorySettings
-from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage
-from d3llm_ray.trajectories.storage import COMPRESSION_LEVEL, Location
+from d3llm_ray.trajectories.shards import check_errors
+from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage, stage_remaining
+from d3llm_ray.trajectories.storage import Location
 from d3llm_ray.trajectories.teacher import Teacher
-from d3llm_ray.trajectories.worker import STAGED_SCHEMA, MakeTeacher, Tally, TeacherWorker
+from d3llm_ray.trajectories.worker import MakeTeacher, TeacherWorker
 
 # Two calls at a time keep an actor's batch full when one nears its end; each has half of what a crash may cost.
 CALLS_PER_ACTOR = 2
-
-
-class CommittedRows(IdColumnCheckpointManager):
-    """Reads the committed rows in one go: Ray Data's own way, a read task a file, takes minutes for a million rows."""
-
-    def load_checkpoint(self, data_file_dir: str | None = None, data_file_filesystem: Any = None) -> tuple[Any, int]:
-        """(reference to the ascending rows or None, their bytes), after undoing parts that were not committed."""
-        self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
-        rows = committed_rows(Location(self.filesystem, self.checkpoint_path_unwrapped, self.checkpoint_path))
-        return (ray.put(rows), rows.nbytes) if rows.size else (None, 0)
 
 
 def run(settings: TrajectorySettings, progress: Progress | None = None, make_teacher: MakeTeacher = Teacher) -> str:
@@ -56,14 +46,16 @@ def run(settings: TrajectorySettings, progress: Progress | None = None, make_tea
     if is_finished(plan, progress):
         return settings.output
     manifest = stage(plan, progress)
-    done = len(committed_rows(plan.checkpoint))
-    connect(min_cpus=settings.actors + 2)
+    committed = committed_rows(plan.parts)
+    done = len(committed)
     figures: dict[str, Any] = {"resumed_rows": done}
     if done < manifest.prompts:
+        connect(min_cpus=settings.actors + 1)
         wait_for_resources(_demand(settings), settings.resource_timeout_s, "actors")
+        prompts = stage_remaining(plan, committed)
         progress.start("trajectories", manifest.prompts, "row")
         try:
-            seconds = _decode(plan, manifest, progress, done, make_teacher)
+            seconds = _decode(plan, prompts, manifest, progress, done, make_teacher)
         finally:
             progress.finish()
         figures |= {"seconds": round(seconds, 3), "rows_per_second": round((manifest.prompts - done) / seconds, 3)}
@@ -72,102 +64,98 @@ def run(settings: TrajectorySettings, progress: Progress | None = None, make_tea
 
 
 def _demand(settings: TrajectorySettings) -> list[dict[str, float]]:
-    """What the job cannot begin without: the first actors, a CPU to read and write, the filter of a resumed run."""
+    """What the job cannot begin without: the first actors, and a CPU to read prompts."""
     actor = {"CPU": 1.0, **({"GPU": settings.gpus_per_actor} if settings.gpus_per_actor else {})}
-    filtering = {"CPU": 1.0, "memory": float(CheckpointConfig.CHECKPOINT_ACTOR_MEMORY_BYTES)}
-    return [actor] * (settings.min_actors or settings.actors) + [{"CPU": 1.0}, filtering]
+    return [actor] * (settings.min_actors or settings.actors) + [{"CPU": 1.0}]
 
 
-def _decode(plan: Plan, manifest: Manifest, progress: Progress, done: int, make_teacher: MakeTeacher) -> float:
-    """Run the Ray Data job to its end; parts and checkpoint stay in the staging folder.
+def _decode(
+    plan: Plan, prompts: Location, manifest: Manifest, progress: Progress, done: int, make_teacher: MakeTeacher
+) -> float:
+    """Run the Ray Data job over staged `prompts` to its end; the parts stay in the staging folder.
 
-    Returns the seconds from when the teachers were ready to the last row.
+    Returns the seconds from when the first teacher was ready to the last commit.
     """
-    settings, filesystem = plan.settings, plan.output.filesystem
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    tally: Any = ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote()
-    rows_per_call = max(1, settings.rows_per_block // CALLS_PER_ACTOR)
+    settings = plan.settings
+    sums = dict.fromkeys(("rows", "errors", "judged", "correct", "retries", "forwards"), 0)
+    ready, committed = float("inf"), 0.0
+    plan.parts.make_folder()
+    if settings.operator_bars:
+        progress.finish()
     try:
-        with DataContext.current(_data_context(plan)), _shown(progress, tally, done, settings.operator_bars):
-            prompts = ray.data.read_parquet(plan.staged_prompts.path, filesystem=filesystem)
-            # read_parquet makes one block of a small file, whatever is asked: one busy actor and one part.
-            blocks = prompts.repartition(target_num_rows_per_block=rows_per_call, strict=True)
-            rows = blocks.map_batches(
-                TeacherWorker,
-                fn_constructor_kwargs={
-                    "settings": plan.actor_settings,
-                    "task": plan.source.task,
-                    "total": manifest.prompts,
-                    "tally": tally,
-                    "make_teacher": make_teacher,
-                },
-                batch_size=rows_per_call,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(
-                    min_size=settings.min_actors or settings.actors,
-                    max_size=settings.actors,
-                    max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
-                ),
-                num_cpus=1,
-                num_gpus=settings.gpus_per_actor or None,
-                udf_modifying_row_count=False,
-            )
-            rows.write_parquet(
-                plan.parts.path,
-                filesystem=filesystem,
-                compression="zstd",
-                compression_level=COMPRESSION_LEVEL,
-                schema=STAGED_SCHEMA,
-            )
-        return float(ray.get(tally.seconds.remote()))
-    except Exception as error:
-        refusal = ray.get(tally.refusal.remote())
-        if refusal is not None:
-            raise InputError(refusal) from error
-        raise _storage_error(error) or error from error
-    finally:
-        ray.kill(tally)
+        with DataContext.current(_data_context(settings)):
+            for receipt in _receipts(_dataset(plan, prompts, make_teacher)):
+                for name in sums:
+                    sums[name] += receipt[name]
+                check_errors(sums["errors"], manifest.prompts, settings.max_error_fraction, receipt["example"])
+                ready, committed = min(ready, receipt["ready"]), max(committed, receipt["committed"])
+                progress.update(done + sums["rows"] + sums["errors"], **_shown(sums))
+    except RayError as error:
+        told = _told(error)
+        if told is None:
+            raise
+        raise told from error
+    return committed - ready
 
 
-def _storage_error(error: BaseException) -> OSError | None:
-    """The write error that a worker met, out of Ray's wrappers; None when it was something else."""
+def _dataset(plan: Plan, prompts: Location, make_teacher: MakeTeacher) -> Dataset:
+    settings = plan.settings
+    rows_per_call = max(1, settings.rows_per_block // CALLS_PER_ACTOR)
+    # read_parquet makes one block of a small file, whatever is asked: one busy actor and one part.
+    rows = read_parquet(prompts.path, filesystem=prompts.filesystem)
+    return rows.repartition(target_num_rows_per_block=rows_per_call, strict=True).map_batches(
+        TeacherWorker,
+        fn_constructor_kwargs={
+            "settings": plan.actor_settings,
+            "task": plan.source.task,
+            "parts": plan.parts,
+            "make_teacher": make_teacher,
+        },
+        batch_size=rows_per_call,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=settings.min_actors or settings.actors,
+            max_size=settings.actors,
+            max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
+        ),
+        num_cpus=1,
+        num_gpus=settings.gpus_per_actor or None,
+    )
+
+
+def _receipts(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Receipts of the parts, as they are committed."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert isinstance(batch, pa.Table)
+        yield from batch.to_pylist()
+
+
+def _data_context(settings: TrajectorySettings) -> DataContext:
+    context = DataContext.get_current().copy()
+    context.execution_no_progress_timeout_s = settings.stall_timeout_s
+    context.enable_progress_bars = settings.operator_bars
+    context.retried_map_errors = context.retried_io_errors  # a storage that is busy for a moment
+    return context
+
+
+def _shown(sums: dict[str, int]) -> dict[str, Any]:
+    """What the progress line shows beside the rows."""
+    figures: dict[str, Any] = {}
+    if sums["judged"]:
+        figures["correct"] = f"{100 * sums['correct'] / sums['judged']:.1f}%"
+    if sums["rows"]:
+        figures["forwards"] = sums["forwards"] / sums["rows"]
+    return figures | {name: sums[name] for name in ("retries", "errors") if sums[name]}
+
+
+def _told(error: RayError) -> Exception | None:
+    """What an actor met, out of Ray's wrappers: bad input, or a storage that refuses; None when it is neither."""
+    refusal = re.search(rf"^{InputError.__module__}\.InputError: (.*)$", str(error), re.MULTILINE)
+    if refusal is not None:  # of an actor that died in its constructor, Ray keeps the text only
+        return InputError(refusal[1])
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, OSError) and inner.errno is not None:
             return OSError(inner.errno, inner.strerror, inner.filename)
         inner = getattr(inner, "cause", None) or inner.__cause__
     return None
-
-
-def _data_context(plan: Plan) -> DataContext:
-    context = DataContext.get_current().copy()
-    context.checkpoint_config = CheckpointConfig(
-        id_column="row",
-        checkpoint_path=plan.checkpoint.path,
-        delete_checkpoint_on_success=False,
-        override_filesystem=plan.output.filesystem,
-        checkpoint_manager_cls=CommittedRows,
-    )
-    context.execution_no_progress_timeout_s = plan.settings.stall_timeout_s
-    context.enable_progress_bars = plan.settings.operator_bars
-    return context
-
-
-@contextmanager
-def _shown(progress: Progress, tally: Any, done: int, operator_bars: bool) -> Iterator[None]:
-    """Keep the progress line up to date while the job runs."""
-    if operator_bars:
-        progress.finish()
-        yield
-        return
-    with polled(lambda: _show(progress, tally, done)):
-        yield
-    _show(progress, tally, done)
-
-
-def _show(progress: Progress, tally: Any, done: int) -> None:
-    try:
-        figures = ray.get(tally.figures.remote(), timeout=5)
-    except ray.exceptions.RayError:  # a display must not end the job; the job's own errors say what is wrong
-        return
-    progress.update(done + figures.pop("done"), **figures)

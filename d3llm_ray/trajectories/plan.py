@@ -20,7 +20,7 @@ from d3llm_ray.trajectories.storage import Location
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. `staging` holds what is half done: prompts, finished parts, and Ray Data's checkpoint."""
+    """A checked run. `staging` holds what is half done: prompts and committed parts."""
 
     settings: TrajectorySettings
     source: Source
@@ -39,10 +39,6 @@ class Plan:
     @property
     def parts(self) -> Location:
         return self.staging / "parts"
-
-    @property
-    def checkpoint(self) -> Location:
-        return self.staging / "checkpoint"
 
     @property
     def actor_settings(self) -> TrajectorySettings:

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.plan import Plan
 from d3llm_ray.trajectories.schema import ERROR_SCHEMA, SCHEMA
 from d3llm_ray.trajectories.shards import ShardWriter, check_errors
-from d3llm_ray.trajectories.staging import Manifest, staged_ids
-from d3llm_ray.trajectories.storage import Location
+from d3llm_ray.trajectories.staging import Manifest, rows_and_files, staged_ids
 from d3llm_ray.trajectories.worker import STAGED_SCHEMA
-
-FOOTER_READERS = 16  # threads: a footer is a round trip on object storage
 
 
 class IncompleteRun(RuntimeError):
     """The parts do not hold every prompt once: a fault of the pipeline, not of its input."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A readable file of staged rows."""
-
-    path: str
-    rows: NDArray[np.int64]  # the prompts it holds, by their place in the source
 
 
 def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -48,9 +34,9 @@ def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress
         IncompleteRun: rows are missing or belong to no prompt; the message names them.
         InputError: more prompts failed than the settings allow.
     """
-    parts = read_parts(plan.parts)
-    repeated = audit(plan, manifest, parts)
-    files_of = _files_by_chunk(plan, parts)
+    found, files = rows_and_files(plan.parts)
+    repeated = audit(plan, manifest, found)
+    files_of = _files_by_chunk(plan, found, files)
     settings = plan.settings
     writer = ShardWriter(plan.output, plan.metadata, settings.rows_per_file, settings.keep)
     progress.start("publish", manifest.prompts, "row")
@@ -73,29 +59,12 @@ def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress
     return summary
 
 
-def read_parts(folder: Location) -> list[Part]:
-    """The parts that can be read. A writer killed half-way may have left a file without a footer: the audit knows."""
-    files = folder.files(".parquet")
-    with ThreadPoolExecutor(FOOTER_READERS) as readers:
-        parts = readers.map(_read_part, files)
-        return [part for part in parts if part is not None]
-
-
-def _read_part(file: Location) -> Part | None:
-    try:
-        table = pq.read_table(file.path, columns=["row"], filesystem=file.filesystem, partitioning=None)
-    except pa.ArrowInvalid:
-        return None
-    return Part(file.path, table["row"].to_numpy())
-
-
-def audit(plan: Plan, manifest: Manifest, parts: list[Part]) -> int:
-    """Raise `IncompleteRun` unless the parts hold every prompt; returns the rows that they hold more than once.
+def audit(plan: Plan, manifest: Manifest, found: NDArray[np.int64]) -> int:
+    """Raise `IncompleteRun` unless the rows `found` are every prompt's; returns how many came more than once.
 
     A row is a function of its prompt. Should a worker of a killed driver have finished a part that the next driver
     decoded again, the copies are equal and one is kept.
     """
-    found = np.concatenate([part.rows for part in parts] or [np.empty(0, np.int64)])
     distinct = np.unique(found)
     expected = count = 0
     missing: list[str] = []
@@ -113,14 +82,15 @@ def audit(plan: Plan, manifest: Manifest, parts: list[Part]) -> int:
     return len(found) - len(distinct)
 
 
-def _files_by_chunk(plan: Plan, parts: list[Part]) -> dict[int, list[str]]:
+def _files_by_chunk(plan: Plan, rows: NDArray[np.int64], files: pa.ChunkedArray) -> dict[int, list[str]]:
     """Which parts hold rows of which chunk of `staged_ids`."""
     firsts = [prompts["row"][0].as_py() for prompts in staged_ids(plan)]
-    files: dict[int, list[str]] = defaultdict(list)
-    for part in parts:
-        for chunk in np.unique(np.searchsorted(firsts, part.rows, side="right") - 1):
-            files[int(chunk)].append(part.path)
-    return files
+    chunks = pa.array(np.searchsorted(firsts, rows, side="right") - 1)
+    pairs = pa.table({"chunk": chunks, "file": files}).group_by(["chunk", "file"]).aggregate([]).sort_by("file")
+    found: dict[int, list[str]] = defaultdict(list)
+    for chunk, file in zip(pairs["chunk"].to_pylist(), pairs["file"].to_pylist(), strict=True):
+        found[chunk].append(file)
+    return found
 
 
 def _rows_of(plan: Plan, files: list[str], prompts: pa.Table) -> pa.Table:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from d3llm_ray.config import Settings, to_yaml
 from d3llm_ray.errors import InputError
 from d3llm_ray.trajectories.schema import ERROR_SCHEMA, ERRORS, SCHEMA, build_table, check_table, with_metadata
-from d3llm_ray.trajectories.storage import SUCCESS, Location
+from d3llm_ray.trajectories.storage import PARTIAL, SUCCESS, Location
 
 
 class ShardWriter:
@@ -53,7 +53,7 @@ class ShardWriter:
     def finish(self, settings: Settings, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Write what is left, the errors, the summary and, last, the marker; returns the summary.
 
-        A file of an earlier, interrupted attempt that this one has not written again is removed.
+        What an earlier, interrupted attempt has left and this one has not written again is removed.
         """
         if self._buffered or not self._files:
             self._write_file(self._buffered)
@@ -61,9 +61,10 @@ class ShardWriter:
         if self.errors:
             errors.write_table(build_table(self.errors, ERROR_SCHEMA))
         kept = {file.path for file in self._files} | ({errors.path} if self.errors else set())
-        for stale in self._folder.files(".parquet"):
-            if stale.path not in kept:
-                stale.remove()
+        for file in self._folder.files():
+            name = file.path.rpartition("/")[2]
+            if name.startswith(PARTIAL) or (name.endswith(".parquet") and file.path not in kept):
+                file.remove()
         summary = {**self.totals.figures(), "kept": self._kept, "errors": len(self.errors), **figures}
         size = sum(file.info.size for file in self._files)
         summary["bytes_per_row"] = round(size / max(1, self._kept))

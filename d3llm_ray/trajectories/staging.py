@@ -1,7 +1,6 @@
-"""The half-done run on storage: numbered prompts, and which of them are done.
+"""The half-done run on storage: numbered prompts, committed parts, and the prompts that are left.
 
-Ray Data's checkpoint filters file sources only, so prompts are staged as Parquet, in constant memory. The manifest
-comes last: without it the staged prompts do not count.
+All of it is written in constant memory. The manifest comes last: without it the staged prompts do not count.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from d3llm_ray.config import to_yaml
@@ -35,7 +35,6 @@ PROMPT_SCHEMA = pa.schema(
 )
 ROWS_PER_FILE = 50_000  # of staged prompts: what staging and publishing hold in memory at a time
 ROWS_PER_GROUP = 1024  # a read task takes whole row groups
-PENDING = ".pending.parquet"  # Ray Data's mark of a part whose ids are not committed
 
 
 @dataclass(frozen=True)
@@ -135,10 +134,32 @@ def staged_ids(plan: Plan) -> Iterator[pa.Table]:
         yield dataset.to_table(columns=["row", "prompt_id"])
 
 
-def committed_rows(checkpoint: Location) -> NDArray[np.int64]:
-    """The `row` of every prompt whose part is committed, ascending."""
-    files = [file.path for file in checkpoint.files(".parquet") if not file.path.endswith(PENDING)]
+def stage_remaining(plan: Plan, committed: NDArray[np.int64]) -> Location:
+    """A folder of the staged prompts that are not among the `committed` rows."""
+    if not committed.size:
+        return plan.staged_prompts
+    remaining = plan.staging / "remaining"
+    remaining.remove_folder()
+    remaining.make_folder()
+    for file in plan.staged_prompts.files(".parquet"):
+        prompts = pq.read_table(file.path, filesystem=file.filesystem, partitioning=None)
+        left = prompts.filter(pa.array(~np.isin(prompts["row"].to_numpy(), committed)))
+        if left.num_rows:
+            (remaining / file.path.rpartition("/")[2]).write_table(left, ROWS_PER_GROUP)
+    return remaining
+
+
+def committed_rows(parts: Location) -> NDArray[np.int64]:
+    """The `row` of every prompt that a part holds, ascending."""
+    return np.unique(rows_and_files(parts)[0])
+
+
+def rows_and_files(parts: Location) -> tuple[NDArray[np.int64], pa.ChunkedArray]:
+    """(`row`, path of the part that holds it) of every committed row, a prompt that two parts hold twice."""
+    files = [file.path for file in parts.files(".parquet") if file.path.rpartition("/")[2].startswith("part-")]
     if not files:
-        return np.empty(0, dtype=np.int64)
-    dataset = pads.dataset(files, schema=PROMPT_SCHEMA, filesystem=checkpoint.filesystem, format="parquet")
-    return np.unique(dataset.to_table(columns=["row"])["row"].to_numpy())
+        return np.empty(0, dtype=np.int64), pa.chunked_array([], pa.string())
+    schema = pa.schema([pa.field("row", pa.int64())])
+    dataset = pads.dataset(files, schema=schema, filesystem=parts.filesystem, format="parquet")
+    table = dataset.to_table(columns=["row", "__filename"])
+    return table["row"].to_numpy(), table["__filename"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -12,6 +15,7 @@ from pyarrow import fs
 from d3llm_ray.errors import InputError
 
 SUCCESS = "_SUCCESS"
+PARTIAL = "_partial"  # begins the names of files that are being written; Parquet readers skip names that begin with "_"
 COMPRESSION_LEVEL = 9  # zstd; rows are written once and read at every epoch
 
 
@@ -73,24 +77,25 @@ class Location:
             return bytes(stream.read()).decode()
 
     def write_text(self, text: str) -> None:
-        with self.filesystem.open_output_stream(self._partial) as stream:
+        with self._replaced() as partial, self.filesystem.open_output_stream(partial) as stream:
             stream.write(text.encode())
-        self.filesystem.move(self._partial, self.path)
 
     def write_table(self, table: pa.Table, row_group_rows: int = 8192) -> None:
         """Write Parquet (zstd)."""
-        pq.write_table(
-            table,
-            self._partial,
-            filesystem=self.filesystem,
-            compression="zstd",
-            compression_level=COMPRESSION_LEVEL,
-            row_group_size=row_group_rows,
-        )
-        self.filesystem.move(self._partial, self.path)
+        with self._replaced() as partial:
+            pq.write_table(
+                table,
+                partial,
+                filesystem=self.filesystem,
+                compression="zstd",
+                compression_level=COMPRESSION_LEVEL,
+                row_group_size=row_group_rows,
+            )
 
-    @property
-    def _partial(self) -> str:
-        """Where the bytes go before the rename: in the same folder; readers skip names that start with "_"."""
+    @contextmanager
+    def _replaced(self) -> Iterator[str]:
+        """Where the bytes go before the rename: in the same folder, under a name of this writer's own."""
         folder, _, file = self.path.rpartition("/")
-        return f"{folder}/_partial.{file}"
+        partial = f"{folder}/{PARTIAL}.{uuid.uuid4().hex[:8]}.{file}"
+        yield partial
+        self.filesystem.move(partial, self.path)

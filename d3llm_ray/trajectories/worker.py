@@ -1,24 +1,25 @@
-"""What runs inside a Ray Data actor: one engine, and as many calls as Ray Data lets in."""
+"""What runs inside a Ray Data actor: one engine, as many calls as Ray Data lets in, and a part written for each.
+
+The actor commits its rows itself, before it answers: what it has finished survives it, its node and the driver.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import pyarrow as pa
-import ray
 
-from d3llm_ray.errors import InputError
 from d3llm_ray.metrics import TeacherMetrics
 from d3llm_ray.tasks import Task
 from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.schema import SCHEMA, build_table
 from d3llm_ray.trajectories.settings import TrajectorySettings
-from d3llm_ray.trajectories.shards import check_errors
+from d3llm_ray.trajectories.storage import Location
 
 # A part's row: a trajectory, or a prompt that failed with `error` saying why and the trajectory's columns null.
 STAGED_SCHEMA = pa.schema(
@@ -26,6 +27,15 @@ STAGED_SCHEMA = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
         *(field.with_nullable(True) for field in SCHEMA),
         pa.field("error", pa.string()),
+    ]
+)
+# What a call tells the driver of its part. Times are seconds since the epoch.
+RECEIPT_SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.int64()) for name in ("rows", "errors", "judged", "correct", "retries", "forwards")),
+        pa.field("example", pa.string()),  # one of the errors
+        pa.field("ready", pa.float64()),  # when this actor's teacher was loaded
+        pa.field("committed", pa.float64()),
     ]
 )
 Row = dict[str, Any]
@@ -51,84 +61,17 @@ class MakeTeacher(Protocol):
     def __call__(self, settings: TrajectorySettings, task: Task) -> TeacherLike: ...
 
 
-class Tally:
-    """Counts finished rows for the progress line and the error limit; keyed by batch, so that a retried one counts
-    once.
-
-    It also carries an actor's `InputError` to the driver, which Ray Data's own wrappers would reduce to a stack trace.
-    """
-
-    def __init__(self) -> None:
-        self._batches: dict[int, dict[str, int]] = {}
-        self._sums = dict.fromkeys(("rows", "errors", "judged", "correct", "retries", "forwards"), 0)
-        self._refusal: str | None = None
-        self._began = self._ended = 0.0  # monotonic seconds
-
-    def ready(self) -> None:
-        """A teacher is loaded. Decoding counts from when the first actors are, not from a restarted one."""
-        if not self._batches:
-            self._began = self._ended = time.monotonic()
-
-    def seconds(self) -> float:
-        """From when the teachers were ready to the last finished batch."""
-        return self._ended - self._began
-
-    def refuse(self, message: str) -> None:
-        """Note why an actor cannot go on; the first reason stays."""
-        self._refusal = self._refusal or message
-
-    def refusal(self) -> str | None:
-        return self._refusal
-
-    def add(self, batch: int, counts: dict[str, int]) -> int:
-        """Count a batch, known by its first prompt's row; returns the errors so far."""
-        self._ended = time.monotonic()
-        before = self._batches.get(batch, {})
-        self._batches[batch] = counts
-        for name in self._sums:
-            self._sums[name] += counts[name] - before.get(name, 0)
-        return self._sums["errors"]
-
-    def figures(self) -> dict[str, Any]:
-        """`done`, and what the progress line shows beside it."""
-        sums = self._sums
-        figures: dict[str, Any] = {"done": sums["rows"] + sums["errors"]}
-        if sums["judged"]:
-            figures["correct"] = f"{100 * sums['correct'] / sums['judged']:.1f}%"
-        if sums["rows"]:
-            figures["forwards"] = sums["forwards"] / sums["rows"]
-        figures.update((name, sums[name]) for name in ("retries", "errors") if sums[name])
-        return figures
-
-
-def count_rows(rows: Sequence[Row]) -> dict[str, int]:
-    """What `Tally` adds up, of one batch of staged rows."""
-    good = [row for row in rows if row.get("error") is None]
-    judged = [row for row in good if row["is_correct"] is not None]
-    return {
-        "rows": len(good),
-        "errors": len(rows) - len(good),
-        "judged": len(judged),
-        "correct": sum(row["is_correct"] for row in judged),
-        "retries": sum(row["attempt"] for row in good),
-        "forwards": sum(row["forwards"] for row in good),
-    }
-
-
 class TeacherWorker:
-    """The class that Ray Data puts into its actors: tables of prompts in, tables of staged rows out.
+    """The class that Ray Data puts into its actors: tables of prompts in, a receipt for each written part out.
 
     Calls overlap: all their prompts share one continuous batch, so that a call's first rows take the slots that the
     last rows of the call before leave free.
     """
 
-    def __init__(
-        self, settings: TrajectorySettings, task: Task, total: int, tally: Any, make_teacher: MakeTeacher
-    ) -> None:
-        self._allowed, self._total, self._tally = settings.max_error_fraction, total, tally
-        with self._refusals():
-            self._teacher = make_teacher(settings, task)
-        ray.get(tally.ready.remote())
+    def __init__(self, settings: TrajectorySettings, task: Task, parts: Location, make_teacher: MakeTeacher) -> None:
+        self._parts = parts
+        self._teacher = make_teacher(settings, task)
+        self._ready = time.time()
         self._metrics = TeacherMetrics(settings.teacher)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")  # the event loop never waits for a forward
         self._incoming: list[Prompt] = []
@@ -137,11 +80,9 @@ class TeacherWorker:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows = await self._decode([Prompt(**row) for row in batch.to_pylist()])
-        failed = await self._tally.add.remote(rows[0]["row"], count_rows(rows))
-        example = next((row["error"] for row in rows if "error" in row), "")
-        with self._refusals():
-            check_errors(failed, self._total, self._allowed, example)
-        yield build_table(rows, STAGED_SCHEMA)
+        await asyncio.to_thread(write_part, self._parts, rows)
+        receipt = {**count_rows(rows), "ready": self._ready, "committed": time.time()}
+        yield build_table([receipt], RECEIPT_SCHEMA)
 
     async def _decode(self, prompts: Sequence[Prompt]) -> list[Row]:
         """Add prompts to the running batch; their rows, in their order, when all are complete."""
@@ -182,10 +123,25 @@ class TeacherWorker:
         else:
             self._metrics.finished(row["is_correct"], len(row["response_ids"]), row["forwards"], row["attempt"])
 
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except InputError as error:
-            ray.get(self._tally.refuse.remote(str(error)))
-            raise
+
+def write_part(folder: Location, rows: Sequence[Row]) -> Location:
+    """Commit rows as one file, whose name follows from their prompts: one that is written again replaces itself."""
+    digest = hashlib.sha256("".join(row["prompt_id"] for row in rows).encode()).hexdigest()[:16]
+    part = folder / f"part-{rows[0]['row']:012d}-{digest}.parquet"
+    part.write_table(build_table(rows, STAGED_SCHEMA))
+    return part
+
+
+def count_rows(rows: Sequence[Row]) -> dict[str, Any]:
+    """The counts of a receipt, and an example of the errors."""
+    good = [row for row in rows if row.get("error") is None]
+    judged = [row for row in good if row["is_correct"] is not None]
+    return {
+        "rows": len(good),
+        "errors": len(rows) - len(good),
+        "judged": len(judged),
+        "correct": sum(row["is_correct"] for row in judged),
+        "retries": sum(row["attempt"] for row in good),
+        "forwards": sum(row["forwards"] for row in good),
+        "example": next((row["error"] for row in rows if row.get("error") is not None), None),
+    }

@@ -130,12 +130,12 @@ def test_teacher_that_cannot_be_loaded_is_named(tiny_checkpoint: Path, tmp_path:
 def test_cluster_without_room_is_named_in_time(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Ray would wait for ever: what is demanded, and what is free, are said instead."""
     for change, words in (
-        ({"actors": 7}, "9 CPU (8 CPU free of 8 CPU)"),
+        ({"actors": 8}, "9 CPU (8 CPU free of 8 CPU)"),
         ({"gpus_per_actor": 1.0}, "2 GPU (0 GPU free of 0 GPU)"),
     ):
         started = time.monotonic()
         with pytest.raises(InputError, match="actors: the cluster did not give within 1 s: ") as caught:
             run(settings(tiny_checkpoint, tmp_path / "out", resource_timeout_s=1.0, **change), Progress(quiet=True))
-        assert words in str(caught.value) and "1.0 GiB memory" in str(caught.value)
+        assert words in str(caught.value)
         assert time.monotonic() - started < 20
     assert TrajectorySettings().resource_timeout_s < 120

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,7 +17,7 @@ from d3llm_ray.trajectories.plan import Plan, make_plan
 from d3llm_ray.trajectories.publish import IncompleteRun
 from d3llm_ray.trajectories.schema import build_table
 from d3llm_ray.trajectories.settings import TrajectorySettings
-from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage
+from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage, stage_remaining
 from d3llm_ray.trajectories.worker import STAGED_SCHEMA
 
 TEXTS = [f"prompt {number}" for number in range(10)]
@@ -71,7 +70,7 @@ def failed(plan: Plan, number: int) -> dict[str, Any]:
 
 def write_part(plan: Plan, name: str, rows: list[dict[str, Any]]) -> None:
     plan.parts.make_folder()
-    (plan.parts / f"{name}.parquet").write_table(build_table(rows, STAGED_SCHEMA))
+    (plan.parts / f"part-{name}.parquet").write_table(build_table(rows, STAGED_SCHEMA))
 
 
 def test_parts_in_any_order_become_few_files_in_the_order_of_the_prompts(plan: Plan) -> None:
@@ -79,8 +78,9 @@ def test_parts_in_any_order_become_few_files_in_the_order_of_the_prompts(plan: P
     write_part(plan, "b", [staged(plan, number) for number in (0, 1, 3, 4)])
     write_part(plan, "c", [staged(plan, number) for number in (8, 6, 5)])
     write_part(plan, "d", [staged(plan, number) for number in (2, 7, 9)])  # a late worker of a killed driver
-    (plan.parts / "e.parquet").write_text("half a fi")  # and one that was killed in the middle of a write
+    (plan.parts / "_partial.part-e.parquet").write_text("half a fi")  # and one killed in the middle of a write
     (plan.output / "trajectories-00009.parquet").write_text("of an earlier publication that was cut short")
+    (plan.output / "_partial.1a2b.summary.json").write_text("{")
     summary = publish(plan, {"seconds": 2.0})
     table = read_trajectories(plan.output.name)
     assert table["response_ids"].to_pylist() == [[number] for number in range(10)]
@@ -93,6 +93,8 @@ def test_parts_in_any_order_become_few_files_in_the_order_of_the_prompts(plan: P
     assert {name: summary[name] for name in expected} == expected
     assert json.loads((plan.output / "summary.json").read_text()) == summary and summary["seconds"] == 2.0
     assert is_finished(plan, QUIET) and not plan.staging.exists
+    names = [file.path.rpartition("/")[2] for file in plan.output.files() if not file.path.endswith(".parquet")]
+    assert names == ["_SUCCESS", "settings.yaml", "summary.json"]
 
 
 def test_keep_correct_leaves_wrong_rows_out_and_says_how_many_there_were(plan: Plan) -> None:
@@ -184,11 +186,18 @@ def test_unchanged_prompt_files_are_not_read_again(plan: Plan, tmp_path: Path, m
         is_finished(make_plan(chosen), QUIET)
 
 
-def test_committed_rows_leave_out_pending_parts(plan: Plan) -> None:
-    """Ray Data's layout: `<part>.parquet` holds committed ids, `<part>.pending.parquet` those half written."""
-    assert committed_rows(plan.checkpoint).size == 0
-    plan.checkpoint.make_folder()
-    (plan.checkpoint / "two.parquet").write_table(pa.table({"row": pa.array([5, 3], pa.int64())}))
-    (plan.checkpoint / "one.parquet").write_table(pa.table({"row": pa.array([0, 1, 3], pa.int64())}))
-    (plan.checkpoint / "three.pending.parquet").write_table(pa.table({"row": pa.array([7], pa.int64())}))
-    assert np.array_equal(committed_rows(plan.checkpoint), [0, 1, 3, 5])
+def test_what_remains_is_what_no_part_holds(plan: Plan) -> None:
+    assert committed_rows(plan.parts).size == 0
+    assert stage_remaining(plan, committed_rows(plan.parts)) == plan.staged_prompts
+    write_part(plan, "b", [staged(plan, number) for number in (5, 3)])
+    write_part(plan, "a", [staged(plan, 3), failed(plan, 4), staged(plan, 7)])
+    (plan.parts / "_partial.part-c.parquet").write_text("half a fi")
+    committed = committed_rows(plan.parts)
+    assert np.array_equal(committed, [3, 4, 5, 7])
+    (plan.staging / "remaining").make_folder()
+    (plan.staging / "remaining" / "prompts-00009.parquet").write_text("of an earlier resumption")
+    remaining = stage_remaining(plan, committed)
+    chunks = [pq.read_table(file.path).to_pylist() for file in remaining.files()]
+    assert [[row["row"] for row in chunk] for chunk in chunks] == [[0, 1, 2], [6, 8], [9]]
+    prompts = {prompt.row: prompt.prompt_id for prompt in plan.prompts()}
+    assert all(row["prompt_id"] == prompts[row["row"]] for chunk in chunks for row in chunk)

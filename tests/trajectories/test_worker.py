@@ -2,19 +2,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from d3llm_ray.config import build
-from d3llm_ray.errors import InputError
 from d3llm_ray.tasks import EMBEDDED
-from d3llm_ray.trajectories import worker as module
 from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.staging import PROMPT_SCHEMA
-from d3llm_ray.trajectories.worker import STAGED_SCHEMA, Tally, TeacherWorker, count_rows
+from d3llm_ray.trajectories.storage import Location
+from d3llm_ray.trajectories.worker import RECEIPT_SCHEMA, STAGED_SCHEMA, TeacherWorker, write_part
 
 
 class SlowTeacher:
@@ -52,38 +52,9 @@ def row(prompt: Prompt) -> dict[str, Any]:
     return {**values, "is_correct": True, "attempt": 1, "forwards": 3, "prompt_ids": [1]}
 
 
-class Direct:
-    """A method of an actor that lives in this process: `remote` gives something to await and to `ray.get`."""
-
-    def __init__(self, method: Any) -> None:
-        self.method = method
-
-    def remote(self, *args: Any) -> Ready:
-        return Ready(self.method(*args))
-
-
-class Ready:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __await__(self) -> Any:
-        return self.value
-        yield
-
-
-class LocalTally:
-    def __init__(self) -> None:
-        self.tally = Tally()
-
-    def __getattr__(self, name: str) -> Direct:
-        return Direct(getattr(self.tally, name))
-
-
 @pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> TeacherWorker:
-    monkeypatch.setattr(module.ray, "get", lambda ready: ready.value)
-    settings = build(TrajectorySettings, {"max_error_fraction": 0.1})
-    return TeacherWorker(settings, EMBEDDED["arith"], 20, LocalTally(), SlowTeacher)
+def worker(tmp_path: Path) -> TeacherWorker:
+    return TeacherWorker(TrajectorySettings(), EMBEDDED["arith"], Location.of(tmp_path), SlowTeacher)
 
 
 def batch(first: int, count: int) -> pa.Table:
@@ -94,34 +65,55 @@ def batch(first: int, count: int) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA)
 
 
-async def call(worker: TeacherWorker, table: pa.Table) -> pa.Table:
+async def call(worker: TeacherWorker, table: pa.Table) -> dict[str, Any]:
     (out,) = [out async for out in worker(table)]
-    return out
+    assert out.schema == RECEIPT_SCHEMA
+    return out.to_pylist()[0]
 
 
-def test_overlapping_calls_share_one_batch_and_keep_their_own_rows(worker: TeacherWorker) -> None:
-    async def calls() -> list[pa.Table]:
+def parts(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    tables = {path.name: pq.read_table(path) for path in sorted(folder.glob("*.parquet"))}
+    assert all(table.schema == STAGED_SCHEMA for table in tables.values())
+    return {name: table.to_pylist() for name, table in tables.items()}
+
+
+def test_overlapping_calls_share_one_batch_and_write_a_part_each(worker: TeacherWorker, tmp_path: Path) -> None:
+    async def calls() -> list[dict[str, Any]]:
         return await asyncio.gather(call(worker, batch(0, 3)), call(worker, batch(3, 3)), call(worker, batch(6, 2)))
 
-    tables = asyncio.run(calls())
-    assert [table["row"].to_pylist() for table in tables] == [[0, 1, 2], [3, 4, 5], [6, 7]]
-    assert all(table.schema == STAGED_SCHEMA for table in tables)
-    assert tables[1]["error"].to_pylist() == [None, None, "too long"]
-    teacher, tally = worker._teacher, worker._tally.tally
-    assert teacher.most_active == 4  # more than one call's prompts at a time
-    assert tally.figures() == {"done": 8, "correct": "100.0%", "forwards": 3.0, "retries": 7, "errors": 1}
+    receipts = asyncio.run(calls())
+    written = list(parts(tmp_path).values())
+    assert [[row["row"] for row in rows] for rows in written] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [row["error"] for row in written[1]] == [None, None, "too long"]
+    assert worker._teacher.most_active == 4  # more than one call's prompts at a time
+    expected = {"rows": 2, "errors": 1, "judged": 2, "correct": 2, "retries": 2, "forwards": 6, "example": "too long"}
+    assert receipts[1].items() >= expected.items() and receipts[0]["example"] is None
+    assert all(receipt["ready"] <= receipt["committed"] for receipt in receipts)
 
 
-def test_call_that_ray_repeats_decodes_nothing_twice_at_a_time(worker: TeacherWorker) -> None:
-    async def calls() -> list[pa.Table]:
+def test_call_that_ray_repeats_decodes_nothing_twice_and_replaces_its_part(
+    worker: TeacherWorker, tmp_path: Path
+) -> None:
+    async def calls() -> list[dict[str, Any]]:
         return await asyncio.gather(call(worker, batch(0, 4)), call(worker, batch(0, 4)))
 
-    one, other = asyncio.run(calls())
-    assert one == other and sorted(worker._teacher.decoded) == [0, 1, 2, 3]
-    assert worker._tally.tally.figures()["done"] == 4
+    asyncio.run(calls())
+    assert sorted(worker._teacher.decoded) == [0, 1, 2, 3]
+    before = parts(tmp_path)
+    asyncio.run(call(worker, batch(0, 4)))  # after its actor was lost: decoded again, and the same
+    assert len(before) == 1 and parts(tmp_path) == before
 
 
-def test_engine_that_breaks_fails_every_call(worker: TeacherWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_with_other_rows_has_another_name(tmp_path: Path) -> None:
+    """A resumed run deals the prompts anew: its block may begin with the same prompt and hold others."""
+    prompts = [Prompt(**values) for values in batch(0, 4).to_pylist()]
+    folder = Location.of(tmp_path)
+    assert write_part(folder, [row(p) for p in prompts[:2]]) == write_part(folder, [row(p) for p in prompts[:2]])
+    write_part(folder, [row(prompts[0]), row(prompts[3])])
+    assert len(parts(tmp_path)) == 2
+
+
+def test_engine_that_breaks_fails_every_call(worker: TeacherWorker, tmp_path: Path, monkeypatch: Any) -> None:
     def broken(self: SlowTeacher) -> list[dict[str, Any]]:
         raise RuntimeError("CUDA error")
 
@@ -131,21 +123,4 @@ def test_engine_that_breaks_fails_every_call(worker: TeacherWorker, monkeypatch:
         return await asyncio.gather(call(worker, batch(0, 2)), call(worker, batch(2, 2)), return_exceptions=True)
 
     assert [str(error) for error in asyncio.run(calls())] == ["CUDA error", "CUDA error"]
-
-
-def test_too_many_errors_end_the_job_with_a_reason_the_driver_can_read(worker: TeacherWorker) -> None:
-    worker._total = 5
-    with pytest.raises(InputError, match="1 of 5 gave no trajectory, for example: too long; accepted: at most 10%"):
-        asyncio.run(call(worker, batch(4, 2)))
-    assert "1 of 5 gave no trajectory" in worker._tally.tally.refusal()
-
-
-def test_tally_counts_a_retried_batch_once_and_a_corrected_one_anew() -> None:
-    rows = [{"is_correct": n > 0, "attempt": 0, "forwards": n} for n in range(4)]
-    counts = count_rows([*rows, {"error": "too long"}])
-    assert counts == {"rows": 4, "errors": 1, "judged": 4, "correct": 3, "retries": 0, "forwards": 6}
-    tally = Tally()
-    tally.ready()
-    assert [tally.add(0, counts), tally.add(0, counts), tally.add(64, counts)] == [1, 1, 2]
-    assert tally.figures() == {"done": 10, "correct": "75.0%", "forwards": 1.5, "errors": 2}
-    assert tally.seconds() >= 0
+    assert parts(tmp_path) == {}
