@@ -85,16 +85,18 @@ def _decode(
     try:
         with DataContext.current(_data_context(settings)):
             for receipt in _receipts(_dataset(plan, prompts, make_teacher)):
+                if receipt["refusal"] is not None:
+                    raise OSError(receipt["errno"], receipt["refusal"])
                 for name in sums:
                     sums[name] += receipt[name]
                 check_errors(sums["errors"], manifest.prompts, settings.max_error_fraction, receipt["example"])
                 ready, committed = min(ready, receipt["ready"]), max(committed, receipt["committed"])
                 progress.update(done + sums["rows"] + sums["errors"], **_shown(sums))
     except RayError as error:
-        told = _told(error)
-        if told is None:
+        refusal = _input_error(error)
+        if refusal is None:
             raise
-        raise told from error
+        raise refusal from error
     return committed - ready
 
 
@@ -148,14 +150,7 @@ def _shown(sums: dict[str, int]) -> dict[str, Any]:
     return figures | {name: sums[name] for name in ("retries", "errors") if sums[name]}
 
 
-def _told(error: RayError) -> Exception | None:
-    """What an actor met, out of Ray's wrappers: bad input, or a storage that refuses; None when it is neither."""
-    refusal = re.search(rf"^{InputError.__module__}\.InputError: (.*)$", str(error), re.MULTILINE)
-    if refusal is not None:  # of an actor that died in its constructor, Ray keeps the text only
-        return InputError(refusal[1])
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.errno is not None:
-            return OSError(inner.errno, inner.strerror, inner.filename)
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return None
+def _input_error(error: RayError) -> InputError | None:
+    """The bad input that an actor met when it was made; of its errors Ray keeps the text only."""
+    found = re.search(rf"^{InputError.__module__}\.InputError: (.*)$", str(error), re.MULTILINE)
+    return InputError(found[1]) if found else None

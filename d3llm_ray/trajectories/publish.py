@@ -40,6 +40,20 @@ def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress
     settings = plan.settings
     writer = ShardWriter(plan.output, plan.metadata, settings.rows_per_file, settings.keep)
     progress.start("publish", manifest.prompts, "row")
+    try:
+        _write_rows(plan, writer, files_of, progress)
+    finally:
+        progress.finish()
+    example = writer.errors[0]["error"] if writer.errors else ""
+    check_errors(len(writer.errors), manifest.prompts, settings.max_error_fraction, example)
+    identity = {"fingerprint": manifest.fingerprint, "inputs": manifest.inputs}
+    counts = {"duplicates": manifest.duplicates, "repeated_rows": repeated}
+    summary = writer.finish(settings, {**counts, **identity, **figures})
+    plan.staging.remove_folder()
+    return summary
+
+
+def _write_rows(plan: Plan, writer: ShardWriter, files_of: Mapping[int, list[str]], progress: Progress) -> None:
     done = 0
     for chunk, prompts in enumerate(staged_ids(plan)):
         rows = _rows_of(plan, files_of[chunk], prompts)
@@ -49,14 +63,6 @@ def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress
         writer.write(rows.filter(pc.invert(failed)).select(SCHEMA.names).cast(SCHEMA))
         done += rows.num_rows
         progress.update(done)
-    progress.finish()
-    example = writer.errors[0]["error"] if writer.errors else ""
-    check_errors(len(writer.errors), manifest.prompts, settings.max_error_fraction, example)
-    identity = {"fingerprint": manifest.fingerprint, "inputs": manifest.inputs}
-    counts = {"duplicates": manifest.duplicates, "repeated_rows": repeated}
-    summary = writer.finish(settings, {**counts, **identity, **figures})
-    plan.staging.remove_folder()
-    return summary
 
 
 def audit(plan: Plan, manifest: Manifest, found: NDArray[np.int64]) -> int:

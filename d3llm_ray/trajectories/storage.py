@@ -97,5 +97,8 @@ class Location:
         """Where the bytes go before the rename: in the same folder, under a name of this writer's own."""
         folder, _, file = self.path.rpartition("/")
         partial = f"{folder}/{PARTIAL}.{uuid.uuid4().hex[:8]}.{file}"
-        yield partial
-        self.filesystem.move(partial, self.path)
+        try:
+            yield partial
+            self.filesystem.move(partial, self.path)
+        except OSError as error:  # Arrow's does not say which file
+            raise OSError(error.errno, f"{error.strerror or error}: {self.name}") from error

@@ -36,6 +36,8 @@ RECEIPT_SCHEMA = pa.schema(
         pa.field("example", pa.string()),  # one of the errors
         pa.field("ready", pa.float64()),  # when this actor's teacher was loaded
         pa.field("committed", pa.float64()),
+        pa.field("errno", pa.int64()),  # of a storage that refused the part; an error raised here would lose its number
+        pa.field("refusal", pa.string()),
     ]
 )
 Row = dict[str, Any]
@@ -80,9 +82,12 @@ class TeacherWorker:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         rows = await self._decode([Prompt(**row) for row in batch.to_pylist()])
-        await asyncio.to_thread(write_part, self._parts, rows)
-        receipt = {**count_rows(rows), "ready": self._ready, "committed": time.time()}
-        yield build_table([receipt], RECEIPT_SCHEMA)
+        receipt = {**count_rows(rows), "ready": self._ready}
+        try:
+            await asyncio.to_thread(write_part, self._parts, rows)
+        except OSError as error:
+            receipt |= {"errno": error.errno, "refusal": error.strerror or str(error)}
+        yield build_table([{**receipt, "committed": time.time()}], RECEIPT_SCHEMA)
 
     async def _decode(self, prompts: Sequence[Prompt]) -> list[Row]:
         """Add prompts to the running batch; their rows, in their order, when all are complete."""

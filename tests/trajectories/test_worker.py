@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,9 @@ def test_engine_that_breaks_fails_every_call(worker: TeacherWorker, tmp_path: Pa
 
     assert [str(error) for error in asyncio.run(calls())] == ["CUDA error", "CUDA error"]
     assert parts(tmp_path) == {}
+
+
+def test_storage_that_refuses_is_told_with_its_number_and_file(worker: TeacherWorker, tmp_path: Path) -> None:
+    worker._parts = Location.of(tmp_path / "no-folder")
+    receipt = asyncio.run(call(worker, batch(0, 2)))
+    assert receipt["errno"] == errno.ENOENT and f"{tmp_path}/no-folder/part-000000000000-" in receipt["refusal"]
