@@ -56,6 +56,13 @@ def connect(*, quiet: bool = True, dashboard: bool = False, min_cpus: int = EMBE
     )
 
 
+def quieten(library: str) -> None:
+    """Let a library of Ray's (`ray.data`, say) print errors only; its log files keep everything."""
+    for handler in logging.getLogger(library).handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
+
+
 def wait_for_resources(bundles: list[dict[str, float]], timeout_s: float, field: str) -> None:
     """Return when the cluster can hold all `bundles` (resources each) at once; an autoscaler is asked to help.
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from ray.data import ActorPoolStrategy, DataContext, Dataset, read_parquet
 from ray.exceptions import RayError
 
-from d3llm_ray.cluster import connect, wait_for_resources
+from d3llm_ray.cluster import connect, quieten, wait_for_resources
 from d3llm_ray.errors import InputError
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.plan import Plan, make_plan
@@ -82,6 +82,8 @@ def _decode(
     plan.parts.make_folder()
     if settings.operator_bars:
         progress.finish()
+    else:
+        quieten("ray.data")
     try:
         with DataContext.current(_data_context(settings)):
             for receipt in _receipts(_dataset(plan, prompts, make_teacher)):
@@ -136,6 +138,7 @@ def _data_context(settings: TrajectorySettings) -> DataContext:
     context = DataContext.get_current().copy()
     context.execution_no_progress_timeout_s = settings.stall_timeout_s
     context.enable_progress_bars = settings.operator_bars
+    context.memory_usage_poll_interval_s = None  # reads every page of an actor each second, in a thread a call
     context.retried_map_errors = context.retried_io_errors  # a storage that is busy for a moment
     return context
 

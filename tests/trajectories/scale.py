@@ -1,6 +1,6 @@
 """The trajectory job at scale, with a teacher that sleeps instead of decoding: what everything but the model costs.
 
-    python tests/trajectories/scale.py --count 100000 --actors 16 [--resume]
+    python tests/trajectories/scale.py --count 100000 [--actors 16] [--rows-per-block 64] [--resume]
 
 Prints one line of JSON: seconds and rows a second of every stage and the driver's peak memory; with `--resume` the
 driver is killed when nine tenths of the rows are committed, and the line also tells how long the next driver needs
@@ -111,9 +111,10 @@ def write_prompts(file: Path, count: int) -> None:
             writer.write_table(batch)
 
 
-def drive(folder: Path, actors: int) -> None:
+def drive(folder: Path, actors: int, rows_per_block: int) -> None:
     """One driver: run the job to its end and print what it took."""
     values = {"prompts": str(folder / "prompts.parquet"), "output": str(folder / "out"), "actors": actors}
+    values |= {"rows_per_block": rows_per_block, "batch_size": rows_per_block // 2}
     stopwatch = Stopwatch()
     run(build(TrajectorySettings, values), stopwatch, SleepingTeacher)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -122,23 +123,25 @@ def drive(folder: Path, actors: int) -> None:
     print(json.dumps(figures))
 
 
-def measure(count: int, actors: int, resume: bool) -> dict[str, Any]:
+def measure(count: int, actors: int, rows_per_block: int, resume: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_prompts(folder / "prompts.parquet", count)
-        command = [sys.executable, __file__, "--drive", name, "--actors", str(actors)]
-        figures: dict[str, Any] = {"count": count, "actors": actors}
+        command = [sys.executable, __file__, "--drive", name]
+        command += [f"--actors={actors}", f"--rows-per-block={rows_per_block}"]
+        figures: dict[str, Any] = {"count": count, "actors": actors, "rows_per_block": rows_per_block}
         if resume:
             driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-            checkpoint, enough = folder / "out" / "_staging" / "checkpoint", 0.9 * count / 32
-            while driver.poll() is None and count_files(checkpoint) < enough:
-                time.sleep(2)
+            parts, enough = folder / "out" / "_staging" / "parts", 0.9 * count / (rows_per_block // 2)
+            while driver.poll() is None and count_files(parts) < enough:
+                time.sleep(1)
             os.killpg(driver.pid, signal.SIGKILL)
             driver.wait()
             (folder / FIRST_WORK).unlink()
             time.sleep(10)  # Ray's processes notice that their driver is gone
         started = time.time()
-        last = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+        last = next(line for line in printed if line.startswith("{"))  # among what Ray says at its end
         figures["first_work_s"] = round((folder / FIRST_WORK).stat().st_mtime - started, 1)
         figures["total_s"] = round(time.time() - started, 1)
         return figures | json.loads(last)
@@ -152,13 +155,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--actors", type=int, default=16)
+    parser.add_argument("--rows-per-block", type=int, default=64)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.drive:
-        drive(chosen.drive, chosen.actors)
+        drive(chosen.drive, chosen.actors, chosen.rows_per_block)
     else:
-        print(json.dumps(measure(chosen.count, chosen.actors, chosen.resume)))
+        print(json.dumps(measure(chosen.count, chosen.actors, chosen.rows_per_block, chosen.resume)))
 
 
 if __name__ == "__main__":
