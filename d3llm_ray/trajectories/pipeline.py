@@ -139,7 +139,6 @@ def _data_context(settings: TrajectorySettings) -> DataContext:
     context.execution_no_progress_timeout_s = settings.stall_timeout_s
     context.enable_progress_bars = settings.operator_bars
     context.memory_usage_poll_interval_s = None  # reads every page of an actor each second, in a thread a call
-    context.retried_map_errors = context.retried_io_errors  # a storage that is busy for a moment
     return context
 
 

@@ -97,14 +97,16 @@ def _number(plan: Plan, progress: Progress, write: bool) -> Manifest:
     digest, count, last = hashlib.sha256(plan.settings.keep.encode()), 0, -1
     progress.start("prompts", plan.source.total, "prompt")
     prompts = plan.prompts()
-    while batch := list(islice(prompts, ROWS_PER_FILE)):
-        for prompt in batch:
-            digest.update(f"{prompt.row} {prompt.prompt_id} {prompt.reference}\n".encode())
-        if write:
-            _write_prompts(plan.staged_prompts / f"prompts-{count // ROWS_PER_FILE:05d}.parquet", batch)
-        count, last = count + len(batch), batch[-1].row
-        progress.update(last + 1)
-    progress.finish()
+    try:
+        while batch := list(islice(prompts, ROWS_PER_FILE)):
+            for prompt in batch:
+                digest.update(f"{prompt.row} {prompt.prompt_id} {prompt.reference}\n".encode())
+            if write:
+                _write_prompts(plan.staged_prompts / f"prompts-{count // ROWS_PER_FILE:05d}.parquet", batch)
+            count, last = count + len(batch), batch[-1].row
+            progress.update(last + 1)
+    finally:
+        progress.finish()
     return Manifest(digest.hexdigest()[:16], count, last + 1 - count, _inputs(plan))
 
 
