@@ -34,6 +34,15 @@ class Progress:
             leave=True,
         )
 
+    @contextmanager
+    def stage(self, name: str, total: int | None, unit: str = "row") -> Iterator[None]:
+        """A stage that lasts as long as the block; its line is closed before an error is told."""
+        self.start(name, total, unit)
+        try:
+            yield
+        finally:
+            self.finish()
+
     def update(self, done: int, **figures: float | int | str) -> None:
         """Say that `done` units of the stage are complete in all, with named figures to show beside it."""
         if self._bar is None:

@@ -55,6 +55,11 @@ class Task:
         return answer is not None and answer == (extract_answer(reference) or normalise(reference))
 
 
+def no_problems(_split: Split, _count: int) -> list[Problem]:
+    """The problems of a task that only judges answers; a task with it can be sent to any process."""
+    return []
+
+
 def extract_answer(text: str) -> str | None:
     """The final answer: after the last `####` (GSM8K), else in the last `\\boxed{}` (MATH), else the last number."""
     if marked := _MARKED.findall(text):

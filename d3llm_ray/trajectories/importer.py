@@ -20,13 +20,12 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 from pydantic import Field
 
-from d3llm_ray import __version__
 from d3llm_ray.config import Settings
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import load_tokenizer, read_configs
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.published import ChatTemplate, Imported, Teacher, import_answer, import_trajectory
-from d3llm_ray.trajectories.schema import MAX_CANVAS, build_table
+from d3llm_ray.trajectories.schema import MAX_CANVAS, build_table, file_metadata
 from d3llm_ray.trajectories.shards import ShardWriter, check_errors
 from d3llm_ray.trajectories.storage import SUCCESS, Location
 
@@ -102,27 +101,26 @@ def run(settings: ImportSettings, progress: Progress | None = None) -> str:
     writer = ShardWriter(output, metadata, settings.rows_per_file)
     findings, seen, failed, example = Findings(), set[int](), 0, ""
     progress = progress or Progress()
-    progress.start("import", source.total, "row")
     published, done = source.rows(), 0
-    while batch := list(islice(published, BATCH_ROWS)):
-        rows = []
-        for number, row in enumerate(batch, start=done):
-            try:
-                imported = convert(row)
-            except InputError as error:
-                failed, example = failed + 1, example or f"row {number}: {error}"
-                writer.reject({"row": number, "error": str(error)})
-                continue
-            identity = int(imported.row["prompt_id"], 16)
-            if identity not in seen:
-                seen.add(identity)
-                findings.add(imported)
-                rows.append(imported.row)
-        writer.write(build_table(rows))
-        done += len(batch)
-        check_errors(failed, source.total, settings.max_error_fraction, example)
-        progress.update(done, errors=failed)
-    progress.finish()
+    with progress.stage("import", source.total):
+        while batch := list(islice(published, BATCH_ROWS)):
+            rows = []
+            for number, row in enumerate(batch, start=done):
+                try:
+                    imported = convert(row)
+                except InputError as error:
+                    failed, example = failed + 1, example or f"row {number}: {error}"
+                    writer.reject({"row": number, "error": str(error)})
+                    continue
+                identity = int(imported.row["prompt_id"], 16)
+                if identity not in seen:
+                    seen.add(identity)
+                    findings.add(imported)
+                    rows.append(imported.row)
+            writer.write(build_table(rows))
+            done += len(batch)
+            check_errors(failed, source.total, settings.max_error_fraction, example)
+            progress.update(done, errors=failed)
     writer.finish(settings, {"duplicates": done - failed - len(seen), "template": findings.figures()})
     return settings.output
 
@@ -143,7 +141,7 @@ def _converter(settings: ImportSettings, columns: list[str]) -> tuple[Callable[[
     generation = {"imported": True, "teacher": settings.teacher}
     template = None if tokenizer is None else ChatTemplate(tokenizer)
     teacher = Teacher(family, family.mask_token_id, shape.vocab_size, template, generation, settings.retemplate)
-    metadata = {"family": family.name, "package": "d3llm-ray", "version": __version__, **generation}
+    metadata = file_metadata(family.name, generation)
     if ordered:
         return partial(import_trajectory, teacher=teacher), metadata
     return partial(import_answer, teacher=teacher, max_tokens=settings.max_tokens), metadata

@@ -145,14 +145,13 @@ def _vocabulary(metadata: Mapping[str, Any]) -> tuple[PreTrainedTokenizerBase | 
 
 def _batches(dataset: pads.Dataset, path: str, progress: Progress) -> Iterator[pa.Table]:
     done = 0
-    progress.start("inspect", dataset.count_rows(), "row")
-    for batch in dataset.to_batches(**SCAN):
-        rows = pa.Table.from_batches([batch])
-        check_table(rows, path)
-        yield rows
-        done += rows.num_rows
-        progress.update(done)
-    progress.finish()
+    with progress.stage("inspect", dataset.count_rows()):
+        for batch in dataset.to_batches(**SCAN):
+            rows = pa.Table.from_batches([batch])
+            check_table(rows, path)
+            yield rows
+            done += rows.num_rows
+            progress.update(done)
 
 
 def _draw(output: Path, histograms: list[Histogram], unmasking: Unmasking | None) -> list[Path]:

@@ -25,7 +25,7 @@ from d3llm_ray.trajectories.shards import check_errors
 from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage, stage_remaining
 from d3llm_ray.trajectories.storage import Location
 from d3llm_ray.trajectories.teacher import Teacher
-from d3llm_ray.trajectories.worker import MakeTeacher, TeacherWorker
+from d3llm_ray.trajectories.worker import COUNTS, MakeTeacher, TeacherWorker
 
 # Two calls at a time keep an actor's batch full when one nears its end; each has half of what a crash may cost.
 CALLS_PER_ACTOR = 2
@@ -53,11 +53,8 @@ def run(settings: TrajectorySettings, progress: Progress | None = None, make_tea
         connect(min_cpus=settings.actors + 1)
         wait_for_resources(_demand(settings), settings.resource_timeout_s, "actors")
         prompts = stage_remaining(plan, committed)
-        progress.start("trajectories", manifest.prompts, "row")
-        try:
+        with progress.stage("trajectories", manifest.prompts):
             seconds = _decode(plan, prompts, manifest, progress, done, make_teacher)
-        finally:
-            progress.finish()
         figures |= {"seconds": round(seconds, 3), "rows_per_second": round((manifest.prompts - done) / seconds, 3)}
     publish(plan, manifest, figures, progress)
     return settings.output
@@ -77,7 +74,7 @@ def _decode(
     Returns the seconds from when the first teacher was ready to the last commit.
     """
     settings = plan.settings
-    sums = dict.fromkeys(("rows", "errors", "judged", "correct", "retries", "forwards"), 0)
+    sums = dict.fromkeys(COUNTS, 0)
     ready, committed = float("inf"), 0.0
     plan.parts.make_folder()
     if settings.operator_bars:

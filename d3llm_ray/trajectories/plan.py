@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from d3llm_ray import __version__
 from d3llm_ray.decoder_settings import decoding_settings, read_decoder
 from d3llm_ray.decoding import Decoder, decoder
 from d3llm_ray.decoding.rules import family_rules
 from d3llm_ray.errors import require
 from d3llm_ray.models import ZOO_NAMES, Family, read_configs, resolve_model
 from d3llm_ray.trajectories.prompts import Prompt, distinct_prompts
+from d3llm_ray.trajectories.schema import file_metadata
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.sources import Source, open_source
 from d3llm_ray.trajectories.storage import Location
@@ -65,7 +65,7 @@ def make_plan(settings: TrajectorySettings) -> Plan:
     require(settings.max_tokens < context, "max_tokens", settings.max_tokens, shorter)
     source = open_source(settings.prompts, settings.texts, settings.split, settings.count)
     generation = generation_settings(settings, chosen, block_size)
-    metadata = {"family": family.name, "package": "d3llm-ray", "version": __version__, **generation}
+    metadata = file_metadata(family.name, generation)
     return Plan(settings, source, generation, metadata, Location.of(settings.output, "output"))
 
 

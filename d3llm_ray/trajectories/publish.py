@@ -27,23 +27,29 @@ class IncompleteRun(RuntimeError):
 def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Write the finished folder and return its summary. `figures` are the run's own (seconds, rows a second).
 
-    Memory holds `staging.ROWS_PER_FILE` rows, and one number for every row of the run. Safe to repeat: an interrupted
-    publication is overwritten by the next, and only the marker makes it count.
+    Memory holds `staging.ROWS_PER_FILE` rows, and id, number and file of every row of the run. Safe to repeat: an
+    interrupted publication is overwritten by the next, and only the marker makes it count.
 
     Raises:
         IncompleteRun: rows are missing or belong to no prompt; the message names them.
         InputError: more prompts failed than the settings allow.
     """
+    chunks = list(staged_ids(plan))
     found, files = rows_and_files(plan.parts)
-    repeated = audit(plan, manifest, found)
-    files_of = _files_by_chunk(plan, found, files)
+    repeated = audit(plan, manifest, chunks, found)
+    files_of = _files_by_chunk(chunks, found, files)
     settings = plan.settings
     writer = ShardWriter(plan.output, plan.metadata, settings.rows_per_file, settings.keep)
-    progress.start("publish", manifest.prompts, "row")
-    try:
-        _write_rows(plan, writer, files_of, progress)
-    finally:
-        progress.finish()
+    done = 0
+    with progress.stage("publish", manifest.prompts):
+        for number, prompts in enumerate(chunks):
+            rows = _rows_of(plan, files_of[number], prompts)
+            failed = pc.is_valid(rows["error"])
+            for error in rows.filter(failed).select(ERROR_SCHEMA.names).to_pylist():
+                writer.reject(error)
+            writer.write(rows.filter(pc.invert(failed)).select(SCHEMA.names).cast(SCHEMA))
+            done += rows.num_rows
+            progress.update(done)
     example = writer.errors[0]["error"] if writer.errors else ""
     check_errors(len(writer.errors), manifest.prompts, settings.max_error_fraction, example)
     identity = {"fingerprint": manifest.fingerprint, "inputs": manifest.inputs}
@@ -53,20 +59,8 @@ def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress
     return summary
 
 
-def _write_rows(plan: Plan, writer: ShardWriter, files_of: Mapping[int, list[str]], progress: Progress) -> None:
-    done = 0
-    for chunk, prompts in enumerate(staged_ids(plan)):
-        rows = _rows_of(plan, files_of[chunk], prompts)
-        failed = pc.is_valid(rows["error"])
-        for error in rows.filter(failed).select(ERROR_SCHEMA.names).to_pylist():
-            writer.reject(error)
-        writer.write(rows.filter(pc.invert(failed)).select(SCHEMA.names).cast(SCHEMA))
-        done += rows.num_rows
-        progress.update(done)
-
-
-def audit(plan: Plan, manifest: Manifest, found: NDArray[np.int64]) -> int:
-    """Raise `IncompleteRun` unless the rows `found` are every prompt's; returns how many came more than once.
+def audit(plan: Plan, manifest: Manifest, chunks: list[pa.Table], found: NDArray[np.int64]) -> int:
+    """Raise `IncompleteRun` unless the rows `found` are every staged prompt's; returns how many came more than once.
 
     A row is a function of its prompt. Should a worker of a killed driver have finished a part that the next driver
     decoded again, the copies are equal and one is kept.
@@ -74,7 +68,7 @@ def audit(plan: Plan, manifest: Manifest, found: NDArray[np.int64]) -> int:
     distinct = np.unique(found)
     expected = count = 0
     missing: list[str] = []
-    for prompts in staged_ids(plan):
+    for prompts in chunks:
         rows = prompts["row"].to_numpy()
         expected += len(rows)
         absent = ~np.isin(rows, distinct, assume_unique=True)
@@ -88,11 +82,11 @@ def audit(plan: Plan, manifest: Manifest, found: NDArray[np.int64]) -> int:
     return len(found) - len(distinct)
 
 
-def _files_by_chunk(plan: Plan, rows: NDArray[np.int64], files: pa.ChunkedArray) -> dict[int, list[str]]:
-    """Which parts hold rows of which chunk of `staged_ids`."""
-    firsts = [prompts["row"][0].as_py() for prompts in staged_ids(plan)]
-    chunks = pa.array(np.searchsorted(firsts, rows, side="right") - 1)
-    pairs = pa.table({"chunk": chunks, "file": files}).group_by(["chunk", "file"]).aggregate([]).sort_by("file")
+def _files_by_chunk(chunks: list[pa.Table], rows: NDArray[np.int64], files: pa.ChunkedArray) -> dict[int, list[str]]:
+    """Which parts hold rows of which chunk."""
+    firsts = [prompts["row"][0].as_py() for prompts in chunks]
+    numbers = pa.array(np.searchsorted(firsts, rows, side="right") - 1)
+    pairs = pa.table({"chunk": numbers, "file": files}).group_by(["chunk", "file"]).aggregate([]).sort_by("file")
     found: dict[int, list[str]] = defaultdict(list)
     for chunk, file in zip(pairs["chunk"].to_pylist(), pairs["file"].to_pylist(), strict=True):
         found[chunk].append(file)

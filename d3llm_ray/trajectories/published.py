@@ -18,13 +18,14 @@ from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family, encode_chat
 from d3llm_ray.models.chat import Message, encode_text
 from d3llm_ray.tasks import Task
+from d3llm_ray.tasks.task import no_problems
 from d3llm_ray.trajectories.prompts import prompt_id
 from d3llm_ray.trajectories.schema import MAX_CANVAS
 
 Form = Literal["raw", "templated", "other"]
 Ids = NDArray[np.integer]
 
-JUDGE = Task("published", lambda _split, _count: [])
+JUDGE = Task("published", no_problems)
 
 
 @dataclass(frozen=True)

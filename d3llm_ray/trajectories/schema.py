@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
+from d3llm_ray import __version__
 from d3llm_ray.errors import InputError
 from d3llm_ray.trajectories.storage import SUCCESS, Location
 
@@ -118,6 +119,11 @@ def read_trajectories(path: str | os.PathLike[str], columns: Sequence[str] | Non
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What produced a trajectory folder or file: teacher, family, decoder settings, package version."""
     return decode_metadata(open_dataset(path).schema)
+
+
+def file_metadata(family: str, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What files say of their rows: the teacher's family, this package, and the generation settings."""
+    return {"family": family, "package": "d3llm-ray", "version": __version__, **generation}
 
 
 def with_metadata(schema: pa.Schema, values: Mapping[str, Any]) -> pa.Schema:

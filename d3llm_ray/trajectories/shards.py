@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from d3llm_ray.config import Settings, to_yaml
 from d3llm_ray.errors import InputError
 from d3llm_ray.trajectories.schema import ERROR_SCHEMA, ERRORS, SCHEMA, build_table, check_table, with_metadata
-from d3llm_ray.trajectories.storage import PARTIAL, SUCCESS, Location
+from d3llm_ray.trajectories.storage import SUCCESS, Location
 
 
 class ShardWriter:
@@ -61,10 +61,9 @@ class ShardWriter:
         if self.errors:
             errors.write_table(build_table(self.errors, ERROR_SCHEMA))
         kept = {file.path for file in self._files} | ({errors.path} if self.errors else set())
-        for file in self._folder.files():
-            name = file.path.rpartition("/")[2]
-            if name.startswith(PARTIAL) or (name.endswith(".parquet") and file.path not in kept):
-                file.remove()
+        stale = [file for file in self._folder.files(".parquet") if file.path not in kept]
+        for file in [*stale, *self._folder.leftovers()]:
+            file.remove()
         summary = {**self.totals.figures(), "kept": self._kept, "errors": len(self.errors), **figures}
         size = sum(file.info.size for file in self._files)
         summary["bytes_per_row"] = round(size / max(1, self._kept))

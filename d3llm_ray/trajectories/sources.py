@@ -16,6 +16,7 @@ import pyarrow.dataset as pads
 from d3llm_ray.errors import unknown
 from d3llm_ray.tasks import EMBEDDED, Problem, Split, Task
 from d3llm_ray.tasks.files import ENDINGS, no_rows, stem, stream_problems, to_problem, unreadable
+from d3llm_ray.tasks.task import no_problems
 from d3llm_ray.trajectories.storage import Location
 
 EMBEDDED_COUNT = 2000  # an embedded task is endless
@@ -53,11 +54,7 @@ def open_source(prompts: str, texts: Sequence[str], split: Split, count: int | N
         raise no_rows(name)
     if total is not None and count is not None:
         total = min(total, count)
-    return Source(name, Task(stem(name), _no_problems), total, read, count, version)
-
-
-def _no_problems(_split: Split, _count: int) -> list[Problem]:
-    return []
+    return Source(name, Task(stem(name), no_problems), total, read, count, version)
 
 
 Opened = tuple[int | None, Read, str | None]  # problems where known, reader of all of them, version where known

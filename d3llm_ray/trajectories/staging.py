@@ -95,9 +95,8 @@ def _other_run(plan: Plan, state: str) -> InputError:
 def _number(plan: Plan, progress: Progress, write: bool) -> Manifest:
     """Go through the source once; with `write`, into the staged prompts' files."""
     digest, count, last = hashlib.sha256(plan.settings.keep.encode()), 0, -1
-    progress.start("prompts", plan.source.total, "prompt")
     prompts = plan.prompts()
-    try:
+    with progress.stage("prompts", plan.source.total, "prompt"):
         while batch := list(islice(prompts, ROWS_PER_FILE)):
             for prompt in batch:
                 digest.update(f"{prompt.row} {prompt.prompt_id} {prompt.reference}\n".encode())
@@ -105,8 +104,6 @@ def _number(plan: Plan, progress: Progress, write: bool) -> Manifest:
                 _write_prompts(plan.staged_prompts / f"prompts-{count // ROWS_PER_FILE:05d}.parquet", batch)
             count, last = count + len(batch), batch[-1].row
             progress.update(last + 1)
-    finally:
-        progress.finish()
     return Manifest(digest.hexdigest()[:16], count, last + 1 - count, _inputs(plan))
 
 
@@ -158,7 +155,7 @@ def committed_rows(parts: Location) -> NDArray[np.int64]:
 
 def rows_and_files(parts: Location) -> tuple[NDArray[np.int64], pa.ChunkedArray]:
     """(`row`, path of the part that holds it) of every committed row, a prompt that two parts hold twice."""
-    files = [file.path for file in parts.files(".parquet") if file.path.rpartition("/")[2].startswith("part-")]
+    files = [file.path for file in parts.files(".parquet")]
     if not files:
         return np.empty(0, dtype=np.int64), pa.chunked_array([], pa.string())
     schema = pa.schema([pa.field("row", pa.int64())])

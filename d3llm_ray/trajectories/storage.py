@@ -56,10 +56,16 @@ class Location:
         return bool(self.info.type == fs.FileType.Directory)
 
     def files(self, suffix: str = "") -> list[Location]:
-        """The files directly in this folder whose names end in `suffix`, sorted; none when it does not exist."""
+        """The complete files directly in this folder whose names end in `suffix`, sorted; none without the folder."""
+        return [self / name for name in self._names() if name.endswith(suffix) and not name.startswith(PARTIAL)]
+
+    def leftovers(self) -> list[Location]:
+        """What writers that were killed have left in this folder."""
+        return [self / name for name in self._names() if name.startswith(PARTIAL)]
+
+    def _names(self) -> list[str]:
         found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        names = sorted(item.base_name for item in found if item.type == fs.FileType.File)
-        return [self / name for name in names if name.endswith(suffix)]
+        return sorted(item.base_name for item in found if item.type == fs.FileType.File)
 
     def make_folder(self) -> None:
         self.filesystem.create_dir(self.path, recursive=True)

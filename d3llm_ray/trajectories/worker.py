@@ -29,10 +29,11 @@ STAGED_SCHEMA = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+COUNTS = ("rows", "errors", "judged", "correct", "retries", "forwards")
 # What a call tells the driver of its part. Times are seconds since the epoch.
 RECEIPT_SCHEMA = pa.schema(
     [
-        *(pa.field(name, pa.int64()) for name in ("rows", "errors", "judged", "correct", "retries", "forwards")),
+        *(pa.field(name, pa.int64()) for name in COUNTS),
         pa.field("example", pa.string()),  # one of the errors
         pa.field("ready", pa.float64()),  # when this actor's teacher was loaded
         pa.field("committed", pa.float64()),
@@ -138,7 +139,7 @@ def write_part(folder: Location, rows: Sequence[Row]) -> Location:
 
 
 def count_rows(rows: Sequence[Row]) -> dict[str, Any]:
-    """The counts of a receipt, and an example of the errors."""
+    """The `COUNTS` of a receipt, and an example of the errors."""
     good = [row for row in rows if row.get("error") is None]
     judged = [row for row in good if row["is_correct"] is not None]
     return {
