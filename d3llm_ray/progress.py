@@ -53,6 +53,11 @@ class Progress:
             )
         self._bar.update(done - self._bar.n)
 
+    def note(self, text: str) -> None:
+        """Print lines that stay, above the stage's line if there is one."""
+        if not self._quiet:
+            tqdm.write(text, file=sys.stderr)
+
     def finish(self) -> None:
         """Close the stage's line."""
         if self._bar is not None:

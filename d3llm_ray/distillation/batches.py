@@ -1,4 +1,4 @@
-"""From an epoch's order to packed micro-batches: the same ones whatever the number of workers."""
+"""From an epoch's order to packed micro-batches: the same ones whatever the number of workers (pure numpy)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
-from d3llm_ray.distillation.corruption import Views, corrupted
-from d3llm_ray.distillation.data import Sample
-from d3llm_ray.models.families import Family
-from d3llm_ray.models.ragged import Ragged
 
 GROUPED_BATCHES = 50  # lengths are sorted within so many batches: wide enough to match, narrow enough to stay random
 
@@ -37,47 +30,61 @@ def epoch_order(
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One packed micro-batch: all samples' view A, then (unless left out) all samples' view B.
+class Sample:
+    """One teacher's answer. The response is the whole canvas: stop token and padding are trained as well."""
 
-    T packed tokens, N supervised tokens. `rows` are the packed positions whose hidden states predict `labels`.
+    prompt_id: str
+    prompt_ids: NDArray[np.int32]  # [prompt length]
+    response_ids: NDArray[np.int32]  # [canvas]
+    reveal_step: NDArray[np.uint16] | None  # [canvas], 0-based teacher step that revealed each position; None: unknown
+
+
+@dataclass(frozen=True)
+class View:
+    """One input row that an objective made of a sample: what is forwarded, and what it has to predict.
+
+    `rows` are the places in `token_ids` whose hidden states predict `labels`; `weights` multiply the tokens' losses.
     """
 
-    token_ids: Tensor  # [T] int64
-    ragged: Ragged
-    rows: Tensor  # [N] int64
-    labels: Tensor  # [N] int64
-    complement: Tensor  # [N] bool, True where view B is supervised
-    mask_ratio: float  # mean share of the window that view A masks
+    token_ids: NDArray[np.int32]  # [length]
+    rows: NDArray[np.int64]  # [supervised]
+    labels: NDArray[np.int32]  # [supervised]
+    weights: NDArray[np.float32]  # [supervised]
+    mask_ratio: float  # of the positions that the view trains on
 
 
-def pack(
-    samples: Sequence[Sample], views: Sequence[Views], family: Family, *, both: bool, device: torch.device | str = "cpu"
-) -> Batch:
-    """Concatenate the samples' views into one batch; `both=False` leaves view B out."""
-    assert family.mask_token_id is not None, "a causal model has no masked views"
-    ids, lengths, rows, labels, complement = [], [], [], [], []
-    shift = int(family.logit_shift)  # Dream: the hidden state of position p - 1 predicts p
-    first = 0
-    for is_b in (False, True) if both else (False,):
-        for sample, view in zip(samples, views, strict=True):
-            chosen = view.complement if is_b else view.masked
-            ids += [sample.prompt_ids, corrupted(sample.response_ids, view.window, chosen, family.mask_token_id)]
-            lengths.append(sample.length)
-            rows.append(first + sample.prompt_ids.size + chosen - shift)
-            labels.append(sample.response_ids[chosen])
-            complement.append(np.full(chosen.size, is_b))
-            first += sample.length
-    ratios = [view.masked.size / (view.window.end - view.window.start) for view in views]
-    return Batch(
-        token_ids=_tensor(ids, np.int64, device),
-        ragged=Ragged.build(lengths, device=device),
-        rows=_tensor(rows, np.int64, device),
-        labels=_tensor(labels, np.int64, device),
-        complement=_tensor(complement, np.bool_, device),
-        mask_ratio=sum(ratios) / len(ratios),
+@dataclass(frozen=True)
+class MicroBatch:
+    """Views packed into one token axis: all samples' first views, then all samples' second ones, if there are any.
+
+    T packed tokens, B views, N supervised tokens. Views of a sample differ in `second` only by their place in it.
+    """
+
+    prompt_ids: tuple[str, ...]  # of the samples, for messages
+    token_ids: NDArray[np.int32]  # [T]
+    lengths: NDArray[np.int64]  # [B]
+    prompt_lengths: NDArray[np.int64]  # [B]
+    rows: NDArray[np.int64]  # [N] packed places whose hidden states predict `labels`
+    labels: NDArray[np.int32]  # [N]
+    weights: NDArray[np.float32]  # [N]
+    second: NDArray[np.bool_]  # [N] True where a sample's second view is supervised
+    mask_ratio: float  # mean over the samples' first views
+
+
+def pack(prompt_ids: Sequence[str], prompt_lengths: Sequence[int], views: Sequence[Sequence[View]]) -> MicroBatch:
+    """Concatenate the views of several samples (each with equally many) into one micro-batch."""
+    ordered = [view for place in zip(*views, strict=True) for view in place]  # by place, then by sample
+    lengths = np.array([view.token_ids.size for view in ordered], dtype=np.int64)
+    first = np.cumsum(lengths) - lengths  # packed place of each view's first token
+    supervised = [view.rows.size for view in ordered]
+    return MicroBatch(
+        prompt_ids=tuple(prompt_ids),
+        token_ids=np.concatenate([view.token_ids for view in ordered]),
+        lengths=lengths,
+        prompt_lengths=np.tile(np.asarray(prompt_lengths, dtype=np.int64), len(views[0])),
+        rows=np.concatenate([start + view.rows for start, view in zip(first, ordered, strict=True)]),
+        labels=np.concatenate([view.labels for view in ordered]),
+        weights=np.concatenate([view.weights for view in ordered]),
+        second=np.repeat(np.arange(len(ordered)) >= len(views), supervised),
+        mask_ratio=float(np.mean([sample[0].mask_ratio for sample in views])),
     )
-
-
-def _tensor(parts: Sequence[NDArray[np.generic]], dtype: type[np.generic], device: torch.device | str) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(device)

@@ -1,8 +1,7 @@
-"""Trajectory rows as training samples, held as flat arrays (about 5 bytes a token)."""
+"""Trajectory rows as training samples, held as flat arrays (about 5 bytes a token) that processes of a node share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -11,34 +10,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from d3llm_ray.distillation.batches import Sample
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models.config import ModelConfig
 from d3llm_ray.models.families import Family
 from d3llm_ray.trajectories.schema import read_trajectories
 
 Keep = Literal["all", "correct"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One teacher trajectory. The response is the whole canvas: stop token and padding are trained as well."""
-
-    prompt_id: str
-    prompt_ids: NDArray[np.int32]  # [prompt length]
-    response_ids: NDArray[np.int32]  # [canvas]
-    reveal_step: NDArray[np.uint16]  # [canvas], 0-based teacher step that revealed each position
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and canvas."""
-        return self.prompt_ids.size + self.response_ids.size
+LAST_STEP = np.iinfo(np.uint16).max  # padding added here is revealed after everything else
 
 
 class _Lists:
     """A column of lists: all values in one array, row i between two offsets."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
         self.offsets = np.concatenate(([0], np.cumsum(lengths)))
         self.values: NDArray[Any] = pc.list_flatten(column).to_numpy()
 
@@ -53,45 +39,62 @@ class _Lists:
 class TrajectorySet:
     """Samples by index. Rows are sorted by `prompt_id`, so that an index means the same row wherever it is read.
 
-    Raises `InputError` for rows without an order: answers that were imported without a trajectory.
+    `canvas`: answers are padded to so many tokens with `pad_token_id`; None takes them as they are.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        unordered = table["reveal_step"].null_count
-        require(
-            unordered == 0,
-            "trajectories: reveal_step",
-            f"null in {unordered} of {table.num_rows} rows",
-            "rows with an order; a teacher decodes the prompts of such a file: `d3llm-ray trajectories --prompts FILE`",
-        )
+    def __init__(self, table: pa.Table, *, canvas: int | None = None, pad_token_id: int = 0) -> None:
         table = table.sort_by("prompt_id")
-        self.prompt_ids: list[str] = table["prompt_id"].to_pylist()
+        self.prompt_ids: NDArray[np.str_] = np.array(table["prompt_id"].to_pylist(), dtype=np.str_)
+        self.unordered = table["reveal_step"].null_count
         self._prompts, self._responses = _Lists(table["prompt_ids"]), _Lists(table["response_ids"])
         self._reveals = _Lists(table["reveal_step"])
+        self._canvas, self._pad_token_id = canvas, pad_token_id
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
     def __getitem__(self, row: int) -> Sample:
-        return Sample(self.prompt_ids[row], self._prompts[row], self._responses[row], self._reveals[row])
+        response, reveal = self._responses[row], self._reveals[row]
+        missing = 0 if self._canvas is None else self._canvas - response.size
+        if missing:
+            response = np.pad(response, (0, missing), constant_values=self._pad_token_id)
+        order = None
+        if reveal.size:
+            order = np.pad(reveal, (0, missing), constant_values=LAST_STEP) if missing else reveal
+        return Sample(str(self.prompt_ids[row]), self._prompts[row], response, order)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of prompt and canvas of every row, [N]."""
-        return self._prompts.lengths + self._responses.lengths
+        responses = self._responses.lengths
+        return self._prompts.lengths + (responses if self._canvas is None else np.full_like(responses, self._canvas))
 
-    def check(self, config: ModelConfig, family: Family) -> None:
-        """Raise `InputError` for rows that this teacher cannot have written, naming the first of them."""
-        ids = self.prompt_ids
-        repeated = [one for one, other in pairwise(ids) if one == other]
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest canvas."""
+        return self._canvas or int(self._responses.lengths.max())
+
+    def check(self, config: ModelConfig, family: Family, *, ordered: bool) -> None:
+        """Raise `InputError` for rows that this student cannot be trained on, naming the first of them.
+
+        `ordered`: the objective reads the order of reveals, which answers imported without a trajectory lack.
+        """
+        require(
+            not (ordered and self.unordered),
+            "trajectories: reveal_step",
+            f"null in {self.unordered} of {len(self)} rows",
+            "rows with an order (a teacher decodes the prompts of such a file: `d3llm-ray trajectories --prompts "
+            "FILE`), or order: random",
+        )
+        repeated = [str(one) for one, other in pairwise(self.prompt_ids) if one == other]
         require(not repeated, "trajectories: prompt_id", repeated[:1], "every prompt_id once")
         prompts, responses = self._prompts, self._responses
         self._all(prompts.lengths > 0, "prompt_ids", "at least one token")
         self._all(responses.lengths > 0, "response_ids", "at least one token")
-        limit = config.max_position_embeddings
-        self._all(
-            self.lengths <= limit, "prompt_ids and response_ids", f"at most {limit} tokens, the teacher's context"
-        )
+        if self._canvas is not None:
+            self._all(responses.lengths <= self._canvas, "response_ids", f"at most the canvas of {self._canvas} tokens")
+        context = config.max_position_embeddings
+        self._all(self.lengths <= context, "prompt and response", f"at most the model's context of {context} tokens")
         for name, column in (("prompt_ids", prompts), ("response_ids", responses)):
             inside = (column.values >= 0) & (column.values < config.vocab_size)
             self._all(
@@ -103,7 +106,10 @@ class TrajectorySet:
     def _all(self, good: NDArray[np.bool_], field: str, accepted: str) -> None:
         if not good.all():
             row = int(np.argmin(good))
-            raise InputError(f"trajectories: {field} of row {self.prompt_ids[row]!r}; accepted: {accepted}")
+            raise InputError(
+                f"trajectories: {field} of row {str(self.prompt_ids[row])!r} ({int(self._prompts.lengths[row])} + "
+                f"{int(self._responses.lengths[row])} tokens); accepted: {accepted}"
+            )
 
 
 def _every(good: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -112,16 +118,17 @@ def _every(good: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bo
     return np.equal(np.diff(count[offsets]), np.diff(offsets))
 
 
-def load_samples(path: str, *, keep: Keep = "all", max_rows: int | None = None) -> TrajectorySet:
-    """Read a finished trajectory dataset (folder or file, any `pyarrow.fs` path), whose schema is checked.
+def read_rows(path: str, *, keep: Keep = "all", max_rows: int | None = None, held_out: int = 0) -> tuple[pa.Table, ...]:
+    """The rows to train on and, as a second table, `held_out` rows to validate on; any `pyarrow.fs` path.
 
-    `keep="correct"` drops rows with a wrong answer; a row that could not be checked stays, as in the published
-    recipe. `max_rows` then keeps the first rows by `prompt_id`, which is a hash: a random but fixed subset.
+    The schema is checked. `keep="correct"` drops rows with a wrong answer; a row that could not be checked stays, as
+    in the published recipe. The first rows by `prompt_id`, which is a hash, are held out: a random but fixed subset;
+    of the others `max_rows` stay.
     """
     table = read_trajectories(path)
     if keep == "correct":
         table = table.filter(pc.fill_null(table["is_correct"], True))
     require(table.num_rows > 0, "trajectories", path, f"at least one row (keep: {keep})")
-    if max_rows is not None:
-        table = table.sort_by("prompt_id").slice(0, max_rows)
-    return TrajectorySet(table)
+    require(held_out < table.num_rows, "val_rows", held_out, f"fewer than the {table.num_rows} rows there are")
+    table = table.sort_by("prompt_id")
+    return table.slice(held_out, max_rows), table.slice(0, held_out)

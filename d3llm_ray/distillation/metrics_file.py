@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile:
@@ -17,17 +22,14 @@ class MetricsFile:
         temporary.replace(path)
         self._file = path.open("a")
 
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, line: dict[str, float]) -> None:
+    def log(self, line: Mapping[str, float | int | str]) -> None:
         """Append one line, floats to six digits."""
         rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in line.items()}
         self._file.write(json.dumps(rounded) + "\n")
         self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

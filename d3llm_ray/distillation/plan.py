@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import dataclasses
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from d3llm_ray.distillation.batches import Batch, epoch_order, pack
-from d3llm_ray.distillation.corruption import Views, choose_views, draw_window, generator
+from d3llm_ray.distillation.batches import MicroBatch, Sample, epoch_order, pack
+from d3llm_ray.distillation.corruption import draws
 from d3llm_ray.distillation.curriculum import learning_rate, noise_floor, window_size
-from d3llm_ray.distillation.data import Sample, TrajectorySet
+from d3llm_ray.distillation.data import TrajectorySet
+from d3llm_ray.distillation.objectives import Scheduled
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.errors import require
 from d3llm_ray.models.families import Family
 
-
-@dataclass(frozen=True)
-class Scheduled:
-    """The scheduled values of one optimizer step."""
-
-    epoch: int
-    window: int
-    noise_floor: float
-    lr: float
+VALIDATION_EPOCH = -1  # the held-out rows are drawn once, at the end of the curriculum
 
 
 class Plan:
     """All steps of a run. Raises `InputError` when the rows do not fill one batch."""
 
-    def __init__(self, settings: DistillSettings, samples: TrajectorySet) -> None:
+    def __init__(self, settings: DistillSettings, samples: TrajectorySet, family: Family) -> None:
         accepted = f"at most the number of rows, {len(samples)} with keep: {settings.keep}"
         require(settings.batch_size <= len(samples), "batch_size", settings.batch_size, accepted)
         self.settings = settings
         self.samples = samples
+        self.family = family
+        self.objective = settings.make_objective()
         self.steps_per_epoch = len(samples) // settings.batch_size
+        self.micro_batches_per_step = settings.batch_size // settings.micro_batch_size  # of all workers together
         total = self.steps_per_epoch * settings.epochs
         self.max_steps = total if settings.max_steps is None else min(total, settings.max_steps)
         self._order: tuple[int, NDArray[np.int64]] | None = None  # of the epoch in hand
@@ -58,8 +52,9 @@ class Plan:
             ),
         )
 
-    def rows(self, step: int, rank: int, workers: int) -> NDArray[np.int64]:
-        """Row indices of one worker's micro-batches in a step: [accumulation, micro_batch_size]."""
+    def micro_batch(self, number: int) -> MicroBatch:
+        """Micro-batch `number` of the run, counted over all steps and workers; the same on whoever packs it."""
+        step, place = divmod(number, self.micro_batches_per_step)
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             settings = self.settings
@@ -71,21 +66,30 @@ class Plan:
                 micro_batch_size=settings.micro_batch_size,
             )
             self._order = epoch, order
-        return self._order[1][in_epoch, rank::workers]
+        return self._pack([self.samples[int(row)] for row in self._order[1][in_epoch, place]], self.at(step))
 
-    def views(self, sample: Sample, step: int) -> Views:
-        """The window and masks of a sample in a step: its own draw from (seed, epoch, prompt_id)."""
-        scheduled, settings = self.at(step), self.settings
-        rng = generator(settings.seed, scheduled.epoch, sample.prompt_id)
-        canvas = sample.response_ids.size
-        window = draw_window(rng, canvas, scheduled.window, scheduled.noise_floor, settings.noise_max)
-        return choose_views(rng, sample.reveal_step, window, order=settings.order, rounding=settings.ratio_rounding)
+    def numbers(self, first_step: int, rank: int, workers: int) -> range:
+        """Numbers of the micro-batches that worker `rank` of `workers` trains on from `first_step` to the end."""
+        each = self.micro_batches_per_step  # a multiple of `workers`
+        return range(first_step * each + rank, self.max_steps * each, workers)
 
-    def micro_batches(
-        self, step: int, rank: int, workers: int, family: Family, device: torch.device | str = "cpu"
-    ) -> Iterator[Batch]:
-        """One worker's packed micro-batches of a step."""
-        for rows in self.rows(step, rank, workers):
-            samples = [self.samples[int(row)] for row in rows]
-            views = [self.views(sample, step) for sample in samples]
-            yield pack(samples, views, family, both=self.settings.complement_weight > 0, device=device)
+    def validation(self, samples: TrajectorySet, rank: int, workers: int) -> list[MicroBatch]:
+        """One worker's share of the held-out rows, masked once for all validations, as at the end of training."""
+        scheduled = dataclasses.replace(
+            self.at(self.max_steps - 1),
+            epoch=VALIDATION_EPOCH,
+            window=self.settings.window_sizes[-1],
+            noise_floor=self.settings.noise_end,
+        )
+        order = np.argsort(samples.lengths, kind="stable")
+        size = self.settings.micro_batch_size
+        groups = [order[first : first + size] for first in range(0, len(order), size)]
+        return [self._pack([samples[int(row)] for row in group], scheduled) for group in groups[rank::workers]]
+
+    def _pack(self, samples: list[Sample], scheduled: Scheduled) -> MicroBatch:
+        seed = self.settings.seed
+        views = [
+            self.objective.views(draws(seed, scheduled.epoch, sample.prompt_id), sample, scheduled, self.family)
+            for sample in samples
+        ]
+        return pack([one.prompt_id for one in samples], [one.prompt_ids.size for one in samples], views)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,11 +10,15 @@ from d3llm_ray.config import Settings
 from d3llm_ray.distillation.corruption import MaskOrder, RatioRounding
 from d3llm_ray.distillation.curriculum import LearningRateSchedule
 from d3llm_ray.distillation.data import Keep
-from d3llm_ray.distillation.objective import EntropyViews, LossWeights
+from d3llm_ray.distillation.engines import EngineOptions, Offload
+from d3llm_ray.distillation.objectives import BlockDiffusion, DiscreteForcing, LossWeights, MaskedWindows, Objective
+from d3llm_ray.distillation.objectives.windows import EntropyViews
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)  # every linear layer of every family but the LM head
 Precision = Literal["float32", "mixed", "bfloat16"]
+SelectBy = Literal["loss", "accuracy", "accuracy-x-tpf"]
+ObjectiveName = Literal["windows", "d2f", "block-diffusion"]
 
 
 class DistillSettings(Settings):
@@ -28,8 +32,24 @@ class DistillSettings(Settings):
 
     keep: Keep = Field("all", description="all rows, or only those whose answer is correct or could not be checked")
     max_rows: int | None = Field(None, gt=0, description="train on at most so many rows")
-    order: MaskOrder = Field("trajectory", description="mask what the teacher revealed last, or at random (baseline)")
+    canvas: int | None = Field(
+        None, gt=0, description="pad answers with the end-of-text token to so many; null: rows are whole canvases"
+    )
+
+    objective: ObjectiveName = Field(
+        "windows",
+        description="windows: d3LLM and dParallel (fields order to entropy_temperature); d2f: block-causal student of "
+        "its own full attention; block-diffusion: Fast-dLLM v2",
+    )
+    order: MaskOrder = Field(
+        "trajectory",
+        description="which positions of a window to mask: what the teacher revealed last; for comparison that order "
+        "reversed, partly inverted, shuffled for every sample; or each at random (dParallel; rows need no order)",
+    )
+    inverted_pairs: float = Field(0.2, ge=0, le=1, description="share of a window's pairs that order: inverted swaps")
     ratio_rounding: RatioRounding = Field("exact", description="'published' reproduces the published masked counts")
+    block_size: int = Field(16, gt=0, description="tokens in a block of d2f and of block-diffusion")
+    d2f_noise: tuple[float, float] = Field((0.2, 0.7), description="smallest and largest mask ratio of d2f's blocks")
 
     epochs: int = Field(6, gt=0, description="passes over the rows")
     max_steps: int | None = Field(None, gt=0, description="stop after so many optimizer steps, if earlier")
@@ -57,22 +77,42 @@ class DistillSettings(Settings):
     lr_schedule: LearningRateSchedule = Field("cosine", description="constant, or cosine to zero")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm the learning rate up")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     batch_size: int = Field(32, gt=0, description="rows an optimizer step, over all workers")
     micro_batch_size: int = Field(8, gt=0, description="rows a forward of one worker")
     precision: Precision = Field(
         "mixed", description="float32; mixed: bfloat16 compute over float32 weights; bfloat16: bfloat16 weights as well"
     )
-    zero_stage: Literal[0, 1, 2] = Field(2, description="DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="DeepSpeed ZeRO: split nothing, optimizer (1), gradients (2), weights (3) over the workers"
+    )
+    offload: Offload = Field(
+        "none", description="to CPU memory: the optimizer's state (stage 1 to 3), or all, weights as well (stage 3)"
+    )
     activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
     head_rows: int = Field(1024, gt=0, description="rows of logits held at a time")
 
     workers: int = Field(2, gt=0, description="Ray Train workers")
     use_gpu: bool = Field(False, description="one GPU a worker (NCCL); otherwise CPU (gloo)")
     cpus_per_worker: int = Field(1, gt=0, description="CPUs and, without a GPU, compute threads a worker")
+    resource_timeout_s: float = Field(25.0, gt=0, description="how long to wait for the cluster to have room")
     checkpoint_every: int = Field(100, gt=0, description="optimizer steps between resumable checkpoints")
+    keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints to keep while training")
     max_failures: int = Field(3, ge=0, description="worker failures that are answered by resuming")
-    log_every: int = Field(1, gt=0, description="optimizer steps between lines of metrics.jsonl")
+    log_every: int = Field(1, gt=0, description="optimizer steps between logged lines")
+
+    val_every: int | None = Field(None, gt=0, description="optimizer steps between validations; null: none")
+    val_rows: int = Field(128, ge=0, description="rows held out for the validation loss, when there are validations")
+    val_task: str | None = Field(None, description="decode this task's validation problems as well; null: loss only")
+    val_problems: int = Field(64, gt=0, description="problems to decode in each validation")
+    val_decoder: str = Field("d3llm-nocache", description="preset or settings file that decodes them")
+    val_max_tokens: int = Field(64, gt=0, description="canvas of the decoded answers in tokens")
+    select_by: SelectBy = Field(
+        "loss", description="best student: smallest validation loss, or largest accuracy, or accuracy x TPF"
+    )
+    export: Literal["last", "best"] = Field("last", description="which student the output folder holds at its top")
+
     seed: int = Field(0, ge=0, description="seed of order, windows, ratios and adapters")
 
     @model_validator(mode="after")
@@ -86,10 +126,32 @@ class DistillSettings(Settings):
             raise ValueError(f"window_sizes: got {list(self.window_sizes)}; accepted: positive whole numbers")
         if max(self.noise_start, self.noise_end) > self.noise_max:
             raise ValueError(f"noise_max: got {self.noise_max}; accepted: at least noise_start and noise_end")
+        low, high = self.d2f_noise
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"d2f_noise: got {[low, high]}; accepted: two ratios in (0, 1], the smaller one first")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: got {list(self.betas)}; accepted: two numbers in [0, 1)")
         if not (self.merge or self.save_adapter):
             raise ValueError("merge: got false without save_adapter; accepted: at least one of them true")
         if self.lora_rank == 0 and (self.save_adapter or not self.merge):
             raise ValueError("lora_rank: got 0 (every weight is trained); accepted: merge: true, save_adapter: false")
+        if self.lora_rank == 0 and self.objective == "d2f":
+            raise ValueError(
+                "lora_rank: got 0; accepted: at least 1 with objective: d2f (the student without its adapter is the "
+                "teacher)"
+            )
+        if (self.offload == "optimizer" and self.zero_stage == 0) or (self.offload == "all" and self.zero_stage < 3):
+            raise ValueError(
+                f"zero_stage: got {self.zero_stage} with offload: {self.offload}; accepted: 1 to 3 to offload the "
+                "optimizer, 3 to offload all"
+            )
+        if self.val_every is None and self.export == "best":
+            raise ValueError("export: got 'best' without val_every; accepted: a number of steps there, or 'last'")
+        if self.val_every is not None and not (self.val_rows or self.val_task):
+            raise ValueError("val_rows: got 0 without val_task; accepted: a positive number, or a task to decode")
+        needed = self.val_rows > 0 if self.select_by == "loss" else self.val_task is not None
+        if self.val_every is not None and not needed:
+            raise ValueError(f"select_by: got {self.select_by!r}; accepted: loss with val_rows, others with val_task")
         return self
 
     @property
@@ -98,25 +160,35 @@ class DistillSettings(Settings):
         return self.batch_size // (self.workers * self.micro_batch_size)
 
     @property
-    def loss_weights(self) -> LossWeights:
-        return LossWeights(
+    def held_out(self) -> int:
+        """Rows that are validated on instead of being trained on."""
+        return 0 if self.val_every is None else self.val_rows
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether the rows must say in which order the teacher revealed their tokens."""
+        return self.objective == "windows" and self.order != "random"
+
+    def make_objective(self) -> Objective:
+        """The objective with its parameters."""
+        if self.objective == "d2f":
+            return DiscreteForcing(self.block_size, *self.d2f_noise)
+        if self.objective == "block-diffusion":
+            return BlockDiffusion(self.block_size)
+        weights = LossWeights(
             self.ce_weight, self.complement_weight, self.entropy_weight, self.entropy_views, self.entropy_temperature
         )
+        return MaskedWindows(weights, self.noise_max, self.order, self.ratio_rounding, self.inverted_pairs)
 
-    def deepspeed(self) -> dict[str, Any]:
-        """The DeepSpeed configuration of these settings; the optimizer is torch's and is passed separately."""
-        return {
-            "train_micro_batch_size_per_gpu": self.micro_batch_size,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": self.clip,
-            "zero_optimization": {
-                "stage": self.zero_stage,
-                "contiguous_gradients": True,
-                "overlap_comm": self.use_gpu,
-                "reduce_bucket_size": 200_000_000,
-                "allgather_bucket_size": 200_000_000,
-            },
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": self.precision == "bfloat16"},
-            "steps_per_print": 1_000_000_000,
-        }
+    def engine_options(self) -> EngineOptions:
+        """What the training engine is told."""
+        return EngineOptions(
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            clip=self.clip,
+            micro_batch_size=self.micro_batch_size,
+            accumulation=self.accumulation,
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+            bfloat16=self.precision == "bfloat16",
+        )

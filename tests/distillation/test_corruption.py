@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d3llm_ray.distillation.corruption import Window, choose_views, corrupted, draw_window, generator
+from d3llm_ray.distillation.corruption import (
+    Window,
+    block_ratios,
+    choose_views,
+    corrupted,
+    draw_window,
+    draws,
+    invert,
+    mask_blocks,
+    monotone_ratios,
+)
 
 MASK = 99
 RNG = np.random.default_rng(0)
@@ -58,10 +68,83 @@ def test_random_order_ignores_the_trajectory() -> None:
     assert np.abs(counts / 2000 - 0.5005).max() < 0.056
 
 
+def test_reversed_order_masks_what_the_teacher_revealed_first() -> None:
+    views = choose_views(RNG, REVEAL, Window(4, 8, 0.5), order="reversed")
+    assert views.masked.tolist() == [5, 7]  # steps 5 and 4; 6 and 4 were revealed at 7 and 6
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
+def test_inverted_order_has_exactly_that_share_of_pairs_the_wrong_way(share: float) -> None:
+    order = np.random.default_rng(5).permutation(30)
+    changed = invert(order, share, np.random.default_rng(6))
+    assert sorted(changed) == list(range(30))
+    before = {int(position): place for place, position in enumerate(order)}
+    wrong = sum(before[int(a)] > before[int(b)] for n, a in enumerate(changed) for b in changed[n + 1 :])
+    assert wrong == round(share * 435)
+    if share == 1.0:
+        assert changed.tolist() == order[::-1].tolist()
+
+
+@pytest.mark.parametrize("order", ["inverted", "shuffled"])
+def test_a_sample_keeps_its_disturbed_order_in_all_epochs(order: str) -> None:
+    def masked(seed: int, epoch: int, prompt_id: str) -> list[int]:
+        drawn = draws(seed, epoch, prompt_id)
+        views = choose_views(
+            drawn.epoch,
+            np.arange(32, dtype=np.uint16),
+            Window(0, 32, 0.5),
+            order=order,  # type: ignore[arg-type]
+            inverted_pairs=0.2,
+            order_rng=drawn.lasting,
+        )
+        return views.masked.tolist()
+
+    assert masked(1, 0, "a") == masked(1, 5, "a")
+    assert len({tuple(masked(*key)) for key in ((1, 0, "a"), (1, 0, "b"), (2, 0, "a"))}) == 3
+    assert all(len(masked(1, 0, str(n))) == 16 for n in range(5))
+    assert masked(1, 0, "a") != list(range(16, 32))
+
+
+def test_d2f_ratios_start_uniformly_and_never_fall() -> None:
+    drawn = np.array([monotone_ratios(np.random.default_rng(n), 4, 0.2, 0.7) for n in range(4000)])
+    assert drawn.shape == (4000, 4)
+    assert (np.diff(drawn, axis=1) >= 0).all() and drawn.min() >= 0.2 and drawn.max() <= 0.7
+    # E[first] = .45; each of three rises is U(0, 1) (.7 - first) / 3, on average .25 / 6. Five standard deviations.
+    assert np.abs(drawn.mean(0) - (0.45 + np.arange(4) * 0.25 / 6)).max() < 0.012
+    assert monotone_ratios(np.random.default_rng(0), 1, 0.2, 0.7).shape == (1,)
+
+
+def test_d2f_ratios_by_hand() -> None:
+    class Fixed:
+        """Draws .4 for the first ratio, then rises of 1/2 and 1."""
+
+        def uniform(self, low: float, high: float) -> float:
+            return 0.4
+
+        def random(self, count: int) -> np.ndarray:
+            return np.array([0.5, 1.0])
+
+    ratios = monotone_ratios(Fixed(), 3, 0.2, 0.7)  # type: ignore[arg-type]
+    assert ratios == pytest.approx([0.4, 0.4 + 0.5 * 0.15, 0.4 + 1.5 * 0.15])
+
+
+def test_blocks_are_masked_at_their_own_ratios() -> None:
+    block_of = np.repeat([0, 1, 2], 2000)
+    masked = mask_blocks(np.random.default_rng(1), block_of, np.array([0.2, 0.5, 0.9]))
+    shares = masked.reshape(3, 2000).mean(1)
+    assert np.abs(shares - [0.2, 0.5, 0.9]).max() < 0.06  # five standard deviations
+    assert mask_blocks(np.random.default_rng(1), np.zeros(3, dtype=np.int64), np.array([1e-9])).sum() == 1
+
+
+def test_block_diffusion_ratios_are_uniform_and_never_zero() -> None:
+    ratios = block_ratios(np.random.default_rng(2), 5000)
+    assert ratios.min() >= 1e-3 and ratios.max() <= 1
+    assert abs(ratios.mean() - 0.5005) < 0.021  # p = (1 - 1e-3) t + 1e-3
+
+
 def test_corrupted_input_is_clean_before_and_masked_after_the_window() -> None:
     response = np.arange(10, 18, dtype=np.int32)
-    window = Window(2, 6, 0.5)
-    view = corrupted(response, window, np.array([3, 4]), MASK)
+    view = corrupted(response, np.array([3, 4]), MASK, end=6)
     assert view.tolist() == [10, 11, 12, MASK, MASK, 15, MASK, MASK]
     assert response.tolist() == list(range(10, 18))
 
@@ -72,7 +155,7 @@ def test_corrupted_input_is_clean_before_and_masked_after_the_window() -> None:
     size=st.integers(1, 40),
     ratios=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     seed=st.integers(0, 2**32),
-    order=st.sampled_from(["trajectory", "random"]),
+    order=st.sampled_from(["trajectory", "reversed", "inverted", "shuffled", "random"]),
 )
 def test_views_always_divide_a_window_that_is_never_empty(
     length: int, size: int, ratios: tuple[float, float], seed: int, order: str
@@ -85,7 +168,7 @@ def test_views_always_divide_a_window_that_is_never_empty(
     assert window.end - window.start == size or window.end == length
     assert low <= window.ratio <= high
     reveal = rng.permutation(length).astype(np.uint16)
-    views = choose_views(rng, reveal, window, order=order)  # type: ignore[arg-type]
+    views = choose_views(rng, reveal, window, order=order, inverted_pairs=0.2, order_rng=rng)  # type: ignore[arg-type]
     assert views.masked.size >= 1
     assert sorted([*views.masked, *views.complement]) == list(range(window.start, window.end))
 
@@ -99,7 +182,7 @@ def test_every_window_is_drawn_about_equally_often() -> None:
 
 def test_draws_depend_on_seed_epoch_and_prompt_alone() -> None:
     def draw(seed: int, epoch: int, prompt_id: str) -> Window:
-        return draw_window(generator(seed, epoch, prompt_id), 256, 32, 0.0, 0.8)
+        return draw_window(draws(seed, epoch, prompt_id).epoch, 256, 32, 0.0, 0.8)
 
     assert draw(1, 2, "ab") == draw(1, 2, "ab")
     others = [draw(2, 2, "ab"), draw(1, 3, "ab"), draw(1, 2, "ac"), draw(1, 22, "ab"), draw(12, 2, "ab")]

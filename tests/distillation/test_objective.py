@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
-from d3llm_ray.distillation.batches import pack
-from d3llm_ray.distillation.corruption import Window, choose_views
-from d3llm_ray.distillation.data import Sample
-from d3llm_ray.distillation.objective import DistillationLoss, LossWeights, combine, token_terms
-from d3llm_ray.models import ModelConfig, Ragged, Transformer
-from d3llm_ray.models.families import Family, read_family
+from d3llm_ray.distillation.batches import Sample, pack
+from d3llm_ray.distillation.corruption import Window, choose_views, draws
+from d3llm_ray.distillation.objectives import Batch, LossModule, LossWeights, MaskedWindows, Scheduled
+from d3llm_ray.distillation.objectives.base import token_terms
+from d3llm_ray.distillation.objectives.windows import combine
+from d3llm_ray.models import Family, Ragged, Transformer
+from tests.distillation.toys import toy
 
 LLADA = LossWeights(ce=0.25, complement=0.25, entropy=0.5, entropy_views="a", temperature=0.5)
 DREAM = LossWeights(ce=0.25, complement=0.25, entropy=0.25, entropy_views="both", temperature=0.5)
@@ -19,6 +21,7 @@ DREAM = LossWeights(ce=0.25, complement=0.25, entropy=0.25, entropy_views="both"
 # Two samples of eight tokens. Row n of the logits is 0 but for one entry ln(k): softmax gives that token
 # k / (k + 2) and the two others 1 / (k + 2); at temperature 1/2 the odds are k squared.
 LN = math.log
+UNUSED = Scheduled(epoch=0, window=0, noise_floor=0.0, lr=0.0)
 NO_DRAW = np.random.default_rng(0)  # views in trajectory order draw nothing
 
 
@@ -67,7 +70,7 @@ def test_loss_is_the_published_one_on_two_by_eight_toy_logits(weights: LossWeigh
     ent_a, ent_b = (entropy_of(2.0) + entropy_of(4.0)) / 2, (entropy_of(3.0) + 11 * entropy_of(5.0)) / 12
     assert loss.item() == pytest.approx(expected(ce_a, ce_b, ent_a, ent_b), rel=1e-5)
     entropy_term = ent_a + ent_b if weights is DREAM else ent_a
-    assert figures.tolist() == pytest.approx([loss.item(), ce_a, ce_b, entropy_term, 14 / 16], rel=1e-5)
+    assert figures.tolist() == pytest.approx([ce_a, ce_b, entropy_term, 14 / 16], rel=1e-5)
 
 
 @pytest.mark.parametrize("empty", ["masked", "complement", "right"])
@@ -79,53 +82,21 @@ def test_empty_sets_give_zero_and_a_finite_gradient(empty: str) -> None:
     loss, figures = combine(ce, entropy, right, view_b, LLADA)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
-    assert figures[{"masked": 1, "complement": 2, "right": 3}[empty]] == 0.0
+    assert figures[{"masked": 0, "complement": 1, "right": 2}[empty]] == 0.0
 
 
-def family_of(kind: str) -> tuple[ModelConfig, Family]:
-    if kind == "llada":
-        config = {
-            "model_type": "llada",
-            "d_model": 32,
-            "n_heads": 2,
-            "n_layers": 2,
-            "mlp_hidden_size": 64,
-            "vocab_size": 5,
-            "max_sequence_length": 64,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-5,
-            "mask_token_id": 4,
-            "eos_token_id": 0,
-        }
-    else:
-        config = {
-            "model_type": "Dream",
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "num_hidden_layers": 2,
-            "intermediate_size": 64,
-            "vocab_size": 5,
-            "max_position_embeddings": 64,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-6,
-            "mask_token_id": 4,
-            "eos_token_id": 0,
-        }
-    return read_family(config, {})
-
-
-def toy(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Transformer, Family, list[Sample]]:
-    shape, family = family_of(kind)
-    torch.manual_seed(0)
-    model = Transformer(shape).to(dtype)
-    draw = torch.Generator().manual_seed(1)
-    samples = []
-    for n, prompt in enumerate((5, 9)):  # ragged
-        prompt_ids = torch.randint(1, 4, (prompt,), generator=draw).numpy().astype("int32")
-        response = torch.randint(1, 4, (8,), generator=draw).numpy().astype("int32")
-        samples.append(Sample(str(n), prompt_ids, response, torch.randperm(8, generator=draw).numpy().astype("uint16")))
-    return model, family, samples
+def windows_batch(
+    samples: list[Sample], windows: list[Window], family: Family, weights: LossWeights, model: Transformer, rows: int
+) -> tuple[LossModule, Batch]:
+    """The samples' views of the given windows (instead of drawn ones), packed for a module with `rows` head rows."""
+    objective = MaskedWindows(weights, noise_max=1.0)
+    views = []
+    for sample, window in zip(samples, windows, strict=True):
+        with patch("d3llm_ray.distillation.objectives.windows.draw_window", return_value=window):
+            views.append(objective.views(draws(0, 0, sample.prompt_id), sample, UNUSED, family))
+    micro = pack([one.prompt_id for one in samples], [one.prompt_ids.size for one in samples], views)
+    module = LossModule(model, objective, head_rows=rows, autocast=False)
+    return module, module.batch(micro, torch.device("cpu"))
 
 
 def naive_loss(model: Transformer, family: Family, samples, views, weights: LossWeights) -> float:
@@ -158,37 +129,53 @@ def naive_loss(model: Transformer, family: Family, samples, views, weights: Loss
 @pytest.mark.parametrize("head_rows", [1024, 3])
 def test_one_concatenated_forward_equals_separate_ones(kind: str, weights: LossWeights, head_rows: int) -> None:
     model, family, samples = toy(kind)
-    views = [
-        choose_views(NO_DRAW, sample.reveal_step, window)
-        for sample, window in zip(samples, (Window(0, 6, 0.5), Window(2, 8, 0.75)), strict=True)
-    ]
-    batch = pack(samples, views, family, both=True)
-    loss, figures = DistillationLoss(model, weights, head_rows=head_rows, autocast=False)(batch)
+    windows = [Window(0, 6, 0.5), Window(2, 8, 0.75)]
+    module, batch = windows_batch(samples, windows, family, weights, model, head_rows)
+    loss, figures = module(batch)
+    views = [choose_views(NO_DRAW, one.reveal_step, window) for one, window in zip(samples, windows, strict=True)]
     assert loss.item() == pytest.approx(naive_loss(model, family, samples, views, weights), rel=1e-5)
-    assert 0 < figures[4] < 1  # some predictions are right and some wrong: the entropy terms choose
-    assert batch.mask_ratio == pytest.approx((3 / 6 + 4 / 6) / 2)  # round(4.5) is 4
+    assert 0 < figures[3] < 1  # some predictions are right and some wrong: the entropy terms choose
+    assert batch.micro.mask_ratio == pytest.approx((3 / 6 + 4 / 6) / 2)  # round(4.5) is 4
 
 
 def test_chunked_head_gives_the_same_gradients() -> None:
     gradients = []
     for head_rows in (1024, 3):
         model, family, samples = toy("llada")
-        views = [choose_views(NO_DRAW, sample.reveal_step, Window(0, 8, 0.5)) for sample in samples]
-        loss, _ = DistillationLoss(model, LLADA, head_rows=head_rows, autocast=False)(
-            pack(samples, views, family, both=True)
-        )
-        loss.backward()
+        module, batch = windows_batch(samples, [Window(0, 8, 0.5)] * 2, family, LLADA, model, head_rows)
+        module(batch)[0].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
+def test_no_logits_beyond_a_chunk_are_kept_for_the_backward_pass() -> None:
+    model, family, samples = toy("llada")
+    module, batch = windows_batch(samples, [Window(0, 8, 0.5)] * 2, family, LLADA, model, 3)
+    kept: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = module(batch)
+    assert kept and not [shape for shape in kept if shape[-1:] == (5,) and len(shape) == 2]  # [rows, vocabulary]
+    loss.backward()
+
+
 def test_shift_reads_the_row_before_on_dream_only() -> None:
     for kind, shift in (("llada", 0), ("dream", 1)):
-        _, family, samples = toy(kind)
-        views = [choose_views(NO_DRAW, samples[0].reveal_step, Window(0, 8, 0.125))]
-        batch = pack(samples[:1], views, family, both=False)
+        model, family, samples = toy(kind)
+        _, batch = windows_batch(samples[:1], [Window(0, 8, 0.125)], family, LLADA, model, 9)
         last = int(samples[0].reveal_step.argmax())  # the one masked position
-        assert batch.rows.tolist() == [5 + last - shift]
-        assert batch.labels.tolist() == [int(samples[0].response_ids[last])]
-        assert not batch.complement.any()
+        assert batch.rows[~batch.second].tolist() == [5 + last - shift]
+        assert batch.labels[~batch.second].tolist() == [int(samples[0].response_ids[last])]
+
+
+def test_without_its_weight_the_complement_is_not_forwarded() -> None:
+    model, family, samples = toy("llada")
+    weights = LossWeights(0.25, 0.0, 0.25, "a", 0.5)
+    _, batch = windows_batch(samples, [Window(0, 8, 0.5)] * 2, family, weights, model, 9)
+    assert batch.micro.lengths.tolist() == [13, 17]
+    assert not batch.second.any()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import yaml
 
 from d3llm_ray.config import build, parse, read_yaml, to_yaml
 from d3llm_ray.distillation import run as distill
-from d3llm_ray.distillation.data import TrajectorySet, load_samples
+from d3llm_ray.distillation.data import TrajectorySet, read_rows
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import read_configs
+from tests.distillation.toys import family_of
 
 RECIPES = Path(distill.__file__).parent / "recipes"
 
@@ -31,7 +33,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory, write_trajectories: Callable[
 
 @pytest.fixture(scope="module")
 def samples(rows: Path) -> TrajectorySet:
-    return load_samples(str(rows))
+    return TrajectorySet(read_rows(str(rows))[0])
+
+
+def plan_of(samples: TrajectorySet, **values: Any) -> Plan:
+    return Plan(settings_of(**values), samples, family_of("llada")[1])
 
 
 def test_samples_hold_the_rows_as_written(rows: Path, samples: TrajectorySet) -> None:
@@ -45,72 +51,130 @@ def test_samples_hold_the_rows_as_written(rows: Path, samples: TrajectorySet) ->
         assert sample.prompt_ids.tolist() == row["prompt_ids"]
         assert sample.response_ids.tolist() == row["response_ids"]
         assert sample.reveal_step.tolist() == row["reveal_step"]
-        assert sample.length == len(row["prompt_ids"]) + 32
-    assert samples.lengths.tolist() == [samples[n].length for n in range(70)]
+    assert samples.lengths.tolist() == [samples[n].prompt_ids.size + 32 for n in range(70)]
 
 
 def test_keep_correct_drops_wrong_answers_only(rows: Path) -> None:
     # The synthetic rows are, in turn, correct, wrong and unchecked.
-    assert len(load_samples(str(rows), keep="correct")) == 70 - 23
-    some = load_samples(str(rows), max_rows=10)
-    assert some.prompt_ids == sorted(load_samples(str(rows)).prompt_ids)[:10]
+    assert read_rows(str(rows), keep="correct")[0].num_rows == 70 - 23
 
 
-def test_rows_without_an_order_are_refused_with_what_to_do(rows: Path, tmp_path: Path) -> None:
+def test_held_out_rows_are_never_trained_on(rows: Path) -> None:
+    everything = sorted(read_rows(str(rows))[0]["prompt_id"].to_pylist())
+    train, held_out = read_rows(str(rows), max_rows=10, held_out=4)
+    assert held_out["prompt_id"].to_pylist() == everything[:4]
+    assert train["prompt_id"].to_pylist() == everything[4:14]
+    with pytest.raises(InputError, match=r"val_rows: got 70; accepted: fewer than the 70 rows there are"):
+        read_rows(str(rows), held_out=70)
+
+
+@pytest.fixture(scope="module")
+def unordered(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows as an importer writes answers: no order, and canvases that end with the answer (24 to 32 tokens)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     (file,) = rows.glob("*.parquet")
     written = pq.read_table(file)
-    imported = [{**row, "reveal_step": None, "forwards": None} for row in written.slice(0, 2).to_pylist()]
-    table = pa.concat_tables([pa.Table.from_pylist(imported, schema=written.schema), written.slice(2)])
-    pq.write_table(table, tmp_path / "rows.parquet")
+    lines = written.to_pylist()
+    for n, line in enumerate(lines):
+        line["response_ids"] = line["response_ids"][: 24 + n % 9]
+        line["reveal_step"] = line["forwards"] = None
+    path = tmp_path_factory.mktemp("unordered") / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(lines, schema=written.schema), path)
+    return path
+
+
+def test_rows_without_an_order_train_with_random_masks_only(unordered: Path) -> None:
+    shape, family = family_of("llada")
+    samples = TrajectorySet(read_rows(str(unordered))[0], canvas=32, pad_token_id=family.eos_token_id)
+    wide = dataclasses.replace(shape, vocab_size=50)
     with pytest.raises(
-        InputError, match="reveal_step: got 'null in 2 of 70 rows'; accepted: .*d3llm-ray trajectories --prompts"
+        InputError, match="reveal_step: got 'null in 70 of 70 rows'; accepted: .*prompts FILE.*or order: random"
     ):
-        load_samples(str(tmp_path / "rows.parquet"))
+        samples.check(wide, family, ordered=True)
+    micro = plan_of(samples, workers=1, batch_size=16, micro_batch_size=4, order="random").micro_batch(3)
+    assert micro.rows.size > 0 and micro.lengths.min() >= 32 + 4
+
+
+def test_short_answers_are_padded_to_the_canvas_and_long_ones_refused(rows: Path, unordered: Path) -> None:
+    shape, family = family_of("llada")
+    wide = dataclasses.replace(shape, vocab_size=50)
+    table = read_rows(str(unordered))[0]
+    padded = TrajectorySet(table, canvas=32, pad_token_id=family.eos_token_id)
+    raw = TrajectorySet(table)
+    for n in range(70):
+        size = raw[n].response_ids.size
+        assert padded[n].response_ids.tolist() == raw[n].response_ids.tolist() + [0] * (32 - size)
+    assert padded.lengths.tolist() == [padded[n].prompt_ids.size + 32 for n in range(70)]
+    with pytest.raises(InputError, match=r"response_ids of row '0+.' \(\d+ \+ \d+ tokens\); .*canvas of 24 tokens"):
+        TrajectorySet(table, canvas=24).check(wide, family, ordered=False)
+    # With an order, padding is what the teacher revealed last.
+    ordered = TrajectorySet(read_rows(str(rows))[0], canvas=40)[3]
+    assert ordered.reveal_step is not None
+    assert ordered.reveal_step[:32].max() < 32 < ordered.reveal_step[32:].min()
+
+
+def drawn(samples: TrajectorySet, step: int, workers: int, **values: Any) -> list[tuple[Any, ...]]:
+    """Everything that the workers together train on in a step, as comparable values."""
+    plan = plan_of(samples, workers=workers, batch_size=16, micro_batch_size=4, epochs=3, **values)
+    found = []
+    for rank in range(workers):
+        numbers = plan.numbers(step, rank, workers)
+        for number in numbers[: plan.settings.accumulation]:
+            micro = plan.micro_batch(number)
+            found.append((micro.prompt_ids, tuple(micro.token_ids), tuple(micro.rows), tuple(micro.labels)))
+    return sorted(found)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_a_step_trains_on_the_same_samples_windows_and_masks_with_any_number_of_workers(
-    samples: TrajectorySet, workers: int
+@pytest.mark.parametrize("objective", ["windows", "d2f", "block-diffusion"])
+def test_a_step_trains_on_the_same_batches_with_any_number_of_workers(
+    samples: TrajectorySet, workers: int, objective: str
 ) -> None:
-    def drawn(count: int, step: int) -> list[list[tuple[str, int, int, tuple[int, ...]]]]:
-        plan = Plan(settings_of(workers=count, batch_size=16, micro_batch_size=4, epochs=3), samples)
-        micro_batches = []
-        for rank in range(count):
-            for rows in plan.rows(step, rank, count):
-                views = [(samples[row].prompt_id, plan.views(samples[row], step)) for row in rows]
-                micro_batches.append([(i, v.window.start, v.window.end, tuple(v.masked.tolist())) for i, v in views])
-        return sorted(micro_batches)
-
     for step in (0, 3, 4, 11):
-        assert drawn(workers, step) == drawn(1, step)
-    assert drawn(workers, 0) != drawn(workers, 4)  # another epoch: other draws
+        assert drawn(samples, step, workers, objective=objective) == drawn(samples, step, 1, objective=objective)
+    assert drawn(samples, 0, workers) != drawn(samples, 4, workers)  # another epoch: other draws
+
+
+def test_workers_take_every_micro_batch_once_from_any_step_on(samples: TrajectorySet) -> None:
+    plan = plan_of(samples, workers=2, batch_size=16, micro_batch_size=4, epochs=3)
+    taken = [number for rank in range(2) for number in plan.numbers(5, rank, 2)]
+    assert sorted(taken) == list(range(5 * 4, 12 * 4))
 
 
 def test_an_epoch_sees_every_row_at_most_once_and_mixes_epochs(samples: TrajectorySet) -> None:
-    plan = Plan(settings_of(workers=1, batch_size=16, micro_batch_size=4, epochs=5), samples)
+    plan = plan_of(samples, workers=1, batch_size=16, micro_batch_size=4, epochs=5)
     assert (plan.steps_per_epoch, plan.max_steps) == (4, 20)
     seen = []
     for epoch in range(5):
-        rows = np.concatenate([plan.rows(epoch * 4 + n, 0, 1).ravel() for n in range(4)])
-        assert rows.size == 64 == np.unique(rows).size
-        seen.append(rows.tolist())
-    assert len({tuple(order) for order in seen}) == 5
+        rows = [one for n in range(16) for one in plan.micro_batch(16 * epoch + n).prompt_ids]
+        assert len(rows) == 64 == len(set(rows))
+        seen.append(tuple(rows))
+    assert len(set(seen)) == 5
     assert len(set().union(*seen)) == 70  # the rows left out differ between epochs
 
 
 def test_micro_batches_hold_like_lengths(samples: TrajectorySet) -> None:
-    plan = Plan(settings_of(workers=1, batch_size=16, micro_batch_size=4), samples)
-    spreads = [np.ptp(samples.lengths[row]) for step in range(4) for row in plan.rows(step, 0, 1)]
+    plan = plan_of(samples, workers=1, batch_size=16, micro_batch_size=4)
+    spreads = [np.ptp(plan.micro_batch(number).lengths) for number in range(16)]
     assert np.mean(spreads) < np.ptp(samples.lengths) / 4
 
 
+def test_validation_is_drawn_once_at_the_end_of_the_curriculum(samples: TrajectorySet) -> None:
+    plan = plan_of(samples, workers=1, batch_size=16, micro_batch_size=4, window_sizes=[8, 16])
+    alone = plan.validation(samples, 0, 1)
+    assert sorted(one for micro in alone for one in micro.prompt_ids) == sorted(samples.prompt_ids.tolist())
+    assert [micro.mask_ratio for micro in plan.validation(samples, 0, 1)] == [micro.mask_ratio for micro in alone]
+    # noise 0.8 to 0.8 over windows of 16: round(12.8) of them
+    assert all(micro.mask_ratio == pytest.approx(13 / 16) for micro in alone)
+    shared = [micro.prompt_ids for rank in range(3) for micro in plan.validation(samples, rank, 3)]
+    assert sorted(shared) == sorted(micro.prompt_ids for micro in alone)
+
+
 def test_schedules_reach_the_plan(samples: TrajectorySet) -> None:
-    plan = Plan(
-        settings_of(workers=1, batch_size=16, micro_batch_size=4, epochs=3, window_sizes=[8, 16, 24], max_steps=10),
-        samples,
+    plan = plan_of(
+        samples, workers=1, batch_size=16, micro_batch_size=4, epochs=3, window_sizes=[8, 16, 24], max_steps=10
     )
     assert plan.max_steps == 10
     assert [plan.at(step).window for step in range(10)] == [8, 10, 12, 14, 16, 18, 20, 22, 24, 24]
@@ -120,7 +184,7 @@ def test_schedules_reach_the_plan(samples: TrajectorySet) -> None:
 
 def test_too_few_rows_is_an_input_error(samples: TrajectorySet) -> None:
     with pytest.raises(InputError, match=r"batch_size: got 128; accepted: at most the number of rows, 70"):
-        Plan(settings_of(batch_size=128), samples)
+        plan_of(samples, batch_size=128)
 
 
 PUBLISHED = {  # arXiv:2601.07568 and its training configurations
@@ -152,9 +216,34 @@ def test_recipes_hold_the_published_figures(name: str) -> None:
     assert (settings.weight_decay, settings.clip, settings.precision, settings.zero_stage) == (0.01, 1.0, "bfloat16", 2)
 
 
+def test_rival_recipes_hold_the_published_figures() -> None:
+    dparallel = settings_of(**read_yaml(RECIPES / "dparallel.yaml"))
+    assert (dparallel.order, dparallel.window_sizes) == ("random", (32,))
+    assert dparallel.noise_start == dparallel.noise_end == dparallel.noise_max == 0.5
+    assert (
+        dparallel.entropy_weight / dparallel.ce_weight == 2.0 == dparallel.entropy_weight / dparallel.complement_weight
+    )
+    assert (dparallel.entropy_views, dparallel.entropy_temperature) == ("both", 0.5)
+    assert (dparallel.lora_rank, dparallel.lora_alpha, dparallel.lr, dparallel.lr_schedule) == (
+        128,
+        128,
+        2e-5,
+        "constant",
+    )
+    assert (dparallel.workers, dparallel.micro_batch_size, dparallel.accumulation, dparallel.epochs) == (8, 1, 8, 6)
+    d2f = settings_of(**read_yaml(RECIPES / "d2f.yaml"))
+    assert (d2f.block_size, d2f.d2f_noise, d2f.max_steps, d2f.accumulation) == (16, (0.2, 0.7), 50_000, 5)
+    assert (d2f.lora_rank, d2f.lora_alpha, d2f.lora_dropout) == (32, 32, 0.1)
+    assert d2f.lora_targets == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert (d2f.lr, d2f.weight_decay, d2f.betas, d2f.clip) == (1e-5, 0.05, (0.9, 0.95), 1.0)
+    v2 = settings_of(**read_yaml(RECIPES / "fast-dllm-v2.yaml"))
+    assert (v2.objective, v2.block_size, v2.lora_rank) == ("block-diffusion", 32, 0)
+
+
 def test_every_recipe_is_valid_and_round_trips() -> None:
     names = {file.stem for file in RECIPES.glob("*.yaml")}
-    assert names == {*PUBLISHED, "tiny"}
+    rivals = {"dparallel", "d2f", "fast-dllm-v2"}
+    assert names == {*PUBLISHED, *rivals, "tiny", *(f"tiny-{name}" for name in rivals)}
     for name in names:
         settings = settings_of(**read_yaml(RECIPES / f"{name}.yaml"))
         assert settings_of(**yaml.safe_load(to_yaml(settings))) == settings
@@ -179,6 +268,15 @@ def test_the_command_line_takes_lists() -> None:
         ({"merge": False}, "merge: got false"),
         ({"lora_rank": 0, "save_adapter": True}, "lora_rank: got 0"),
         ({"lr": 0}, "lr: got 0"),
+        ({"objective": "d2f", "lora_rank": 0}, "lora_rank: got 0; accepted: at least 1 with objective: d2f"),
+        ({"d2f_noise": [0.7, 0.2]}, r"d2f_noise: got \[0.7, 0.2\]; accepted: two ratios"),
+        ({"betas": [0.9, 1.0]}, r"betas: got \[0.9, 1.0\]"),
+        ({"offload": "all"}, "zero_stage: got 2 with offload: all; accepted: .* 3 to offload all"),
+        ({"zero_stage": 0, "offload": "optimizer"}, "zero_stage: got 0 with offload: optimizer"),
+        ({"export": "best"}, "export: got 'best' without val_every"),
+        ({"val_every": 5, "val_rows": 0}, "val_rows: got 0 without val_task"),
+        ({"val_every": 5, "select_by": "accuracy"}, "select_by: got 'accuracy'; accepted: loss with val_rows"),
+        ({"objective": "d3llm"}, "objective: got 'd3llm'"),
         ({"windows": [1]}, "windows: unknown setting; accepted: .*window_sizes"),
     ],
 )
@@ -201,9 +299,12 @@ def test_rows_of_another_model_are_refused_before_ray_starts(
         with pytest.raises(InputError, match=message):
             distill.run(settings)
 
-    refused("_ids of row '0+.'; accepted: ids below the teacher's vocabulary", vocab_size=config.vocab_size + 40)
-    refused("response_ids of row '0+.'; accepted: no mask token", mask_token_id=-1)
-    refused("prompt_ids and response_ids of row '0+.?'; accepted: at most 256 tokens", canvas=300)
+    refused(r"_ids of row '0+.' .*; accepted: ids below the teacher's vocabulary", vocab_size=config.vocab_size + 40)
+    refused(r"response_ids of row '0+.' .*; accepted: no mask token", mask_token_id=-1)
+    refused(
+        r"prompt and response of row '0+.?' \(\d+ \+ 300 tokens\); accepted: at most the model's context of 256",
+        canvas=300,
+    )
     refused("prompt_id: got .* every prompt_id once", rows=40, repeat_first=True)
     refused("batch_size: got 32; accepted: at most the number of rows, 10", rows=10)
     with pytest.raises(InputError, match=r"trajectories: .*nowhere"):

@@ -17,11 +17,13 @@ from peft import PeftModel
 
 from d3llm_ray.config import build, read_yaml
 from d3llm_ray.distillation import run as distill
-from d3llm_ray.distillation.data import load_samples
+from d3llm_ray.distillation.local import distil_here
 from d3llm_ray.distillation.metrics_file import MetricsFile, read_metrics
-from d3llm_ray.distillation.objective import DistillationLoss
+from d3llm_ray.distillation.objectives import LossModule
 from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.preparation import load
 from d3llm_ray.distillation.settings import DistillSettings
+from d3llm_ray.distillation.student import student_family
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import load_model, read_configs
 from d3llm_ray.progress import Progress
@@ -36,6 +38,10 @@ class Recorder(Progress):
         super().__init__(quiet=True)
         self.stages: list[tuple[str, int | None]] = []
         self.done: list[int] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def start(self, stage: str, total: int | None, unit: str = "row") -> None:
         self.stages.append((stage, total))
@@ -99,6 +105,8 @@ def test_training_lowers_the_loss(student: Path, progress: Recorder) -> None:
     first, last = (sum(line["ce"] for line in part) / 10 for part in (lines[:10], lines[-10:]))
     assert last < 0.5 * first
     assert {"loss", "ce", "complement", "entropy", "right", "mask_ratio", "window", "lr"} <= lines[0].keys()
+    assert {"grad_norm", "samples_per_second", "tokens_per_second", "memory_gib"} <= lines[0].keys()
+    assert "LoRA rank 8" in progress.notes[0] and "memory plan of each of 2 workers" in progress.notes[0]
     assert 0 < min(line["mask_ratio"] for line in lines) < max(line["mask_ratio"] for line in lines) < 1
     assert progress.stages == [("distill", STEPS)]
     assert progress.done[-1] == STEPS
@@ -107,10 +115,11 @@ def test_training_lowers_the_loss(student: Path, progress: Recorder) -> None:
 def test_first_loss_is_the_teachers(student: Path, settings: DistillSettings) -> None:
     """New adapters add nothing: the first logged loss is the frozen teacher's, computed here without Ray."""
     model, family = load_model(settings.teacher)
-    plan = Plan(settings, load_samples(settings.trajectories))
-    loss = DistillationLoss(model, settings.loss_weights, head_rows=10_000, autocast=False)
+    samples, _ = load(settings, *student_family(settings))
+    plan = Plan(settings, samples, family)
+    module = LossModule(model, plan.objective, head_rows=10_000, autocast=False)
     with torch.no_grad():
-        values = [loss(batch)[0].item() for rank in (0, 1) for batch in plan.micro_batches(0, rank, 2, family)]
+        values = [module(module.batch(plan.micro_batch(n), torch.device("cpu")))[0].item() for n in (0, 1)]
     assert losses(student)[0] == pytest.approx(sum(values) / len(values), rel=1e-5)
 
 
@@ -144,21 +153,25 @@ def test_a_finished_run_returns_at_once_and_other_settings_are_refused(
         distill.run(settings.model_copy(update={"lr": 1e-3}))
 
 
-def test_more_workers_than_the_machine_has_is_refused_without_waiting(
+def test_more_workers_than_the_cluster_has_are_refused_in_time(
     settings: DistillSettings, tmp_path: Path, ray_cluster: None
 ) -> None:
-    many = settings_of(
-        Path(settings.teacher), Path(settings.trajectories), tmp_path / "s", workers=2, cpus_per_worker=5
-    )
-    with pytest.raises(InputError, match="workers: got 2; accepted: at most 1: this machine has 8 CPUs"):
-        distill.run(many)
+    for many, demand in (
+        ({"workers": 2, "cpus_per_worker": 5}, r"10 CPU \(8 CPU free of 8 CPU\)"),
+        ({"workers": 2, "use_gpu": True}, r"2 GPU \(0 GPU free of 0 GPU\)"),
+    ):
+        changed = {"output": str(tmp_path / "s"), "resource_timeout_s": 1.0, **many}
+        with pytest.raises(InputError, match=f"workers: the cluster did not give within 1 s: .*{demand}"):
+            distill.run(settings.model_copy(update=changed), Recorder())
 
 
-def test_one_worker_trains_the_same_student_as_two(
-    student: Path, settings: DistillSettings, tmp_path: Path, ray_cluster: None
+def test_one_process_without_ray_trains_the_same_student_as_two_workers(
+    student: Path, settings: DistillSettings, tmp_path: Path
 ) -> None:
-    alone = settings.model_copy(update={"output": str(tmp_path / "alone"), "workers": 1})
-    assert losses(distill.run(alone, Recorder())) == pytest.approx(losses(student), rel=1e-3)
+    alone = distil_here(settings.model_copy(update={"output": str(tmp_path / "alone")}), Recorder())
+    assert losses(alone) == pytest.approx(losses(student), rel=1e-5)
+    for name, tensor in load_model(alone)[0].state_dict().items():
+        torch.testing.assert_close(tensor, load_model(student)[0].state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.chaos

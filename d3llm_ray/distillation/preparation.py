@@ -1,0 +1,175 @@
+"""What a run does before its first step and after its last one, wherever the steps are taken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from d3llm_ray.config import build, read_yaml, to_yaml
+from d3llm_ray.decoder_settings import read_decoder
+from d3llm_ray.distillation import checkpoints
+from d3llm_ray.distillation.data import TrajectorySet, read_rows
+from d3llm_ray.distillation.lora import coverage
+from d3llm_ray.distillation.memory import plan_memory
+from d3llm_ray.distillation.metrics_file import METRICS_FILE, read_metrics
+from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plot import plot_loss
+from d3llm_ray.distillation.settings import DistillSettings
+from d3llm_ray.distillation.student import student_family, with_adapters
+from d3llm_ray.distillation.trackers import TENSORBOARD
+from d3llm_ray.distillation.training import CHECKPOINTS, STUDENT, Job
+from d3llm_ray.distillation.validation import BEST
+from d3llm_ray.errors import InputError
+from d3llm_ray.models import Family, ModelConfig, Transformer, resolve_model
+from d3llm_ray.progress import Progress, polled
+from d3llm_ray.tasks import load_task
+
+SETTINGS_FILE, LAST = "settings.yaml", "last"
+
+# How a run is carried out, not what it computes: a resumed run may change these.
+HOW = {"workers", "use_gpu", "cpus_per_worker", "zero_stage", "offload", "activation_checkpointing", "head_rows"}
+HOW |= {"resource_timeout_s", "checkpoint_every", "keep_checkpoints", "max_failures", "log_every"}
+
+
+def finished(settings: DistillSettings) -> Path | None:
+    """The student's folder when an earlier run has completed it; `InputError` when the name is taken."""
+    output = Path(settings.output).absolute()
+    if not output.exists():
+        return None
+    file = output / SETTINGS_FILE
+    if file.is_file() and _what(build(DistillSettings, read_yaml(file))) == _what(absolute(settings)):
+        return output
+    raise InputError(f"output: {str(output)!r} exists and is not this run's; accepted: a folder that does not exist")
+
+
+def prepare(settings: DistillSettings, progress: Progress) -> Job:
+    """Check everything that training would stumble over, print what will be trained, and make the work folder.
+
+    Raises `InputError`. The work folder lies beside the output and is named by what the run computes: an interrupted
+    run finds its checkpoints there again.
+    """
+    settings = absolute(settings)
+    shape, family = student_family(settings)
+    samples, held_out = load(settings, shape, family)
+    plan = Plan(settings, samples, family)
+    if settings.val_task is not None and settings.val_every is not None:
+        load_task(settings.val_task)
+        read_decoder(settings.val_decoder).check(family)
+    progress.note(describe(settings, shape, samples))
+    output = Path(settings.output)
+    work = output.with_name(f".{output.name}.{fingerprint(settings, plan)}.partial")
+    work.mkdir(parents=True, exist_ok=True)
+    newest, warnings = checkpoints.newest(work / CHECKPOINTS)
+    for warning in warnings:
+        progress.note(f"warning: {warning}")
+    if newest is not None:
+        progress.note(f"resuming behind step {checkpoints.step_of(newest)} of {plan.max_steps}")
+    return Job(settings, plan, held_out, work)
+
+
+def load(settings: DistillSettings, shape: ModelConfig, family: Family) -> tuple[TrajectorySet, TrajectorySet]:
+    """The rows to train on and those to validate on, checked."""
+    tables = read_rows(
+        settings.trajectories, keep=settings.keep, max_rows=settings.max_rows, held_out=settings.held_out
+    )
+    train, held_out = (
+        TrajectorySet(table, canvas=settings.canvas, pad_token_id=family.eos_token_id) for table in tables
+    )
+    for rows in (train, held_out):
+        rows.check(shape, family, ordered=settings.needs_order)
+    return train, held_out
+
+
+def describe(settings: DistillSettings, shape: ModelConfig, samples: TrajectorySet) -> str:
+    """Which weights are trained, and the memory a worker needs; `InputError` for adapters that fit nothing."""
+    with torch.device("meta"):
+        model = with_adapters(Transformer(shape), settings)
+    windows = settings.objective == "windows"
+    both = settings.complement_weight > 0 if windows else settings.objective == "block-diffusion"
+    halves = 2 if settings.objective == "block-diffusion" else 1  # a view of it is clean and noisy
+    supervised = max(settings.window_sizes) if windows else samples.longest_answer
+    plan = plan_memory(
+        shape,
+        rank=settings.lora_rank,
+        targets=settings.lora_targets,
+        precision=settings.precision,
+        zero_stage=settings.zero_stage,
+        workers=settings.workers,
+        offload=settings.offload,
+        micro_batch_size=settings.micro_batch_size,
+        longest_row=halves * int(samples.lengths.max()),
+        views=1 + both,
+        supervised_rows=settings.micro_batch_size * supervised,
+        head_rows=settings.head_rows,
+        activation_checkpointing=settings.activation_checkpointing,
+    )
+    return f"{coverage(model)}\n{plan}"
+
+
+def fingerprint(settings: DistillSettings, plan: Plan) -> str:
+    """Name of what a run computes: its settings, the teacher's files and the rows' ids."""
+    teacher = resolve_model(settings.teacher)
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in teacher.iterdir())
+    known = json.dumps([_what(settings), str(teacher), files, plan.samples.prompt_ids.tolist()])
+    return hashlib.sha256(known.encode()).hexdigest()[:12]
+
+
+def _what(settings: DistillSettings) -> dict[str, object]:
+    return settings.model_dump(mode="json", exclude=HOW)
+
+
+def absolute(settings: DistillSettings) -> DistillSettings:
+    """Paths that mean the same in a worker, whose working directory is another."""
+    changed = {"output": str(Path(settings.output).absolute())}
+    for name in ("teacher", "val_decoder", "val_task"):
+        value = getattr(settings, name)
+        if value is not None and Path(value).exists():
+            changed[name] = str(Path(value).absolute())
+    if "://" not in settings.trajectories:
+        changed["trajectories"] = str(Path(settings.trajectories).absolute())
+    return settings.model_copy(update=changed)
+
+
+@contextmanager
+def watched(job: Job, progress: Progress) -> Iterator[None]:
+    """Show the run's progress from its metrics file while the body runs."""
+    metrics = job.work / METRICS_FILE
+
+    def show() -> None:
+        lines = read_metrics(metrics)
+        if lines:
+            last = lines[-1]
+            named = {name: last[name] for name in ("loss", "right", "val_loss", "val_accuracy") if name in last}
+            progress.update(last["step"], **named)
+
+    with progress.stage("distill", job.plan.max_steps, "step"):
+        try:
+            with polled(show):
+                yield
+        finally:
+            show()
+
+
+def settle(job: Job) -> Path:
+    """Complete the student's folder and give it its name."""
+    work, settings = job.work, job.settings
+    student, best, output = work / STUDENT, work / BEST, Path(settings.output)
+    if best.is_dir():
+        if settings.export == "best":
+            student, best = best, student
+        best.rename(student / (LAST if settings.export == "best" else BEST))
+    shutil.copyfile(work / METRICS_FILE, student / METRICS_FILE)
+    if (work / TENSORBOARD).is_dir():
+        shutil.copytree(work / TENSORBOARD, student / TENSORBOARD, dirs_exist_ok=True)
+    plot_loss(read_metrics(work / METRICS_FILE), student / "loss.png")
+    (student / SETTINGS_FILE).write_text(to_yaml(settings))
+    student.rename(output)
+    for superseded in output.parent.glob(f".{output.name}.*.partial"):  # this run's, and any left by other settings
+        shutil.rmtree(superseded)
+    return output

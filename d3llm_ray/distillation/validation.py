@@ -1,0 +1,113 @@
+"""How good a student is while it trains: its loss on held-out rows, and accuracy and TPF of what it decodes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from d3llm_ray.decoder_settings import read_decoder
+from d3llm_ray.decoding import DiffusionLLM
+from d3llm_ray.decoding.engine import Engine as DecodingEngine
+from d3llm_ray.distillation.batches import MicroBatch
+from d3llm_ray.distillation.engines import Engine
+from d3llm_ray.distillation.loop import Line, attention_kernel
+from d3llm_ray.distillation.objectives import LossModule
+from d3llm_ray.distillation.settings import DistillSettings, SelectBy
+from d3llm_ray.distillation.student import transformer_of
+from d3llm_ray.evaluation.evaluate import evaluate
+from d3llm_ray.models import Family, load_tokenizer
+from d3llm_ray.progress import Progress
+from d3llm_ray.tasks import load_task
+
+BEST, SCORE_FILE = "best", "validation.json"
+
+
+class Validator:
+    """Validates the student in place, on all workers for the loss and on the first one for decoding."""
+
+    def __init__(
+        self,
+        settings: DistillSettings,
+        module: LossModule,
+        family: Family,
+        engine: Engine,
+        held_out: list[MicroBatch],
+        write: Callable[[Path], None],
+        work: Path,
+        device: torch.device,
+    ) -> None:
+        """`held_out`: this worker's packed share; `write(folder)` exports the student, called on the first worker."""
+        self.settings, self.module, self.family, self.engine = settings, module, family, engine
+        self._device = device
+        self._held_out, self._write, self._best = held_out, write, work / BEST
+        self._task = load_task(settings.val_task) if settings.val_task else None
+
+    def __call__(self, step: int) -> Line:
+        """Figures after `step` steps, named `val_...`; the best student so far is kept in the work folder."""
+        self.module.eval()
+        try:
+            with self.engine.whole(), torch.no_grad():
+                line = self._loss() if self.settings.val_rows else {}
+                if self.engine.rank == 0:
+                    if self._task is not None:
+                        line |= self._decode()
+                    self._keep_if_best(step, line)
+        finally:
+            self.module.train()
+        if self.engine.world_size > 1:
+            dist.barrier()
+        return line
+
+    def _loss(self) -> Line:
+        device = self._device
+        sums = torch.zeros(2, device=device)
+        with attention_kernel(device):
+            for micro in self._held_out:
+                loss, _ = self.module(self.module.batch(micro, device))
+                sums += torch.stack((loss.float() * len(micro.prompt_ids), loss.new_tensor(len(micro.prompt_ids))))
+        if self.engine.world_size > 1:
+            dist.all_reduce(sums)
+        return {"val_loss": float(sums[0] / sums[1])}
+
+    def _decode(self) -> Line:
+        """Accuracy (percent) and TPF of the student on the task's validation problems, by the engine."""
+        assert self._task is not None
+        settings = self.settings
+        model = transformer_of(self.module.model)
+        tokenizer = load_tokenizer(settings.teacher, self.family)
+        vocabulary = len(tokenizer) if tokenizer is not None else None
+        engine = DecodingEngine(
+            model, self.family, read_decoder(settings.val_decoder), vocabulary_size=vocabulary, cuda_graphs=False
+        )
+        llm = DiffusionLLM(model, self.family, tokenizer, engine)
+        problems = self._task.problems("validation", settings.val_problems)
+        row = evaluate(llm, self._task, problems, settings.val_max_tokens, progress=Progress(quiet=True), warmup=0)
+        return {"val_accuracy": row.accuracy, "val_tpf": row.tpf}
+
+    def _keep_if_best(self, step: int, line: Line) -> None:
+        reached = score(line, self.settings.select_by)
+        known = self._best / SCORE_FILE
+        if known.is_file():
+            held = json.loads(known.read_text())
+            # A resumed run meets its own earlier validations again, with the same figures.
+            if reached <= score(held, self.settings.select_by):
+                return
+        partial = self._best.with_name(f"{BEST}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self._write(partial)
+        (partial / SCORE_FILE).write_text(json.dumps({"step": step, **line}, indent=2) + "\n")
+        shutil.rmtree(self._best, ignore_errors=True)
+        partial.rename(self._best)
+
+
+def score(line: Line, by: SelectBy) -> float:
+    """What makes a student the best one: the larger, the better."""
+    if by == "loss":
+        return -float(line["val_loss"])
+    accuracy = float(line["val_accuracy"])
+    return accuracy if by == "accuracy" else accuracy * float(line["val_tpf"])

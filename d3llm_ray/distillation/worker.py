@@ -1,0 +1,44 @@
+"""The Ray Train worker: `run_worker` with DeepSpeed and this worker's shard of Ray Data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from d3llm_ray.distillation import stream
+from d3llm_ray.distillation.batches import MicroBatch
+from d3llm_ray.distillation.deepspeed_engine import deepspeed_engine
+from d3llm_ray.distillation.loop import NotFiniteError
+from d3llm_ray.distillation.trackers import Tracker, run_tracker
+from d3llm_ray.distillation.training import Job, run_worker
+
+
+def train_worker(config: dict[str, Any]) -> str | None:
+    """Train to the end. `config`: `job`, an object reference to the `Job`. Returns why training had to stop, if it had.
+
+    A loss that is not finite is returned, not raised: Ray would train again from the last checkpoint, to the same end.
+    """
+    job: Job = ray.get(config["job"])
+    settings = job.settings
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not settings.use_gpu:
+        torch.set_num_threads(settings.cpus_per_worker)
+
+    def shard(numbers: range) -> Iterator[MicroBatch]:
+        return stream.micro_batches(ray.train.get_dataset_shard(stream.SHARD), numbers)
+
+    def tracker(done: int) -> Tracker:
+        return run_tracker(job.work, done, student=Path(settings.output).name)
+
+    try:
+        run_worker(job, ray.train.torch.get_device(), deepspeed_engine, shard, tracker)
+    except NotFiniteError as error:
+        return str(error)
+    return None

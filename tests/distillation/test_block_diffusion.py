@@ -1,0 +1,99 @@
+"""Fast-dLLM v2's objective against its literal form, and the models it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from d3llm_ray.distillation.batches import pack
+from d3llm_ray.distillation.corruption import draws
+from d3llm_ray.distillation.objectives import BlockDiffusion, LossModule, Scheduled
+from d3llm_ray.errors import InputError
+from d3llm_ray.models import BlockCausal, Ragged
+from d3llm_ray.models.convert import block_diffusion_family, with_qkv_bias
+from tests.distillation.toys import CANVAS, family_of, toy
+
+BLOCK = 4
+OBJECTIVE = BlockDiffusion(BLOCK)
+UNUSED = Scheduled(epoch=0, window=0, noise_floor=0.0, lr=0.0)
+
+
+@pytest.mark.parametrize("head_rows", [100, 3])
+def test_loss_equals_the_literal_one(head_rows: int) -> None:
+    model, family, samples = toy("fast_dllm_v2")
+    views = [OBJECTIVE.views(draws(7, 3, one.prompt_id), one, UNUSED, family) for one in samples]
+    micro = pack([one.prompt_id for one in samples], [one.prompt_ids.size for one in samples], views)
+    module = LossModule(model, OBJECTIVE, head_rows=head_rows, autocast=False)
+    loss, _ = module(module.batch(micro, torch.device("cpu")))
+
+    terms = []
+    for sample, pair in zip(samples, views, strict=True):
+        prompt, length = sample.prompt_ids.size, sample.prompt_ids.size + CANVAS
+        clean = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
+        hidden_places = []
+        for view in pair:
+            noisy = view.token_ids[length:].tolist()
+            assert view.token_ids[:length].tolist() == clean and noisy[:prompt] == clean[:prompt]
+            hidden_places.append([place for place in range(length) if noisy[place] == family.mask_token_id])
+            # A block at a time, as it is decoded: the clean blocks before it, then the noisy block itself.
+            for first in range(0, length, BLOCK):
+                block = noisy[first : first + BLOCK]
+                ids = torch.tensor(clean[:first] + block)
+                logits = model.logits(model(ids, Ragged.build([len(ids)], pattern=BlockCausal(BLOCK))))
+                for row, place in ((row, first + row + 1) for row in range(len(block))):
+                    # Row r predicts place r + 1, also over the end of its block.
+                    if place < length and noisy[place] == family.mask_token_id:
+                        terms.append(F.cross_entropy(logits[first + row], torch.tensor(clean[place])).item())
+        assert sorted(hidden_places[0] + hidden_places[1]) == list(range(prompt, length))  # complementary
+    assert len(terms) == 2 * CANVAS
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_a_packed_batch_gives_each_samples_own_hidden_states() -> None:
+    model, family, samples = toy("fast_dllm_v2")
+    module = LossModule(model, OBJECTIVE, head_rows=100, autocast=False)
+
+    def states(chosen: list) -> torch.Tensor:
+        views = [OBJECTIVE.views(draws(7, 3, one.prompt_id), one, UNUSED, family) for one in chosen]
+        micro = pack([one.prompt_id for one in chosen], [one.prompt_ids.size for one in chosen], views)
+        batch = module.batch(micro, torch.device("cpu"))
+        return module.hidden(batch, batch.layout)
+
+    alone = torch.cat([states([one]) for one in samples])
+    together = states(samples)
+    assert together.shape == alone.shape
+    order = torch.cdist(together, alone).argmin(1)
+    assert sorted(order.tolist()) == list(range(len(alone)))
+    torch.testing.assert_close(together, alone[order])
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_a_causal_model_becomes_one_without_a_change_to_its_weights(kind: str) -> None:
+    model, family, _ = toy(kind)
+    shape, converted = block_diffusion_family(family, mask_token_id=4, block_size=8)
+    assert (converted.name, converted.mask_token_id, converted.block_size) == ("fast_dllm_v2", 4, 8)
+    assert shape.qkv_bias and converted.logit_shift
+    wider = with_qkv_bias(model, shape)
+    ids = torch.tensor([1, 2, 3, 1, 2])
+    for pattern in (None, BlockCausal(1), BlockCausal(2)):
+        layout = Ragged.build([5], pattern=pattern)
+        assert torch.equal(wider(ids, layout), model(ids, layout))
+    assert all(parameter.requires_grad for parameter in wider.parameters())
+
+
+def test_a_diffusion_model_is_not_converted() -> None:
+    with pytest.raises(InputError, match=r"teacher: got 'llada'; accepted: a causal model"):
+        block_diffusion_family(family_of("llada")[1], mask_token_id=4, block_size=8)
+
+
+def test_halves_share_positions() -> None:
+    _, family, samples = toy("fast_dllm_v2")
+    views = [OBJECTIVE.views(draws(0, 0, one.prompt_id), one, UNUSED, family) for one in samples]
+    micro = pack(["0", "1"], [5, 9], views)
+    layout = OBJECTIVE.layout(micro, torch.device("cpu"))
+    assert layout.positions.tolist() == [*range(13)] * 2 + [*range(17)] * 2 + [*range(13)] * 2 + [*range(17)] * 2
+    assert dataclasses.replace(layout).patterned  # flash-attn's unmasked kernel must not take it
