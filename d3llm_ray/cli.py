@@ -59,6 +59,16 @@ VERBS = {
         "d3llm_ray.distillation.run:run",
         "train a student on a teacher's trajectories (Ray Train, DeepSpeed, LoRA)",
     ),
+    "distill benchmark": Verb(
+        "d3llm_ray.distillation.benchmark:BenchmarkSettings",
+        "d3llm_ray.distillation.benchmark:run",
+        "measure samples a second of a bare loop, of the job, and of the job with more workers",
+    ),
+    "ablate": Verb(
+        "d3llm_ray.ablation.settings:AblateSettings",
+        "d3llm_ray.ablation.run:run",
+        "distil with and without each part of a recipe, several seeds each, and compare (Ray Tune)",
+    ),
     "evaluate": Verb(
         "d3llm_ray.evaluation.settings:EvaluateSettings",
         "d3llm_ray.evaluation.run:run",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -106,6 +106,66 @@ class TeacherMetrics:
 
     def failed(self) -> None:
         self._errors.inc(tags=self._teacher)
+
+
+_DISTILL_RATES = {
+    "samples_per_second": "Trained rows a second, all workers",
+    "tokens_per_second": "Forwarded tokens a second, all workers",
+    "steps_per_second": "Optimizer steps a second",
+}
+_DISTILL_GAUGES = {
+    **_DISTILL_RATES,
+    "step": "Optimizer steps that the student has behind it",
+    "epoch": "Epoch, 0-based",
+    "window": "Scheduled tokens in a training window",
+    "noise_floor": "Scheduled smallest mask ratio",
+    "mask_ratio": "Measured mask ratio",
+    "lr": "Learning rate",
+    "loss": "Training loss, mean over the workers",
+    "grad_norm": "Gradient norm before clipping",
+    "memory_gib": "Peak memory of the first worker in GiB: its GPU's, or its process's",
+    "val_loss": "Loss on the rows held out",
+    "val_accuracy": "Share of the validation problems that the student solves",
+    "val_tpf": "Tokens per forward on the validation problems",
+}
+
+
+class DistillMetrics:
+    """What the first worker of a distillation reports; every series carries the tag `student`.
+
+    The student has `done` optimizer steps behind it already.
+    """
+
+    def __init__(self, student: str, done: int = 0) -> None:
+        self._steps = Counter(
+            "d3llm_distill_steps", "Optimizer steps, those repeated after a failure included", ("student",)
+        )
+        self._gauges = {
+            name: Gauge(f"d3llm_distill_{name}", text, ("student",)) for name, text in _DISTILL_GAUGES.items()
+        }
+        self._figure = Gauge(
+            "d3llm_distill_figure", "What the objective reports beside the loss, by name", ("student", "figure")
+        )
+        self._done = done
+        self._student = {"student": student}
+
+    def log(self, line: Mapping[str, float | int | str]) -> None:
+        """Record the figures of a step by their names, `step` (1-based) among them; texts are passed over."""
+        step = int(line["step"])
+        self._steps.inc(step - self._done, tags=self._student)
+        self._done = step
+        for name, value in line.items():
+            if isinstance(value, str):
+                continue
+            if name in self._gauges:
+                self._gauges[name].set(value, tags=self._student)
+            else:
+                self._figure.set(value, tags={**self._student, "figure": name})
+
+    def close(self) -> None:
+        """Let the rates fall to 0: Ray exports the last values for as long as the process lives."""
+        for name in _DISTILL_RATES:
+            self._gauges[name].set(0.0, tags=self._student)
 
 
 class Rate:

@@ -1,12 +1,14 @@
 """Train the embedded models: causal pretraining (`tiny-ar`), then diffusion from those weights (`tiny-llada`).
 
     python jobs/pretrain_tiny.py --output runs/pretrain          # resumes if interrupted
+    python jobs/pretrain_tiny.py --families dream --start tiny-ar --accumulate 1 --adapt-steps 7000     # tiny-dream
 
 Stages: `causal` (next token, answers only, single facts mixed in), `adapt` (masked diffusion under a random and a
 targeted mask, plain mean) and `sft` (LLaDA's SFT objective: i.i.d. masks at ratio p, every token loss over
 p x answer length; arXiv:2502.09992 and its GUIDELINES.md; off by default, for at this size its weights, up to 1 / p,
 cost accuracy: 200 steps of it took the shipped model from 91 to 83 %). The adaptation of causal weights follows
-Dream.
+Dream (arXiv:2508.15487). `tiny-dream` keeps the causal shift, as Dream does, and has Dream's grouped-query attention
+with biases: its key-value heads are pairs of the causal model's, averaged.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast
 
-from d3llm_ray.models import BlockCausal, Ragged, Transformer, save_model
+from d3llm_ray.models import BlockCausal, Family, ModelConfig, Ragged, Transformer, load_model, save_model
 from d3llm_ray.models.families import read_family
+from d3llm_ray.models.gqa import group_queries
 from d3llm_ray.tasks.arith import STEPS, ArithProblem, problems, vocabulary_texts
 from d3llm_ray.tasks.tokenizer import build_tokenizer
 
@@ -52,13 +55,6 @@ class Example:
         return [position + 1 for position, token in enumerate(self.response) if token == equals]
 
 
-@dataclass(frozen=True)
-class SpecialIds:
-    mask: int
-    eos: int
-    equals: int
-
-
 def prompt_length(example: Example) -> int:
     return len(example.prompt)
 
@@ -74,8 +70,7 @@ class Corpus:
         self.rng = random.Random(seed)
         self.tokenizer = build_tokenizer(vocabulary_texts())
         self.stream = problems("train", seed=seed, max_steps=max_steps)
-        (equals,) = self.encode(" =")
-        self.ids = SpecialIds(self.tokenizer.mask_token_id, self.tokenizer.eos_token_id, equals)
+        (self.equals,) = self.encode(" =")
         self.waiting: dict[int, list[Example]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -135,22 +130,23 @@ def causal_loss(model: Transformer, rows: list[list[int]], first: list[int], dev
     return F.cross_entropy(model.logits(hidden[predicted - 1]).float(), ids[predicted])
 
 
-def masked_losses(model: Transformer, ids: Tensor, masked: Tensor, ragged: Ragged, mask_id: int) -> Tensor:
-    """Cross-entropy of every masked token, [number of masked tokens]."""
-    hidden = model(torch.where(masked, torch.full_like(ids, mask_id), ids), ragged)
-    return F.cross_entropy(model.logits(hidden[masked]).float(), ids[masked], reduction="none")
+def masked_losses(model: Transformer, family: Family, ids: Tensor, masked: Tensor, ragged: Ragged) -> Tensor:
+    """Cross-entropy of every masked token, [number of masked tokens]; no row may be masked at its start."""
+    hidden = model(torch.where(masked, torch.full_like(ids, family.mask_token_id), ids), ragged)
+    rows = masked.nonzero()[:, 0] - int(family.logit_shift)
+    return F.cross_entropy(model.logits(hidden[rows]).float(), ids[masked], reduction="none")
 
 
-def fact_loss(model: Transformer, facts: list[list[int]], mask_id: int, device: str) -> Tensor:
+def fact_loss(model: Transformer, family: Family, facts: list[list[int]], device: str) -> Tensor:
     """Mean cross-entropy of the last token of each fact, the sum, alone masked."""
     ids = torch.tensor([token for fact in facts for token in fact], device=device)
     masked = torch.zeros_like(ids, dtype=torch.bool)
     masked[torch.tensor([len(fact) for fact in facts], device=device).cumsum(0) - 1] = True
-    return masked_losses(model, ids, masked, Ragged.build([len(fact) for fact in facts], device=device), mask_id).mean()
+    return masked_losses(model, family, ids, masked, Ragged.build([len(fact) for fact in facts], device=device)).mean()
 
 
 def diffusion_loss(
-    model: Transformer, examples: list[Example], canvas: int, ids: SpecialIds, stage: str, device: str
+    model: Transformer, family: Family, examples: list[Example], canvas: int, equals: int, stage: str, device: str
 ) -> Tensor:
     """Masked cross-entropy of each example under two masks.
 
@@ -160,20 +156,20 @@ def diffusion_loss(
     mean over masked tokens plus the mean over the targets.
     """
     half = len(examples)
-    clean = [[*e.prompt, *e.response, *[ids.eos] * (canvas - len(e.response))] for e in examples] * 2
+    clean = [[*e.prompt, *e.response, *[family.eos_token_id] * (canvas - len(e.response))] for e in examples] * 2
     tokens = torch.tensor([token for row in clean for token in row], device=device)
     ragged = Ragged.build([len(row) for row in clean], device=device)
     # Stratified over the batch: the same uniform marginal with less variance.
     t = (torch.arange(half) + torch.rand(half)) / half
     ratio = (1 - EPSILON) * t[torch.randperm(half)] + EPSILON
     drawn = torch.rand(half, canvas) < ratio[:, None]
-    targeted = [targeted_mask(example, canvas, ids.equals) for example in examples]
+    targeted = [targeted_mask(example, canvas, equals) for example in examples]
     second = torch.stack([mask for mask, _ in targeted]) if stage == "adapt" else ~drawn
     masks = torch.cat((drawn, second))  # [2 * half, canvas]
     prompts = torch.tensor([len(e.prompt) for e in examples] * 2, device=device)
     masked = torch.zeros_like(tokens, dtype=torch.bool)
     masked[ragged.positions >= prompts[ragged.rows]] = masks.flatten().to(device)
-    losses = masked_losses(model, tokens, masked, ragged, ids.mask)
+    losses = masked_losses(model, family, tokens, masked, ragged)
     if stage == "adapt":
         order = masks.flatten().cumsum(0).view_as(masks) - 1  # of each masked position among the losses
         targets = order[half:].gather(1, torch.tensor([[target] for _, target in targeted]))[:, 0]
@@ -208,9 +204,9 @@ def learning_rate(step: int, total: int, peak: float, warmup: int = 50) -> float
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def run_stage(model: Transformer, stage: str, args: argparse.Namespace, output: Path) -> None:
-    """Train one stage, resuming from its last checkpoint; a finished stage leaves `<stage>.pt`."""
-    finished, partial = output / f"{stage}.pt", output / f"{stage}-partial.pt"
+def run_stage(model: Transformer, family: Family, stage: str, args: argparse.Namespace, finished: Path) -> None:
+    """Train one stage, resuming from its last checkpoint; a finished stage leaves the file `finished`."""
+    partial = finished.with_stem(f"{finished.stem}-partial")
     if finished.exists():
         model.load_state_dict(torch.load(finished, weights_only=True))
         return
@@ -244,8 +240,8 @@ def run_stage(model: Transformer, stage: str, args: argparse.Namespace, output: 
                     loss = causal_loss(model, rows, [len(e.prompt) for e in examples], args.device)
                     loss = loss + FACT_WEIGHT * causal_loss(model, facts, [1] * len(facts), args.device)
                 else:
-                    loss = diffusion_loss(model, examples, args.canvas, corpus.ids, stage, args.device)
-                    loss = loss + FACT_WEIGHT * fact_loss(model, facts, corpus.ids.mask, args.device)
+                    loss = diffusion_loss(model, family, examples, args.canvas, corpus.equals, stage, args.device)
+                    loss = loss + FACT_WEIGHT * fact_loss(model, family, facts, args.device)
             (loss / args.accumulate).backward()
             step_loss += loss.item() / args.accumulate
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -278,6 +274,8 @@ def save_atomically(state: object, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/pretrain"))
+    parser.add_argument("--families", nargs="+", choices=CONFIGS, default=["llada"], help="diffusion models to train")
+    parser.add_argument("--start", help="a causal checkpoint to adapt, such as tiny-ar, in place of stage `causal`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=4)
@@ -296,20 +294,31 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(vocabulary_texts())
     torch.manual_seed(args.seed)
-    shape, _ = read_family(llada_config(args, tokenizer), GENERATION)
+    if args.start:
+        causal, _ = load_model(args.start, device=args.device)
+    else:
+        shape, family = read_family(llama_config(args, tokenizer), {})
+        causal = initial_model(shape).to(args.device)
+        if args.causal_steps:
+            run_stage(causal, family, "causal", args, args.output / "causal.pt")
+            export(causal, family, tokenizer, args.output / "tiny-ar")
+    for name in args.families:
+        shape, family = read_family(CONFIGS[name](args, tokenizer), GENERATION)
+        model = group_queries(causal, shape).to(args.device)
+        for stage in ("adapt", "sft"):
+            if getattr(args, f"{stage}_steps"):
+                run_stage(model, family, stage, args, args.output / f"{name}-{stage}.pt")
+        export(model, family, tokenizer, args.output / f"tiny-{name}")
+
+
+def initial_model(shape: ModelConfig) -> Transformer:
+    """Random weights: normal, and narrower where a layer adds to the residual stream."""
     model = Transformer(shape)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * shape.num_layers) if residual else 0.02)
-    model.to(args.device)
-    for stage in ("causal", "adapt", "sft"):
-        if getattr(args, f"{stage}_steps") == 0:
-            continue
-        run_stage(model, stage, args, args.output)
-        if stage == "causal":
-            export(model, llama_config(args, tokenizer), {}, tokenizer, args.output / "tiny-ar")
-    export(model, llada_config(args, tokenizer), GENERATION, tokenizer, args.output / "tiny-llada")
+    return model
 
 
 def llada_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -362,15 +371,22 @@ def llama_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -
     }
 
 
-def export(
-    model: Transformer,
-    config: dict[str, Any],
-    generation: dict[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-) -> None:
+def dream_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The published Dream fields (Dream-7B's config.json) at this size, with two query heads a key-value head."""
+    return {
+        **llama_config(args, tokenizer),
+        "model_type": "Dream",
+        "architectures": ["DreamModel"],
+        "num_key_value_heads": args.num_heads // 2,
+        "mask_token_id": tokenizer.mask_token_id,
+    }
+
+
+CONFIGS = {"llada": llada_config, "dream": dream_config}
+
+
+def export(model: Transformer, family: Family, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a checkpoint in bfloat16, as the published ones are."""
-    _, family = read_family(config, generation)
     save_model(copy.deepcopy(model).to("cpu", torch.bfloat16), family, folder)
     tokenizer.save_pretrained(folder)
 

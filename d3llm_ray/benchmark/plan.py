@@ -48,16 +48,16 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("requests", "repeats"):
-            _require_count(name, getattr(self, name))
+            require_count(name, getattr(self, name))
         for name in ("batch_sizes", "max_tokens"):
             values = getattr(self, name)
             require(len(values) > 0, name, values, "one or more numbers")
             for value in values:
-                _require_count(name, value)
+                require_count(name, value)
         for name in ("decoders", "suffixes", "batch_sizes", "max_tokens"):
             _require_distinct(name, getattr(self, name))
         if self.prompt_tokens is not None:
-            _require_count("prompt_tokens", self.prompt_tokens)
+            require_count("prompt_tokens", self.prompt_tokens)
         largest = max(self.batch_sizes)
         require(self.requests >= largest, "requests", self.requests, f"at least the largest batch size, {largest}")
         scripted = self.scripted_tpf is None or 1 <= self.scripted_tpf < float("inf")
@@ -81,7 +81,8 @@ class Plan:
         return self.prompt_tokens is not None or self.scripted_tpf is not None
 
 
-def _require_count(name: str, value: object) -> None:
+def require_count(name: str, value: object) -> None:
+    """Raise `InputError` unless `value` is 1, 2, 3, ..."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(whole, name, value, "a positive whole number")
 

@@ -91,7 +91,7 @@ def prepare(plan: Plan) -> Workload:
         InputError: an unknown model, shape, task, decoder, setting, machine or device; too few or too long prompts.
     """
     check_machine(plan.machine)
-    _check_device(plan.device)
+    check_device(plan.device)
     tokenizer: PreTrainedTokenizerBase | None = None
     if plan.shape is None:
         name = plan.model or DEFAULT_MODEL
@@ -164,7 +164,8 @@ def _check_settings(plan: Plan, presets: Sequence[Decoder]) -> None:
     require(with_suffix, "suffixes", plan.suffixes, "none, as no decoder of the list has suffix modes")
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raise `InputError` unless the device is here."""
     accepted = "cpu, or cuda or cuda:N where there is one"
     try:
         device = torch.device(name)

@@ -69,11 +69,6 @@ class TrajectorySet:
         responses = self._responses.lengths
         return self._prompts.lengths + (responses if self._canvas is None else np.full_like(responses, self._canvas))
 
-    @property
-    def longest_answer(self) -> int:
-        """Tokens of the longest canvas."""
-        return self._canvas or int(self._responses.lengths.max())
-
     def check(self, config: ModelConfig, family: Family, *, ordered: bool) -> None:
         """Raise `InputError` for rows that this student cannot be trained on, naming the first of them.
 

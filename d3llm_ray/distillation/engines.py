@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from d3llm_ray.errors import require
 
 Offload = Literal["none", "optimizer", "all"]
+Precision = Literal["float32", "mixed", "bfloat16"]
 
 
 @dataclass(frozen=True)

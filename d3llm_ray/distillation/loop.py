@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d3llm_ray.distillation.batches import MicroBatch
 from d3llm_ray.distillation.engines import Engine
+from d3llm_ray.distillation.memory import device_memory
 from d3llm_ray.distillation.objectives import LossModule
-from d3llm_ray.distillation.plan import Plan
-from d3llm_ray.distillation.trackers import device_memory
 from d3llm_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from d3llm_ray.distillation.plan import Plan
 
 Line = dict[str, float | int | str]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from d3llm_ray.distillation.engines import Offload
-from d3llm_ray.distillation.settings import DistillSettings, Precision
-from d3llm_ray.models import ModelConfig, Transformer
+from d3llm_ray.distillation.engines import Offload, Precision
+from d3llm_ray.models import ModelConfig
+
+if TYPE_CHECKING:
+    from d3llm_ray.distillation.settings import DistillSettings
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 LOGIT_COPIES = 6  # of a chunk of float32 logits: themselves, log-probabilities, probabilities, and their gradients
@@ -86,7 +90,7 @@ def plan_memory(
     head_rows: int,
     activation_checkpointing: bool,
 ) -> MemoryPlan:
-    """Add up one worker's memory at the end of a forward, its peak.
+    """Add up one worker's memory at its peak, where a backward pass begins.
 
     `rank` and `targets` are the adapters'; rank 0 trains every weight. A forward is of `micro_batch_size` samples of
     `views` rows, each of at most `longest_row` tokens, and supervises at most `supervised_rows` of them; `head_rows`
@@ -103,17 +107,14 @@ def plan_memory(
     """
     half = precision == "bfloat16"
     width = BFLOAT16 if half else FLOAT32  # bytes of a weight, and of the residual stream
-    with torch.device("meta"):
-        model = Transformer(config)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    projections = {
-        path.rpartition(".")[2]: part for path, part in model.layers[0].named_modules() if isinstance(part, nn.Linear)
-    }
+    sizes = projections(config)
+    of_layer = sum(inputs * outputs for inputs, outputs in sizes.values())
+    head = config.vocab_size * config.hidden_size
+    parameters = _parameters(config)
     if rank:
-        sizes = [projections[name].in_features + projections[name].out_features for name in targets]
-        trained = rank * config.num_layers * sum(sizes)
+        trained = rank * config.num_layers * sum(sum(sizes[name]) for name in targets)
     else:
-        targets, trained = tuple(projections), parameters
+        targets, trained = tuple(sizes), parameters
 
     def share(first_stage: int) -> int:
         return workers if zero_stage >= first_stage else 1
@@ -133,8 +134,6 @@ def plan_memory(
         on_host += weights + adapters
         weights = adapters = 0
 
-    of_layer = sum(part.weight.numel() for part in projections.values())
-    head = config.vocab_size * config.hidden_size
     copies = 0
     if precision == "mixed":
         # Autocast caches its casts of trained weights; those of frozen ones live as long as their layer's activations.
@@ -191,6 +190,32 @@ def plan_of(settings: DistillSettings, config: ModelConfig, longest: int) -> Mem
         head_rows=settings.head_rows,
         activation_checkpointing=settings.activation_checkpointing,
     )
+
+
+def device_memory(device: torch.device) -> float:
+    """Peak memory in GiB so far: of PyTorch's allocations on a GPU, otherwise of this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
+
+
+def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a layer's projections."""
+    h, m = config.hidden_size, config.intermediate_size
+    k = config.num_kv_heads * config.head_dim
+    attention = {"q_proj": (h, h), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (h, h)}
+    return {**attention, "gate_proj": (h, m), "up_proj": (h, m), "down_proj": (m, h)}
+
+
+def _parameters(config: ModelConfig) -> int:
+    """Numbers in the whole model: projections, biases, norms, embeddings and LM head."""
+    h = config.hidden_size
+    of_layer = sum(inputs * outputs for inputs, outputs in projections(config).values()) + 2 * h
+    if config.qkv_bias:
+        of_layer += h + 2 * config.num_kv_heads * config.head_dim
+    tables = 1 if config.tie_word_embeddings else 2
+    return config.num_layers * of_layer + h + tables * config.vocab_size * h
 
 
 def _saved_by_layer(config: ModelConfig, rank: int, trained: Collection[str], precision: Precision) -> int:

@@ -9,8 +9,6 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 
-METRICS_FILE = "metrics.jsonl"
-
 
 class MetricsFile:
     """An open metrics file that a resumed run continues: lines after the resumed step are dropped first."""

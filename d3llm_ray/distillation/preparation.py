@@ -16,7 +16,7 @@ from d3llm_ray.decoder_settings import read_decoder
 from d3llm_ray.distillation import checkpoints
 from d3llm_ray.distillation.data import TrajectorySet, read_rows
 from d3llm_ray.distillation.lora import coverage
-from d3llm_ray.distillation.memory import plan_memory
+from d3llm_ray.distillation.memory import plan_of
 from d3llm_ray.distillation.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.plot import plot_loss
@@ -90,25 +90,7 @@ def describe(settings: DistillSettings, shape: ModelConfig, samples: TrajectoryS
     """Which weights are trained, and the memory a worker needs; `InputError` for adapters that fit nothing."""
     with torch.device("meta"):
         model = with_adapters(Transformer(shape), settings)
-    windows = settings.objective == "windows"
-    both = settings.complement_weight > 0 if windows else settings.objective == "block-diffusion"
-    halves = 2 if settings.objective == "block-diffusion" else 1  # a view of it is clean and noisy
-    supervised = max(settings.window_sizes) if windows else samples.longest_answer
-    plan = plan_memory(
-        shape,
-        rank=settings.lora_rank,
-        targets=settings.lora_targets,
-        precision=settings.precision,
-        zero_stage=settings.zero_stage,
-        workers=settings.workers,
-        offload=settings.offload,
-        micro_batch_size=settings.micro_batch_size,
-        longest_row=halves * int(samples.lengths.max()),
-        views=1 + both,
-        supervised_rows=settings.micro_batch_size * supervised,
-        head_rows=settings.head_rows,
-        activation_checkpointing=settings.activation_checkpointing,
-    )
+    plan = plan_of(settings, shape, int(samples.lengths.max()))
     return f"{coverage(model)}\n{plan}"
 
 

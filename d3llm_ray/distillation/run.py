@@ -46,10 +46,10 @@ def run(settings: DistillSettings, progress: Progress | None = None) -> Path:
 
 def _trainer(job: Job, each: dict[str, float]) -> TorchTrainer:
     settings = job.settings
-    plan = ray.put(job.plan)
+    plan = ray.put(job.plan)  # once a node, for the workers and for the tasks that pack their batches
     return TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # declared without a return value
-        train_loop_config={"job": ray.put(job)},
+        train_loop_config={"plan": plan, "held_out": ray.put(job.held_out), "work": str(job.work)},
         torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=settings.use_gpu, resources_per_worker=each),
         # The rows go through the plan; Ray Train only wants a name for what `Shards` hands to the workers.

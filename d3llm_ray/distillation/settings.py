@@ -10,13 +10,12 @@ from d3llm_ray.config import Settings
 from d3llm_ray.distillation.corruption import MaskOrder, RatioRounding
 from d3llm_ray.distillation.curriculum import LearningRateSchedule
 from d3llm_ray.distillation.data import Keep
-from d3llm_ray.distillation.engines import EngineOptions, Offload
+from d3llm_ray.distillation.engines import EngineOptions, Offload, Precision
 from d3llm_ray.distillation.objectives import BlockDiffusion, DiscreteForcing, LossWeights, MaskedWindows, Objective
 from d3llm_ray.distillation.objectives.windows import EntropyViews
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)  # every linear layer of every family but the LM head
-Precision = Literal["float32", "mixed", "bfloat16"]
 SelectBy = Literal["loss", "accuracy", "accuracy-x-tpf"]
 ObjectiveName = Literal["windows", "d2f", "block-diffusion"]
 
@@ -54,7 +53,7 @@ class DistillSettings(Settings):
     epochs: int = Field(6, gt=0, description="passes over the rows")
     max_steps: int | None = Field(None, gt=0, description="stop after so many optimizer steps, if earlier")
     window_sizes: tuple[int, ...] = Field(
-        (16, 16, 24, 24, 32, 32), min_length=1, description="tokens in a window at the start of each epoch"
+        (8, 8, 12, 12, 16, 16), min_length=1, description="tokens in a window at the start of each epoch"
     )
     noise_start: float = Field(0.0, ge=0, le=1, description="smallest mask ratio at the first step")
     noise_end: float = Field(0.8, ge=0, le=1, description="smallest mask ratio at the last step")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -12,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from d3llm_ray.distillation.lora import add_lora, save_adapter
 from d3llm_ray.distillation.objectives import LossModule
-from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import (
     Family,
@@ -26,6 +26,9 @@ from d3llm_ray.models import (
 )
 from d3llm_ray.models.convert import block_diffusion_family, with_qkv_bias
 from d3llm_ray.models.families import FAST_DLLM_V2_MASK
+
+if TYPE_CHECKING:
+    from d3llm_ray.distillation.settings import DistillSettings
 
 ADAPTER = "adapter"
 
@@ -63,8 +66,7 @@ def build_student(settings: DistillSettings, device: torch.device) -> tuple[Loss
     model, _ = load_model(settings.teacher, "bfloat16" if settings.precision == "bfloat16" else "float32", device)
     model = with_qkv_bias(model, shape)
     if settings.activation_checkpointing:
-        for layer in model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        recompute_layers(model)
     model.train()
     module = LossModule(
         with_adapters(model, settings),
@@ -73,6 +75,12 @@ def build_student(settings: DistillSettings, device: torch.device) -> tuple[Loss
         autocast=settings.precision == "mixed",
     )
     return module, family
+
+
+def recompute_layers(model: Transformer) -> None:
+    """Keep only the layers' inputs for the backward pass, which computes the rest again (arXiv:1604.06174)."""
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def with_adapters(model: Transformer, settings: DistillSettings) -> Transformer | PeftModel:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from tensorboardX import SummaryWriter
 
 from d3llm_ray.distillation.metrics_file import METRICS_FILE, MetricsFile
@@ -81,11 +78,3 @@ def run_tracker(folder: Path, done: int, *, student: str, ray: bool = True) -> T
     from d3llm_ray.metrics import DistillMetrics  # imports Ray, which a run in this process does without
 
     return Trackers(*files, DistillMetrics(student, done))
-
-
-def device_memory(device: torch.device) -> float:
-    """Peak memory in GiB so far: of PyTorch's allocations on a GPU, otherwise of this whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere

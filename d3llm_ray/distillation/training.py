@@ -103,7 +103,10 @@ def save(engine: Engine, folder: Path, step: int, keep: int) -> None:
     if engine.rank == 0:
         shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
         partial.rename(final)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        named = (path for path in folder.iterdir() if checkpoints.NAME.fullmatch(path.name))
+        # A later one is damaged: the run was resumed before it.
+        older = (path for path in named if checkpoints.step_of(path) <= step)
+        for old in sorted(older, key=checkpoints.step_of)[:-keep]:
             shutil.rmtree(old)
 
 

@@ -21,11 +21,13 @@ from d3llm_ray.distillation.training import Job, run_worker
 
 
 def train_worker(config: dict[str, Any]) -> str | None:
-    """Train to the end. `config`: `job`, an object reference to the `Job`. Returns why training had to stop, if it had.
+    """Train to the end. Returns why training had to stop, if it had.
 
+    `config` holds references to the run's `plan` and its `held_out` rows, and `work`, the folder that all workers see.
     A loss that is not finite is returned, not raised: Ray would train again from the last checkpoint, to the same end.
     """
-    job: Job = ray.get(config["job"])
+    plan, held_out = ray.get([config["plan"], config["held_out"]])
+    job = Job(plan.settings, plan, held_out, Path(config["work"]))
     settings = job.settings
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not settings.use_gpu:

@@ -22,7 +22,7 @@ from d3llm_ray.models.families import Family, read_family
 from d3llm_ray.models.transformer import Transformer
 
 ZOO = Path(__file__).parent / "zoo"
-ZOO_NAMES = ("tiny-llada", "tiny-ar")
+ZOO_NAMES = ("tiny-llada", "tiny-ar", "tiny-dream")
 DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
     "float32": torch.float32,

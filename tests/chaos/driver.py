@@ -1,6 +1,6 @@
 """The trajectories command with a slow teacher that logs what it does, and with a disk that may become full.
 
-python driver.py --log FILE --pause SECONDS [--full-disk PATTERN] --config SETTINGS.yaml
+python driver.py --log FILE [--full-disk PATTERN] --config SETTINGS.yaml
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.storage import Location
 from d3llm_ray.trajectories.teacher import Teacher
+
+PAUSE_S = 0.05  # before a forward: kills must hit teachers at work
 
 
 class LoggedTeacher(Teacher):
@@ -84,12 +86,11 @@ class FullDisk(fs.FSSpecHandler):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--log", required=True)
-    parser.add_argument("--pause", type=float, required=True)
     parser.add_argument("--full-disk")
     options, command_line = parser.parse_known_args()
     if options.full_disk:
         disk = fs.PyFileSystem(FullDisk(options.full_disk, f"{options.log}.files"))
         Location.of = staticmethod(lambda name, field="path": Location(disk, str(name), str(name)))
-    teacher = partial(LoggedTeacher, log=options.log, pause=options.pause)
+    teacher = partial(LoggedTeacher, log=options.log, pause=PAUSE_S)
     pipeline.run = partial(pipeline.run, make_teacher=teacher)  # where the command line finds it
     sys.exit(main([TrajectorySettings.verb, *command_line]))

@@ -1,31 +1,20 @@
-"""One trajectory job under attack: its driver processes, what its teachers logged, and what it must leave behind."""
+"""One trajectory job under attack: what its teachers logged, and what it must leave behind."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from d3llm_ray.config import to_yaml
 from d3llm_ray.trajectories import read_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from tests.chaos.cluster import Cluster, is_running
+from tests.chaos.command import Command
 from tests.chaos.watcher import Watcher
-
-PAUSE_S = 0.05  # of the teacher before a forward: kills must hit it at work
-PATIENCE_S = 300.0  # with a busy machine
-DRIVER = Path(__file__).with_name("driver.py")
 
 
 @dataclass(frozen=True)
@@ -36,96 +25,18 @@ class Expected:
     failing: list[str]
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What a fault cost."""
+class Job(Command):
+    """Trajectories by slowed-down teachers."""
 
-    fault: str
-    kills: int
-    rows: int
-    recomputed: int
-    seconds: float
-    undisturbed_seconds: float
-
-    def report(self, folder: Path) -> None:
-        """Write JSON, and print the line of a table."""
-        (folder / "figures.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
-        extra = self.seconds - self.undisturbed_seconds
-        print(f"\n| {self.fault} | {self.kills} | {self.rows} | {self.recomputed} | {extra:.1f} |")
-
-
-class Job:
-    """Runs `driver.py` on a cluster, again and again for the same output folder if need be."""
+    driver = "driver.py"
 
     def __init__(self, cluster: Cluster, settings: TrajectorySettings, folder: Path) -> None:
+        super().__init__(cluster, settings, folder)
         self.settings, self.output = settings, Path(settings.output)
-        self._cluster, self._folder = cluster, folder
-        self._log = folder / "teachers.log"
-        self._log.touch()
-        self._driver: subprocess.Popen[bytes] | None = None
-        self._starts = 0
-        self.seconds = 0.0  # that drivers were running
-        self._started = 0.0
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.kill_driver()
-
-    def start(self, *options: str, **overrides: Any) -> None:
-        """Start a driver in a process group of its own; `overrides` replace settings."""
-        config = self._folder / "job.yaml"
-        config.write_text(to_yaml(self.settings.model_copy(update=overrides)))
-        command = [sys.executable, str(DRIVER), f"--log={self._log}", f"--pause={PAUSE_S}", *options]
-        self._starts += 1
-        self._started = time.monotonic()
-        with self._output_log.open("w") as output:
-            self._driver = subprocess.Popen(
-                [*command, f"--config={config}"],
-                stdout=output,
-                stderr=output,
-                env={**os.environ, "RAY_ADDRESS": self._cluster.address},
-                start_new_session=True,
-            )
-
-    @property
-    def _output_log(self) -> Path:
-        return self._folder / f"driver-{self._starts}.log"
-
-    @property
-    def printed(self) -> str:
-        """What the last driver wrote on stdout and stderr."""
-        return self._output_log.read_text()
-
-    @property
-    def running(self) -> bool:
-        return self._driver is not None and self._driver.poll() is None
-
-    def wait(self, timeout_s: float = PATIENCE_S) -> int:
-        """The driver's exit code."""
-        assert self._driver is not None
-        code = self._driver.wait(timeout_s)
-        self.seconds += time.monotonic() - self._started
-        return code
-
-    def kill_driver(self) -> None:
-        """SIGKILL to the driver's process group."""
-        if self.running:
-            assert self._driver is not None
-            os.killpg(self._driver.pid, signal.SIGKILL)
-            self.wait()
-
-    def wait_for(self, condition: Callable[[], object], every_s: float = 0.02) -> None:
-        """Return when `condition` holds; fails when the driver ends first."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert self.running and time.monotonic() < deadline, self.printed
-            time.sleep(every_s)
 
     def events(self, kind: str) -> list[tuple[int, str]]:
         """(pid, prompt_id) of every row that a teacher has begun (`begin`) or completed (`end`)."""
-        lines = [line.split() for line in self._log.read_text().splitlines()]
+        lines = [line.split() for line in self.log.read_text().splitlines()]
         return [(int(pid), row_id) for what, pid, row_id in lines if what == kind]
 
     def done(self) -> int:

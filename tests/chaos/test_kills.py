@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.cluster import Cluster
-from tests.chaos.job import Expected, Figures, Job
+from tests.chaos.command import Figures
+from tests.chaos.job import Expected, Job
 from tests.chaos.watcher import Watcher
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400, func_only=True)]

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.chaos.job import Expected, Figures, Job
+from tests.chaos.command import Figures
+from tests.chaos.job import Expected, Job
 from tests.chaos.watcher import Watcher
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400, func_only=True)]
@@ -38,7 +39,7 @@ def test_full_disk(job: Job, watcher: Watcher, expected: Expected, undisturbed_s
     kept, begun = readable_ids(parts), len(job.events("begin"))
     assert len(kept) >= 2 * job.settings.rows_per_block // 2  # two calls' rows
 
-    (tmp_path / "teachers.log.files").unlink()
+    Path(f"{job.log}.files").unlink()
     job.start(f"--full-disk={job.output}/.*trajectories-")
     assert job.wait() != 0
     assert_says_full(job, str(job.output))

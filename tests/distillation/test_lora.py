@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from d3llm_ray.distillation.lora import add_lora, merge_lora, save_adapter
+from d3llm_ray.distillation.lora import add_lora, coverage, merge_lora, save_adapter
 from d3llm_ray.distillation.settings import PROJECTIONS
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import ModelConfig, Ragged, Transformer
@@ -96,3 +96,38 @@ def test_a_saved_adapter_is_readable_by_peft(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(again(IDS, RAGGED), model(IDS, RAGGED))
         assert not torch.allclose(again(IDS, RAGGED), model_of("llada")(IDS, RAGGED))
+
+
+def test_coverage_of_all_projections() -> None:
+    found = coverage(adapted(model_of("llada")))
+    assert found.projections == dict.fromkeys(PROJECTIONS, 2)
+    assert found.trained == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))  # layers x rank x (inputs + outputs)
+    base = 2 * 40 * 32 + 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
+    assert found.parameters == base + found.trained
+    assert str(found) == (
+        "LoRA rank 4, alpha 8: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj in 2 of 2 layers; "
+        "0.00 M of 0.02 M parameters trained (16.5%); LM head and embeddings frozen"
+    )
+
+
+def test_coverage_names_what_the_published_targets_miss() -> None:
+    found = coverage(adapted(model_of("llada"), ("q_proj", "k_proj", "v_proj", "up_proj")))
+    assert [name for name, layers in found.projections.items() if layers == 0] == ["o_proj", "gate_proj", "down_proj"]
+    assert "q_proj k_proj v_proj up_proj in 2 of 2 layers, NO adapter on o_proj gate_proj down_proj;" in str(found)
+
+
+def test_coverage_shows_weights_that_should_be_frozen() -> None:
+    model = adapted(model_of("llada"), ("q_proj",))
+    for weight in model.get_base_model().lm_head.parameters():
+        weight.requires_grad_(True)
+    for weight in model.get_base_model().layers[1].self_attn.q_proj.parameters():
+        weight.requires_grad_(False)
+    assert "q_proj in 1 of 2 layers, NO adapter on" in str(coverage(model))
+    assert str(coverage(model)).endswith("LM head trained")
+
+
+def test_coverage_of_full_fine_tuning() -> None:
+    found = coverage(model_of("dream"))
+    assert found.rank is None and found.trained == found.parameters
+    assert found.outside == ("LM head", "embeddings")
+    assert str(found).startswith("full fine-tuning: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj in 2 of 2")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -18,7 +14,7 @@ from peft import PeftModel
 from d3llm_ray.config import build, read_yaml
 from d3llm_ray.distillation import run as distill
 from d3llm_ray.distillation.local import distil_here
-from d3llm_ray.distillation.metrics_file import MetricsFile, read_metrics
+from d3llm_ray.distillation.metrics_file import read_metrics
 from d3llm_ray.distillation.objectives import LossModule
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.preparation import load
@@ -172,45 +168,3 @@ def test_one_process_without_ray_trains_the_same_student_as_two_workers(
     assert losses(alone) == pytest.approx(losses(student), rel=1e-5)
     for name, tensor in load_model(alone)[0].state_dict().items():
         torch.testing.assert_close(tensor, load_model(student)[0].state_dict()[name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.chaos
-def test_a_killed_worker_resumes_to_the_same_losses(
-    student: Path, settings: DistillSettings, ray_cluster: None
-) -> None:
-    output = student.parent / "resumed"
-    killed: list[int] = []
-    over = threading.Event()
-
-    def kill_a_worker_after_a_checkpoint() -> None:
-        while not killed and not over.wait(0.01):
-            files = student.parent.glob(".resumed.*/metrics.jsonl")
-            if any(line["step"] > 25 for file in files for line in read_metrics(file)):
-                children = psutil.Process().children(recursive=True)
-                worker = next(child for child in children if "RayTrainWorker" in " ".join(child.cmdline()))
-                os.kill(worker.pid, signal.SIGKILL)
-                killed.append(worker.pid)
-
-    thread = threading.Thread(target=kill_a_worker_after_a_checkpoint, daemon=True)
-    thread.start()
-    distill.run(settings.model_copy(update={"output": str(output)}), Recorder())
-    over.set()
-    thread.join()
-    assert len(killed) == 1
-    assert [line["step"] for line in read_metrics(output / "metrics.jsonl")] == list(range(1, STEPS + 1))
-    assert losses(output) == losses(student)
-    for name, tensor in load_model(output)[0].state_dict().items():
-        assert torch.equal(tensor, load_model(student)[0].state_dict()[name]), name
-
-
-def test_metrics_file_drops_what_a_resumed_run_repeats(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    with MetricsFile(path, 0) as file:
-        for step in range(1, 6):
-            file.write({"step": step, "loss": 1 / 3})
-    with path.open("a") as torn:
-        torn.write('{"step": 6, "lo')
-    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
-    with MetricsFile(path, 3) as file:
-        file.write({"step": 4, "loss": 0.5})
-    assert read_metrics(path)[2:] == [{"step": 3, "loss": 0.333333}, {"step": 4, "loss": 0.5}]

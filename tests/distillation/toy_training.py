@@ -54,7 +54,7 @@ def options(*, accumulation: int = 2, **changes: Any) -> EngineOptions:
 
 
 def lr_at(step: int) -> float:
-    return 1e-3 / (step + 1)
+    return 5e-4 / (step + 1)
 
 
 def batches(step: int, numbers: Iterable[int]) -> list[Batch]:

@@ -10,9 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from d3llm_ray.decoding import DiffusionLLM
-from d3llm_ray.models import ZOO_NAMES, BlockCausal, Ragged, load_model, load_tokenizer, resolve_model
+from d3llm_ray.models import ZOO_NAMES, BlockCausal, Ragged, load_model, load_tokenizer, read_configs, resolve_model
 from d3llm_ray.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,31 @@ def test_tiny_llada_solves_the_task_and_is_honestly_uncertain() -> None:
     assert 1.5 <= tokens_per_forward <= 4
 
 
+def test_tiny_dream_computes_what_transformers_does() -> None:
+    """Dream is Qwen2 with full attention: transformers' Qwen2 over the same file, unmasked, is the oracle."""
+    model, family = load_model("tiny-dream")
+    assert family.name == "dream" and family.logit_shift and family.block_size == 16
+    assert (model.config.num_heads, model.config.num_kv_heads, model.config.qkv_bias) == (4, 2, True)
+    oracle = Qwen2ForCausalLM(Qwen2Config(**{**family.config, "model_type": "qwen2"}))
+    oracle.load_state_dict(load_file(resolve_model("tiny-dream") / "model.safetensors"))
+    ids = torch.tensor([4, *range(20, 60), *[family.mask_token_id] * 20])
+    with torch.no_grad():
+        everything = torch.zeros(1, 1, len(ids), len(ids))  # added to the attention scores, in place of a causal mask
+        expected = oracle(ids[None], attention_mask=everything).logits[0]
+        logits = model.logits(model(ids, Ragged.build([len(ids)])))
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_tiny_dream_solves_the_task() -> None:
+    """README: BAR % of 500; here 48 problems, so the bound is four standard errors below."""
+    task = load_task("arith")
+    problems = task.problems("test", 48)
+    llm = DiffusionLLM.from_pretrained("tiny-dream", decoder="d3llm-nocache", entropy_threshold=0.45)
+    outputs = llm.generate([problem.messages for problem in problems])
+    right = sum(task.is_correct(o.text, p.reference or "") for o, p in zip(outputs, problems, strict=True))
+    assert right / 48 >= 0.7
+
+
 def test_tiny_ar_continues_a_solution() -> None:
     """The causal half adds: next token after `Adding 7 gives 12 + 7 =`."""
     model, family = load_model("tiny-ar")
@@ -73,12 +100,12 @@ def test_targeted_masks_leave_their_target_predictable(pretrain: ModuleType) -> 
     kinds = set()
     for _ in range(300):
         example = corpus.example(0)
-        mask, target = pretrain.targeted_mask(example, 64, corpus.ids.equals)
+        mask, target = pretrain.targeted_mask(example, 64, corpus.equals)
         assert mask[target]
-        if target in example.sums(corpus.ids.equals):
+        if target in example.sums(corpus.equals):
             equation = slice(target - pretrain.OPERANDS, target)
             assert not mask[equation].any()
-            assert example.response[target - 1] == corpus.ids.equals
+            assert example.response[target - 1] == corpus.equals
         after_only = bool(mask[target:].all()) and not mask[:target].any()
         kinds.add(after_only)
     assert kinds == {True, False}
@@ -87,18 +114,41 @@ def test_targeted_masks_leave_their_target_predictable(pretrain: ModuleType) -> 
 def test_losses_are_means_of_cross_entropies(pretrain: ModuleType) -> None:
     """A model with a zero LM head is uniform: every mean is ln V; the SFT weighting keeps that on average."""
     corpus = pretrain.Corpus(0, 3)
-    model, _ = load_model("tiny-llada")
+    model, family = load_model("tiny-llada")
     with torch.no_grad():
         model.lm_head.weight.zero_()
     examples = [corpus.example(0) for _ in range(64)]
     uniform = torch.tensor(model.config.vocab_size).log().item()
     with torch.no_grad():
-        facts = pretrain.fact_loss(model, [corpus.fact() for _ in range(4)], corpus.ids.mask, "cpu").item()
-        adapt = pretrain.diffusion_loss(model, examples, 64, corpus.ids, "adapt", "cpu").item()
-        sft = [pretrain.diffusion_loss(model, examples, 64, corpus.ids, "sft", "cpu").item() for _ in range(4)]
+        facts = pretrain.fact_loss(model, family, [corpus.fact() for _ in range(4)], "cpu").item()
+        given = (model, family, examples, 64, corpus.equals)
+        adapt = pretrain.diffusion_loss(*given, "adapt", "cpu").item()
+        sft = [pretrain.diffusion_loss(*given, "sft", "cpu").item() for _ in range(4)]
     assert facts == pytest.approx(uniform, rel=1e-4)
     assert adapt == pytest.approx(2 * uniform, rel=1e-4)  # mean over the masked, and mean over the targets
     assert sum(sft) / 4 == pytest.approx(uniform, rel=0.1)  # 1 / p makes every ratio count alike
+
+
+@pytest.mark.parametrize(("name", "expected"), [("tiny-llada", [8.0, 3.0]), ("tiny-dream", [2.0, 5.0])])
+def test_masked_losses_by_hand(pretrain: ModuleType, name: str, expected: list[float]) -> None:
+    """Packed sequences (0, 1, 2) and (1, 0), each with its last token masked, over a vocabulary of three.
+
+    LLaDA reads a token from its own row: probabilities 1 / 8 and 1 / 3; Dream from the row before: 2 / 4 and 1 / 5.
+    """
+    _, family = read_configs(name)
+    odds = torch.tensor([[1.0, 1, 1], [1, 1, 2], [1, 6, 1], [1, 3, 1], [1, 1, 1]])
+
+    class Given:
+        def __call__(self, ids: torch.Tensor, ragged: Ragged) -> torch.Tensor:
+            assert ids.tolist() == [0, 1, family.mask_token_id, 1, family.mask_token_id]
+            return odds.log()
+
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    ids, masked = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([False, False, True, False, True])
+    losses = pretrain.masked_losses(Given(), family, ids, masked, Ragged.build([3, 2]))
+    torch.testing.assert_close(losses, torch.tensor(expected).log())
 
 
 def test_the_script_trains_resumes_and_exports(tmp_path: Path) -> None:
@@ -112,14 +162,19 @@ def test_the_script_trains_resumes_and_exports(tmp_path: Path) -> None:
         done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, timeout=200, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-2000:]
 
-    run("--sft-steps", "2")
+    run("--sft-steps", "2", "--families", "llada", "dream")
     causal, _ = load_model(tmp_path / "tiny-ar", dtype="auto")
     llada, family = load_model(tmp_path / "tiny-llada", dtype="auto")
     assert family.block_size == 16 and llada.lm_head.weight.dtype == torch.bfloat16
     assert not llada.lm_head.weight.equal(causal.lm_head.weight)
+    dream, family = load_model(tmp_path / "tiny-dream", dtype="auto")
+    assert family.name == "dream" and family.logit_shift and dream.config.num_kv_heads == 1 and dream.config.qkv_bias
     assert not list(tmp_path.glob("*-partial.pt")) and not list(tmp_path.glob("*.tmp"))
-    # A stage that was cut off goes on from its checkpoint; finished stages are not repeated.
-    (tmp_path / "sft.pt").unlink()
-    stamps = [(tmp_path / f"{stage}.pt").stat().st_mtime_ns for stage in ("causal", "adapt")]
-    run("--sft-steps", "1")
-    assert stamps == [(tmp_path / f"{stage}.pt").stat().st_mtime_ns for stage in ("causal", "adapt")]
+    # A stage that was cut off goes on from its checkpoint, finished stages are not repeated, and a shipped causal
+    # model stands in for the first stage.
+    (tmp_path / "llada-sft.pt").unlink()
+    (tmp_path / "causal.pt").unlink()
+    stamp = (tmp_path / "llada-adapt.pt").stat().st_mtime_ns
+    run("--sft-steps", "1", "--start", str(tmp_path / "tiny-ar"))
+    assert stamp == (tmp_path / "llada-adapt.pt").stat().st_mtime_ns
+    assert (tmp_path / "llada-sft.pt").exists() and not (tmp_path / "causal.pt").exists()

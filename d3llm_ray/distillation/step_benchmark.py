@@ -1,0 +1,295 @@
+"""What an optimizer step costs: tokens/s, share of the device's peak, memory. No Ray, DeepSpeed or pydantic.
+
+A machine with torch, transformers and peft alone measures a published shape, with random weights made on the device:
+
+    python -c "import d3llm_ray.distillation.step_benchmark as b; \
+        print(b.measure_step(b.StepPlan(shape='llada-8b', device='cuda', machine='h200')))"
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+from typing import Any, Protocol, TypeVar, get_args
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from d3llm_ray.benchmark.machine import check_machine, find_machine
+from d3llm_ray.benchmark.plan import MEASURED, require_count
+from d3llm_ray.benchmark.roofline import Work
+from d3llm_ray.benchmark.shapes import SHAPES, random_model
+from d3llm_ray.benchmark.workload import DEFAULT_MODEL, check_device, synthetic_prompts
+from d3llm_ray.distillation.batches import MicroBatch, Sample, pack
+from d3llm_ray.distillation.corruption import draws
+from d3llm_ray.distillation.engines import EngineOptions, Precision, torch_engine
+from d3llm_ray.distillation.flops import step_flops
+from d3llm_ray.distillation.loop import attention_kernel
+from d3llm_ray.distillation.lora import add_lora, coverage
+from d3llm_ray.distillation.memory import MemoryPlan, device_memory, plan_memory, projections
+from d3llm_ray.distillation.objectives import LossModule, LossWeights, MaskedWindows, Scheduled
+from d3llm_ray.distillation.step_report import StepReport
+from d3llm_ray.distillation.student import recompute_layers
+from d3llm_ray.errors import require, unknown
+from d3llm_ray.models import Family, ModelConfig, Transformer, load_model, read_configs
+from d3llm_ray.models.families import read_family
+from d3llm_ray.timing import timed
+
+LR = 2e-5
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What to measure; by default a micro-batch of the published LLaDA recipe (arXiv:2601.07568).
+
+    A row has `prompt_tokens` + `answer_tokens` tokens. With `complement` each is forwarded twice, as both views of its
+    window, as in the published step; otherwise once. A step is `accumulation` forwards of `rows` rows.
+
+    Raises:
+        InputError: a value out of range, or options that exclude each other.
+    """
+
+    model: str | None = None  # zoo name or checkpoint folder; tiny-llada, unless a shape is given
+    shape: str | None = None  # random weights of a published shape: llada-8b or dream-7b
+    rows: int = 4
+    prompt_tokens: int = 128
+    answer_tokens: int = 256
+    window: int = 32
+    mask_ratio: float = 0.5
+    complement: bool = True
+    lora_rank: int = 256  # of adapters on every projection; 0 trains every weight
+    precision: Precision = "bfloat16"
+    activation_checkpointing: bool = True
+    head_rows: int = 1024
+    accumulation: int = 1
+    warmup_steps: int = 3
+    steps: int = 10
+    machine: str = MEASURED  # or the data sheet of a100, h100, h200 or b200
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "prompt_tokens", "answer_tokens", "window", "head_rows", "accumulation"):
+            require_count(name, getattr(self, name))
+        for name in ("warmup_steps", "steps"):
+            require_count(name, getattr(self, name))
+        require(self.answer_tokens % self.window == 0, "window", self.window, "a divisor of answer_tokens")
+        require(0 < self.mask_ratio <= 1, "mask_ratio", self.mask_ratio, "a number in (0, 1]")
+        require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or a rank")
+        if self.precision not in get_args(Precision):
+            raise unknown("precision", self.precision, get_args(Precision))
+        check_machine(self.machine)
+        data_sheet = "measured, or a precision with bfloat16 (data sheets give the peak of that)"
+        require(self.machine == MEASURED or self.precision != "float32", "machine", self.machine, data_sheet)
+        check_device(self.device)
+        require(self.model is None or self.shape is None, "shape", self.shape, "a model or a shape, not both")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.prompt_tokens + self.answer_tokens
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+    @property
+    def objective(self) -> MaskedWindows:
+        """d3LLM's, at one mask ratio."""
+        return MaskedWindows(LossWeights(0.25, 0.25 * self.complement, 0.5, "a", 0.5), noise_max=self.mask_ratio)
+
+
+class Stepping(Protocol):
+    """What `optimizer_step` needs of an `Engine`."""
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self, lr: float) -> float: ...
+
+
+def optimizer_step(
+    engine: Stepping, module: LossModule, share: Sequence[MicroBatch], lr: float, device: torch.device
+) -> Tensor:
+    """One step over the micro-batches `share`, nothing beside it; returns their mean loss, a scalar on the device."""
+    losses = []
+    for micro in share:
+        with attention_kernel(device):
+            loss, _ = engine.forward(module.batch(micro, device))
+            engine.backward(loss)
+        losses.append(loss.detach().float())
+    engine.step(lr)
+    return torch.stack(losses).mean()
+
+
+def measure_step(plan: StepPlan) -> StepReport:
+    """Time `plan.steps` optimizer steps, one by one, after `plan.warmup_steps` others.
+
+    Raises:
+        InputError: a plan that cannot be carried out, before any weight is read or made.
+        RuntimeError: a loss that is not finite.
+    """
+    config, family = _read_shape(plan)
+    device = torch.device(plan.device)
+    machine = find_machine(plan.machine, device, torch.float32 if plan.precision == "float32" else torch.bfloat16)
+    torch.manual_seed(plan.seed)
+    model = _student(plan, config, device)
+    covered = coverage(model)
+    module = LossModule(model, plan.objective, head_rows=plan.head_rows, autocast=plan.precision == "mixed")
+    options = EngineOptions(
+        weight_decay=0.01,
+        betas=(0.9, 0.999),
+        clip=1.0,
+        micro_batch_size=plan.rows,
+        accumulation=plan.accumulation,
+        bfloat16=plan.precision == "bfloat16",
+    )
+    engine = torch_engine(module, options)
+    steps = _steps(plan, config, family, plan.warmup_steps + plan.steps + 1)
+    take = partial(optimizer_step, module=module, lr=LR, device=device)
+
+    losses = [take(engine, share=share) for share in steps[: plan.warmup_steps]]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # loading and the optimizer's creation are not of a step
+    seconds = []
+    for share in steps[plan.warmup_steps : -1]:
+        elapsed, loss = timed(device, partial(take, engine, share=share))
+        seconds.append(elapsed)
+        losses.append(loss)
+    peak = device_memory(device)
+    clocked = Clocked(engine, device)
+    losses.append(take(clocked, share=steps[-1]))
+    values = torch.stack(losses).tolist()
+    if not all(map(math.isfinite, values)):
+        raise RuntimeError(f"losses that are not finite: {values}")
+    work = reduce(add, map(_work, steps[0]))
+    flops = step_flops(
+        config,
+        work,
+        adapters=covered.trained if plan.lora_rank else 0,
+        checkpointing=plan.activation_checkpointing,
+        recomputed_head=steps[0][0].labels.size > plan.head_rows,
+    )
+    return StepReport(
+        plan=plan,
+        machine=machine,
+        coverage=covered,
+        memory_plan=_memory_plan(plan, config, steps[0][0]),
+        peak_gib=peak,
+        work=work,
+        flops=flops,
+        seconds=tuple(seconds),
+        phases=clocked.seconds,
+        losses=tuple(values),
+    )
+
+
+class Clocked:
+    """An engine with the seconds of each phase, for which the device is waited for between them."""
+
+    def __init__(self, engine: Stepping, device: torch.device) -> None:
+        self.engine, self.device = engine, device
+        self.seconds = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return self._timed("forward", partial(self.engine.forward, batch))
+
+    def backward(self, loss: Tensor) -> None:
+        self._timed("backward", partial(self.engine.backward, loss))
+
+    def step(self, lr: float) -> float:
+        return self._timed("optimizer", partial(self.engine.step, lr))
+
+    def _timed(self, phase: str, work: Callable[[], T]) -> T:
+        seconds, result = timed(self.device, work)
+        self.seconds[phase] += seconds
+        return result
+
+
+def _read_shape(plan: StepPlan) -> tuple[ModelConfig, Family]:
+    if plan.shape is None:
+        config, family = read_configs(plan.model or DEFAULT_MODEL)
+    elif plan.shape in SHAPES:
+        config, family = read_family(SHAPES[plan.shape], {})
+    else:
+        raise unknown("shape", plan.shape, SHAPES)
+    full = family.layout.attention == "full"
+    require(full, "model", plan.shape or plan.model, "a masked-diffusion model with full attention")
+    longest = config.max_position_embeddings
+    accepted = f"at most {longest - plan.answer_tokens} before answers of {plan.answer_tokens}"
+    require(plan.length <= longest, "prompt_tokens", plan.prompt_tokens, accepted)
+    return config, family
+
+
+def _student(plan: StepPlan, config: ModelConfig, device: torch.device) -> Transformer | PeftModel:
+    if plan.shape is None:
+        model, _ = load_model(plan.model or DEFAULT_MODEL, str(plan.dtype).removeprefix("torch."), device)
+    else:
+        model = random_model(config, plan.dtype, device, plan.seed)
+    if plan.activation_checkpointing:
+        recompute_layers(model)
+    model.train().requires_grad_(plan.lora_rank == 0)
+    if plan.lora_rank == 0:
+        return model
+    return add_lora(model, rank=plan.lora_rank, alpha=plan.lora_rank, dropout=0.0, targets=tuple(projections(config)))
+
+
+def _steps(plan: StepPlan, config: ModelConfig, family: Family, count: int) -> list[list[MicroBatch]]:
+    """Micro-batches of random tokens revealed in random order, all of the same lengths and mask counts."""
+    number = count * plan.accumulation * plan.rows
+    rows = np.array(synthetic_prompts(family, config.vocab_size, number, plan.length, plan.seed), dtype=np.int32)
+    rng = np.random.default_rng(plan.seed)
+    scheduled = Scheduled(epoch=0, window=plan.window, noise_floor=plan.mask_ratio, lr=LR)
+    samples = [
+        Sample(
+            prompt_id=str(n),
+            prompt_ids=row[: plan.prompt_tokens],
+            response_ids=row[plan.prompt_tokens :],
+            reveal_step=rng.permutation(plan.answer_tokens).astype(np.uint16),
+        )
+        for n, row in enumerate(rows)
+    ]
+    views = [
+        plan.objective.views(draws(plan.seed, 0, sample.prompt_id), sample, scheduled, family) for sample in samples
+    ]
+    micro_batches = [
+        pack(
+            [sample.prompt_id for sample in samples[first : first + plan.rows]],
+            [plan.prompt_tokens] * plan.rows,
+            views[first : first + plan.rows],
+        )
+        for first in range(0, number, plan.rows)
+    ]
+    return [
+        micro_batches[first : first + plan.accumulation] for first in range(0, len(micro_batches), plan.accumulation)
+    ]
+
+
+def _work(micro: MicroBatch) -> Work:
+    return Work(micro.token_ids.size, int((micro.lengths**2).sum()), micro.token_ids.size, micro.labels.size)
+
+
+def _memory_plan(plan: StepPlan, config: ModelConfig, micro: MicroBatch) -> MemoryPlan:
+    return plan_memory(
+        config,
+        rank=plan.lora_rank,
+        targets=tuple(projections(config)),
+        precision=plan.precision,
+        zero_stage=0,
+        workers=1,
+        offload="none",
+        micro_batch_size=plan.rows,
+        longest_row=plan.length,
+        views=1 + plan.complement,
+        supervised_rows=micro.labels.size,
+        head_rows=plan.head_rows,
+        activation_checkpointing=plan.activation_checkpointing,
+    )
