@@ -31,8 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast
 
 from d3llm_ray.models import BlockCausal, Family, ModelConfig, Ragged, Transformer, load_model, save_model
+from d3llm_ray.models.convert import group_queries
 from d3llm_ray.models.families import read_family
-from d3llm_ray.models.gqa import group_queries
 from d3llm_ray.tasks.arith import STEPS, ArithProblem, problems, vocabulary_texts
 from d3llm_ray.tasks.tokenizer import build_tokenizer
 
@@ -132,7 +132,8 @@ def causal_loss(model: Transformer, rows: list[list[int]], first: list[int], dev
 
 def masked_losses(model: Transformer, family: Family, ids: Tensor, masked: Tensor, ragged: Ragged) -> Tensor:
     """Cross-entropy of every masked token, [number of masked tokens]; no row may be masked at its start."""
-    hidden = model(torch.where(masked, torch.full_like(ids, family.mask_token_id), ids), ragged)
+    assert family.mask_token_id is not None
+    hidden = model(ids.masked_fill(masked, family.mask_token_id), ragged)
     rows = masked.nonzero()[:, 0] - int(family.logit_shift)
     return F.cross_entropy(model.logits(hidden[rows]).float(), ids[masked], reduction="none")
 

@@ -84,7 +84,7 @@ class DistillSettings(Settings):
         "mixed", description="float32; mixed: bfloat16 compute over float32 weights; bfloat16: bfloat16 weights as well"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="DeepSpeed ZeRO: split nothing, optimizer (1), gradients (2), weights (3) over the workers"
+        0, description="DeepSpeed ZeRO: split nothing, optimizer (1), gradients (2), weights (3) over the workers"
     )
     offload: Offload = Field(
         "none", description="to CPU memory: the optimizer's state (stage 1 to 3), or all, weights as well (stage 3)"

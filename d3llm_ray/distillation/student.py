@@ -24,7 +24,7 @@ from d3llm_ray.models import (
     read_configs,
     save_model,
 )
-from d3llm_ray.models.convert import block_diffusion_family, with_qkv_bias
+from d3llm_ray.models.convert import block_diffusion_family, group_queries
 from d3llm_ray.models.families import FAST_DLLM_V2_MASK
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def build_student(settings: DistillSettings, device: torch.device) -> tuple[Loss
     """Load the teacher's weights, adapt them to the objective, and put adapters and the loss on them."""
     shape, family = student_family(settings)
     model, _ = load_model(settings.teacher, "bfloat16" if settings.precision == "bfloat16" else "float32", device)
-    model = with_qkv_bias(model, shape)
+    model = group_queries(model, shape)
     if settings.activation_checkpointing:
         recompute_layers(model)
     model.train()

@@ -1,9 +1,11 @@
-"""Making a block-diffusion model out of a causal one, without touching what its weights compute."""
+"""Making diffusion models out of causal ones: other conventions, grouped heads, biases."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d3llm_ray.errors import require
 from d3llm_ray.models.config import ModelConfig
@@ -15,7 +17,7 @@ def block_diffusion_family(family: Family, mask_token_id: int, block_size: int) 
     """The conventions of a causal (Qwen2 or Llama layout) checkpoint trained on as Fast-dLLM v2.
 
     arXiv:2509.26328: same names and shapes, `bd_size` and a mask token; Qwen2 has biases on its query, key and value
-    projections, a Llama gets them as zeros. Raises `InputError` for a family that is not causal.
+    projections, a Llama gets them (see `group_queries`). Raises `InputError` for a family that is not causal.
     """
     require(family.layout.attention == "causal", "teacher", family.name, "a causal model (Qwen2 or Llama layout)")
     config: JsonDict = {
@@ -29,19 +31,43 @@ def block_diffusion_family(family: Family, mask_token_id: int, block_size: int) 
     return read_family(config, generation)
 
 
-def with_qkv_bias(model: Transformer, shape: ModelConfig) -> Transformer:
-    """`model` with the zero biases that `shape` asks for and it lacks; its weights are shared, not copied."""
-    if model.config == shape:
+def group_queries(model: Transformer, shape: ModelConfig) -> Transformer:
+    """`model` with the key-value heads of `shape`, and zero biases where only `shape` has any.
+
+    Heads of a group become their mean (Ainslie et al., arXiv:2305.13245). Weights that stay are shared, not copied.
+    Raises `InputError` when the two differ in anything else, or the heads do not fall into groups.
+    """
+    have = model.config
+    accepted = dataclasses.replace(have, num_kv_heads=shape.num_kv_heads, qkv_bias=shape.qkv_bias)
+    require(shape == accepted, "shape", shape, f"{have} but for num_kv_heads and qkv_bias")
+    require(
+        have.num_kv_heads % shape.num_kv_heads == 0,
+        "num_kv_heads",
+        shape.num_kv_heads,
+        f"a divisor of {have.num_kv_heads}",
+    )
+    require(shape.qkv_bias or not have.qkv_bias, "qkv_bias", shape.qkv_bias, "true, as the model has biases")
+    if shape == have:
         return model
-    with torch.device("meta"):
-        wider = Transformer(shape)
-    wider.load_state_dict(model.state_dict(), strict=False, assign=True)
-    if shape.tie_word_embeddings:
-        wider.lm_head.weight = wider.embed_tokens.weight
+    weights = dict(model.named_parameters())
     like = model.embed_tokens.weight
-    for name, parameter in list(wider.named_parameters()):
-        if parameter.is_meta:
-            module, _, leaf = name.rpartition(".")
-            zeros = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
-            setattr(wider.get_submodule(module), leaf, nn.Parameter(zeros))
-    return wider.train(model.training)
+    with torch.device("meta"):
+        grouped = Transformer(shape)
+    for name, parameter in list(grouped.named_parameters()):
+        if name not in weights:
+            tensor = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
+        elif parameter.shape != weights[name].shape:
+            tensor = mean_pool_heads(weights[name].detach(), shape.num_kv_heads, shape.head_dim)
+        else:
+            tensor = weights[name].detach()
+        module, _, leaf = name.rpartition(".")
+        setattr(grouped.get_submodule(module), leaf, nn.Parameter(tensor))
+    if shape.tie_word_embeddings:
+        grouped.lm_head.weight = grouped.embed_tokens.weight
+    return grouped.train(model.training)
+
+
+def mean_pool_heads(tensor: Tensor, groups: int, head_dim: int) -> Tensor:
+    """Means of neighbouring heads: [heads * head_dim, ...] -> [groups * head_dim, ...]."""
+    heads = tensor.view(groups, -1, head_dim, *tensor.shape[1:])
+    return heads.mean(1).flatten(0, 1)

@@ -14,7 +14,7 @@ from d3llm_ray.distillation.corruption import draws
 from d3llm_ray.distillation.objectives import BlockDiffusion, LossModule, Scheduled
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import BlockCausal, Ragged
-from d3llm_ray.models.convert import block_diffusion_family, with_qkv_bias
+from d3llm_ray.models.convert import block_diffusion_family, group_queries
 from tests.distillation.toys import CANVAS, family_of, toy
 
 BLOCK = 4
@@ -77,7 +77,7 @@ def test_a_causal_model_becomes_one_without_a_change_to_its_weights(kind: str) -
     shape, converted = block_diffusion_family(family, mask_token_id=4, block_size=8)
     assert (converted.name, converted.mask_token_id, converted.block_size) == ("fast_dllm_v2", 4, 8)
     assert shape.qkv_bias and converted.logit_shift
-    wider = with_qkv_bias(model, shape)
+    wider = group_queries(model, shape)
     ids = torch.tensor([1, 2, 3, 1, 2])
     for pattern in (None, BlockCausal(1), BlockCausal(2)):
         layout = Ragged.build([5], pattern=pattern)

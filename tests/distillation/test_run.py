@@ -70,6 +70,7 @@ def settings_of(teacher: Path, rows: Path, output: Path, **values: Any) -> Disti
         "lora_rank": 8,
         "lora_alpha": 16,
         "precision": "float32",
+        "zero_stage": 2,
         "checkpoint_every": 20,
         "save_adapter": True,
     }
