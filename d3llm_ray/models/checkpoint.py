@@ -22,7 +22,10 @@ from d3llm_ray.models.families import Family, read_family
 from d3llm_ray.models.transformer import Transformer
 
 ZOO = Path(__file__).parent / "zoo"
-ZOO_NAMES = ("tiny-llada", "tiny-ar", "tiny-dream")
+ZOO_NAMES = (
+    *("tiny-llada", "tiny-dream", "tiny-ar"),
+    *("tiny-llada-d3llm", "tiny-llada-dparallel", "tiny-llada-d2f", "tiny-fast-dllm-v2"),  # distilled from these
+)
 DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
     "float32": torch.float32,

@@ -38,8 +38,8 @@ class Distillation(Command):
     def start_and_hold(self, what: str, number: int, *options: str) -> None:
         """Start a driver, and return when its workers stand still at that event."""
         self._gate.write_text(f"{what} {number}")
-        self.start(*options)
         began = len(self.events())
+        self.start(*options)
         wanted = {(what, number, rank) for rank in range(self.settings.workers)}
         self.wait_for(lambda: wanted <= {(event.what, event.number, event.rank) for event in self.events()[began:]})
 

@@ -93,7 +93,7 @@ def kill_controllers_node(cluster: Cluster, job: Distillation) -> None:
     """And the driver with it: Ray Train keeps its controller on the driver's node."""
     victim = cluster.workers[0]
     job.start_and_hold("step", KILLED_AT, f"--node={victim.folder}")
-    assert any("TrainController" in psutil.Process(pid).cmdline()[0] for pid in victim.pids())
+    assert any("TrainController" in " ".join(psutil.Process(pid).cmdline()) for pid in victim.pids())
     victim.kill()
     job.kill_driver()
     wait_until(lambda: not job.workers())  # Ray ends those on other nodes

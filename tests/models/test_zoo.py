@@ -15,6 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.models import ZOO_NAMES, BlockCausal, Ragged, load_model, load_tokenizer, read_configs, resolve_model
+from d3llm_ray.models.checkpoint import ZOO
 from d3llm_ray.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,30 @@ def test_tiny_llada_solves_the_task_and_is_honestly_uncertain() -> None:
     fast = DiffusionLLM.from_pretrained("tiny-llada", decoder="d3llm-nocache", entropy_threshold=0.45).generate(prompts)
     tokens_per_forward = sum(len(o.token_ids) for o in fast) / sum(o.forwards for o in fast)
     assert 1.5 <= tokens_per_forward <= 4
+
+
+def test_all_embedded_models_together_fit_a_repository() -> None:
+    assert {path.name for path in ZOO.iterdir()} == set(ZOO_NAMES)
+    assert sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file()) < 40_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder", "accuracy", "tpf"),
+    [
+        # docs/distillation.md has 500 problems; here 48, so the bounds are three standard errors below
+        ("tiny-llada-d3llm", "d3llm-nocache", 0.80, 2.5),
+        ("tiny-llada-dparallel", "dparallel", 0.79, 1.9),
+        ("tiny-llada-d2f", "d2f", 0.86, 1.8),
+        ("tiny-fast-dllm-v2", "fast-dllm-v2", 0.34, 1.5),
+    ],
+)
+def test_distilled_models_do_what_they_were_distilled_for(name: str, decoder: str, accuracy: float, tpf: float) -> None:
+    task = load_task("arith")
+    problems = task.problems("test", 48)
+    outputs = DiffusionLLM.from_pretrained(name, decoder=decoder).generate([one.messages for one in problems])
+    right = sum(task.is_correct(o.text, p.reference or "") for o, p in zip(outputs, problems, strict=True))
+    assert right / 48 >= accuracy
+    assert sum(len(o.token_ids) for o in outputs) / sum(o.forwards for o in outputs) >= tpf
 
 
 def test_tiny_dream_computes_what_transformers_does() -> None:
