@@ -16,7 +16,7 @@ from typing import Any, Self
 from d3llm_ray.config import Settings, to_yaml
 from tests.chaos.cluster import Cluster
 
-PATIENCE_S = 300.0  # with a busy machine
+PATIENCE_S = 600.0  # with a busy machine
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tests.chaos.command import Figures, wait_until
 from tests.chaos.distillation import Distillation, figures
 from tests.distillation.rows import write_rows
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600, func_only=True)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(700, func_only=True)]
 STEPS, EVERY, KILLED_AT = 100, 20, 37
 BASE = {
     "epochs": 100,
