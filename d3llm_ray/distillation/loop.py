@@ -146,6 +146,12 @@ def mean_over_workers(figures: Tensor, workers: int) -> list[float]:
     return [float(value) for value in (figures / workers).tolist()]
 
 
+def barrier(engine: Engine) -> None:
+    """Wait for the other workers, if there are any."""
+    if engine.world_size > 1:
+        dist.barrier()
+
+
 def attention_kernel(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Plain attention on a CPU: the fused kernel's backward pass in bfloat16 is three times slower there."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()

@@ -52,10 +52,16 @@ class Coverage:
         return f"{kind}: {', '.join(places)}; {share} ({self.trained / self.parameters:.1%}); {outside}"
 
 
+def transformer_of(model: nn.Module) -> Transformer:
+    """The transformer itself, adapters left in place: what the engine decodes with while training goes on."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, Transformer)
+    return base
+
+
 def coverage(model: Transformer | PeftModel) -> Coverage:
     """Read from the modules themselves what will be trained; call it before DeepSpeed splits their weights."""
-    transformer = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(transformer, Transformer)
+    transformer = transformer_of(model)
     adapters = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
     assert adapters is None or isinstance(adapters, LoraConfig)
     projections: Counter[str] = Counter()

@@ -26,6 +26,7 @@ from d3llm_ray.distillation.trackers import TENSORBOARD
 from d3llm_ray.distillation.training import CHECKPOINTS, STUDENT, Job
 from d3llm_ray.distillation.validation import BEST
 from d3llm_ray.errors import InputError
+from d3llm_ray.evaluation.checkpoints import fingerprint
 from d3llm_ray.models import Family, ModelConfig, Transformer, resolve_model
 from d3llm_ray.progress import Progress, polled
 from d3llm_ray.tasks import load_task
@@ -63,7 +64,7 @@ def prepare(settings: DistillSettings, progress: Progress) -> Job:
         read_decoder(settings.val_decoder).check(family)
     progress.note(describe(settings, shape, samples))
     output = Path(settings.output)
-    work = output.with_name(f".{output.name}.{fingerprint(settings, plan)}.partial")
+    work = output.with_name(f".{output.name}.{run_fingerprint(settings, plan)}.partial")
     work.mkdir(parents=True, exist_ok=True)
     newest, warnings = checkpoints.newest(work / CHECKPOINTS)
     for warning in warnings:
@@ -94,11 +95,10 @@ def describe(settings: DistillSettings, shape: ModelConfig, samples: TrajectoryS
     return f"{coverage(model)}\n{plan}"
 
 
-def fingerprint(settings: DistillSettings, plan: Plan) -> str:
+def run_fingerprint(settings: DistillSettings, plan: Plan) -> str:
     """Name of what a run computes: its settings, the teacher's files and the rows' ids."""
     teacher = resolve_model(settings.teacher)
-    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in teacher.iterdir())
-    known = json.dumps([_what(settings), str(teacher), files, plan.samples.prompt_ids.tolist()])
+    known = json.dumps([_what(settings), str(teacher), fingerprint(teacher), plan.samples.prompt_ids.tolist()])
     return hashlib.sha256(known.encode()).hexdigest()[:12]
 
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 
-from d3llm_ray.distillation.lora import add_lora, save_adapter
+from d3llm_ray.distillation.lora import add_lora, save_adapter, transformer_of
 from d3llm_ray.distillation.objectives import LossModule
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import (
@@ -94,13 +94,6 @@ def with_adapters(model: Transformer, settings: DistillSettings) -> Transformer 
         dropout=settings.lora_dropout,
         targets=settings.lora_targets,
     )
-
-
-def transformer_of(model: torch.nn.Module) -> Transformer:
-    """The transformer itself, adapters left in place: what the engine decodes with while training goes on."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, Transformer)
-    return base
 
 
 def write_student(model: torch.nn.Module, family: Family, settings: DistillSettings, directory: Path) -> None:

@@ -16,7 +16,7 @@ from d3llm_ray.distillation import checkpoints
 from d3llm_ray.distillation.batches import MicroBatch
 from d3llm_ray.distillation.data import TrajectorySet
 from d3llm_ray.distillation.engines import Engine, EngineOptions
-from d3llm_ray.distillation.loop import Hooks, train
+from d3llm_ray.distillation.loop import Hooks, barrier, train
 from d3llm_ray.distillation.objectives import LossModule
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.settings import DistillSettings
@@ -80,10 +80,15 @@ def run_worker(
 
 
 def _resume(engine: Engine, folder: Path) -> int:
-    newest, warnings = checkpoints.newest(folder)
-    if engine.rank == 0:
+    newest = None
+    if engine.rank == 0:  # alone: it reads every file of the checkpoint
+        newest, warnings = checkpoints.newest(folder)
         for warning in warnings:
             logger.warning(warning)
+    if engine.world_size > 1:
+        found = [newest]
+        dist.broadcast_object_list(found)
+        (newest,) = found
     if newest is None:
         return 0
     step, _ = checkpoints.read(engine, newest)
@@ -108,8 +113,3 @@ def save(engine: Engine, folder: Path, step: int, keep: int) -> None:
         older = (path for path in named if checkpoints.step_of(path) <= step)
         for old in sorted(older, key=checkpoints.step_of)[:-keep]:
             shutil.rmtree(old)
-
-
-def barrier(engine: Engine) -> None:
-    if engine.world_size > 1:
-        dist.barrier()

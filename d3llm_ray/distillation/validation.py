@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from d3llm_ray.decoder_settings import read_decoder
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.decoding.engine import Engine as DecodingEngine
 from d3llm_ray.distillation.batches import MicroBatch
 from d3llm_ray.distillation.engines import Engine
-from d3llm_ray.distillation.loop import Line, attention_kernel
+from d3llm_ray.distillation.loop import Line, attention_kernel, barrier
+from d3llm_ray.distillation.lora import transformer_of
 from d3llm_ray.distillation.objectives import LossModule
 from d3llm_ray.distillation.settings import DistillSettings, SelectBy
-from d3llm_ray.distillation.student import transformer_of
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.models import Family, load_tokenizer
 from d3llm_ray.progress import Progress
-from d3llm_ray.tasks import load_task
+from d3llm_ray.tasks import Problem, load_task
 
 BEST, SCORE_FILE = "best", "validation.json"
 
@@ -59,8 +61,7 @@ class Validator:
                     self._keep_if_best(step, line)
         finally:
             self.module.train()
-        if self.engine.world_size > 1:
-            dist.barrier()
+        barrier(self.engine)
         return line
 
     def _loss(self) -> Line:
@@ -79,15 +80,24 @@ class Validator:
         assert self._task is not None
         settings = self.settings
         model = transformer_of(self.module.model)
-        tokenizer = load_tokenizer(settings.teacher, self.family)
-        vocabulary = len(tokenizer) if tokenizer is not None else None
+        vocabulary = len(self._tokenizer) if self._tokenizer is not None else None
         engine = DecodingEngine(
             model, self.family, read_decoder(settings.val_decoder), vocabulary_size=vocabulary, cuda_graphs=False
         )
-        llm = DiffusionLLM(model, self.family, tokenizer, engine)
-        problems = self._task.problems("validation", settings.val_problems)
-        row = evaluate(llm, self._task, problems, settings.val_max_tokens, progress=Progress(quiet=True), warmup=0)
+        llm = DiffusionLLM(model, self.family, self._tokenizer, engine)
+        row = evaluate(
+            llm, self._task, self._problems, settings.val_max_tokens, progress=Progress(quiet=True), warmup=0
+        )
         return {"val_accuracy": row.accuracy, "val_tpf": row.tpf}
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return load_tokenizer(self.settings.teacher, self.family)
+
+    @cached_property
+    def _problems(self) -> Sequence[Problem]:
+        assert self._task is not None
+        return self._task.problems("validation", self.settings.val_problems)
 
     def _keep_if_best(self, step: int, line: Line) -> None:
         reached = score(line, self.settings.select_by)

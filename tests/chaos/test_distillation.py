@@ -21,25 +21,11 @@ from d3llm_ray.models import read_configs
 from tests.chaos.cluster import Cluster
 from tests.chaos.command import Figures, wait_until
 from tests.chaos.distillation import Distillation, figures
-from tests.distillation.rows import write_rows
+from tests.distillation.rows import SMALL_RUN, write_rows
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(700, func_only=True)]
-STEPS, EVERY, KILLED_AT = 100, 20, 37
-BASE = {
-    "epochs": 100,
-    "max_steps": STEPS,
-    "window_sizes": [8, 16],
-    "batch_size": 8,
-    "micro_batch_size": 4,
-    "lr": 1e-2,
-    "lora_rank": 8,
-    "lora_alpha": 16,
-    "precision": "float32",
-    "workers": 2,
-    "zero_stage": 2,
-    "checkpoint_every": EVERY,
-    "resource_timeout_s": 60.0,
-}
+STEPS, KILLED_AT = 100, 37
+BASE = {**SMALL_RUN, "max_steps": STEPS, "workers": 2, "resource_timeout_s": 60.0}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,20 @@ import pyarrow.parquet as pq
 
 from d3llm_ray.trajectories.schema import SCHEMA
 
+# A run of two workers on such rows that learns the rule within a minute.
+SMALL_RUN = {
+    "epochs": 100,
+    "window_sizes": [8, 16],
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "lr": 1e-2,
+    "lora_rank": 8,
+    "lora_alpha": 16,
+    "precision": "float32",
+    "zero_stage": 2,
+    "checkpoint_every": 20,
+}
+
 
 def write_rows(
     folder: Path, *, rows: int, canvas: int, vocab_size: int, mask_token_id: int, repeat_first: bool = False

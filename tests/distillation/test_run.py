@@ -23,6 +23,7 @@ from d3llm_ray.distillation.student import student_family
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import load_model, read_configs
 from d3llm_ray.progress import Progress
+from tests.distillation.rows import SMALL_RUN
 
 STEPS = 60
 
@@ -61,17 +62,8 @@ def settings_of(teacher: Path, rows: Path, output: Path, **values: Any) -> Disti
         "teacher": str(teacher),
         "trajectories": str(rows),
         "output": str(output),
-        "epochs": 100,
+        **SMALL_RUN,
         "max_steps": STEPS,
-        "window_sizes": [8, 16],
-        "batch_size": 8,
-        "micro_batch_size": 4,
-        "lr": 1e-2,
-        "lora_rank": 8,
-        "lora_alpha": 16,
-        "precision": "float32",
-        "zero_stage": 2,
-        "checkpoint_every": 20,
         "save_adapter": True,
     }
     return build(DistillSettings, defaults | values)
