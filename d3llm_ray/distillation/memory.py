@@ -173,8 +173,8 @@ def plan_of(settings: DistillSettings, config: ModelConfig, longest: int) -> Mem
     if settings.objective == "windows":
         views, supervised = 1 + (settings.complement_weight > 0), max(settings.window_sizes)
     else:
-        # A view of block diffusion holds its sample twice, clean and noisy.
-        views, supervised = (4 if settings.objective == "block-diffusion" else 1), longest
+        # A row of block diffusion holds its sample three times, clean and under both masks.
+        views, supervised = (3 if settings.objective == "block-diffusion" else 1), longest
     return plan_memory(
         config,
         rank=settings.lora_rank,

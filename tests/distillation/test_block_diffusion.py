@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from d3llm_ray.distillation.batches import pack
+from d3llm_ray.distillation.batches import Sample, pack
 from d3llm_ray.distillation.corruption import draws
 from d3llm_ray.distillation.objectives import BlockDiffusion, LossModule, Scheduled
 from d3llm_ray.errors import InputError
@@ -31,13 +29,16 @@ def test_loss_equals_the_literal_one(head_rows: int) -> None:
     loss, _ = module(module.batch(micro, torch.device("cpu")))
 
     terms = []
-    for sample, pair in zip(samples, views, strict=True):
+    for sample, (view,) in zip(samples, views, strict=True):
         prompt, length = sample.prompt_ids.size, sample.prompt_ids.size + CANVAS
         clean = [*sample.prompt_ids.tolist(), *sample.response_ids.tolist()]
+        begin, last = (prompt - 1) // BLOCK * BLOCK, (length - 1) // BLOCK * BLOCK
+        parts = np.split(view.token_ids, (last, last + length - begin))
+        assert parts[0].tolist() == clean[:last]
         hidden_places = []
-        for view in pair:
-            noisy = view.token_ids[length:].tolist()
-            assert view.token_ids[:length].tolist() == clean and noisy[:prompt] == clean[:prompt]
+        for part in parts[1:]:
+            noisy = clean[:begin] + part.tolist()
+            assert len(noisy) == length and noisy[:prompt] == clean[:prompt]
             hidden_places.append([place for place in range(length) if noisy[place] == family.mask_token_id])
             # A block at a time, as it is decoded: the clean blocks before it, then the noisy block itself.
             for first in range(0, length, BLOCK):
@@ -90,10 +91,27 @@ def test_a_diffusion_model_is_not_converted() -> None:
         block_diffusion_family(family_of("llada")[1], mask_token_id=4, block_size=8)
 
 
-def test_halves_share_positions() -> None:
+def test_parts_of_a_row_share_positions() -> None:
+    """Prompts of 5 and 9 tokens, answers of 8: clean up to the last block, both noisy parts from the prompt's last."""
     _, family, samples = toy("fast_dllm_v2")
     views = [OBJECTIVE.views(draws(0, 0, one.prompt_id), one, UNUSED, family) for one in samples]
     micro = pack(["0", "1"], [5, 9], views)
     layout = OBJECTIVE.layout(micro, torch.device("cpu"))
-    assert layout.positions.tolist() == [*range(13)] * 2 + [*range(17)] * 2 + [*range(13)] * 2 + [*range(17)] * 2
-    assert dataclasses.replace(layout).patterned  # flash-attn's unmasked kernel must not take it
+    assert layout.positions.tolist() == [*range(12), *[*range(4, 13)] * 2, *range(16), *[*range(8, 17)] * 2]
+    assert layout.patterned  # flash-attn's unmasked kernel must not take it
+
+
+@pytest.mark.parametrize("block", [1, 4, 7])
+def test_lengths_are_read_from_packed_rows(block: int) -> None:
+    """Every length of prompt and answer, where blocks end early, late and together."""
+    objective = BlockDiffusion(block)
+    _, family, _ = toy("fast_dllm_v2")
+    for prompt in range(1, 2 * block + 2):
+        for answer in range(1, 2 * block + 2):
+            sample = Sample("0", np.ones(prompt, np.int32), np.ones(answer, np.int32), None)
+            (view,) = objective.views(draws(0, 0, "0"), sample, UNUSED, family)
+            layout = objective.layout(pack(["0"], [prompt], [[view]]), torch.device("cpu"))
+            assert layout.positions[-1] == prompt + answer - 1
+            assert len(layout.positions) == len(view.token_ids)
+            places = layout.positions[torch.from_numpy(view.rows)] + 1  # a row predicts the next position
+            assert sorted(places.tolist()) == list(range(prompt, prompt + answer))

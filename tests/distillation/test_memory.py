@@ -212,7 +212,7 @@ def test_views_and_rows_by_objective() -> None:
     assert of(window_sizes=(16, 32)) == (2 * 4 * 100, 4 * 32)
     assert of(window_sizes=(16, 32), complement_weight=0) == (4 * 100, 4 * 32)
     assert of(objective="d2f", head_rows=64) == (4 * 100, 64)
-    assert of(objective="block-diffusion") == (4 * 4 * 100, 4 * 100)
+    assert of(objective="block-diffusion") == (3 * 4 * 100, 4 * 100)
 
 
 def test_in_words() -> None:

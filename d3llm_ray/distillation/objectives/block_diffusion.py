@@ -1,8 +1,11 @@
 """Fast-dLLM v2: block diffusion from a causal model, on complementary masks (arXiv:2509.26328, section 3.1).
 
-A view holds the sequence twice: clean, then noisy, at the same positions. A noisy block sees itself and the clean
-blocks before it, as it will when decoding; clean blocks see themselves and those before. Blocks count from position
-0, prompt included.
+A row holds the sequence clean, then under a mask, then under its complement, at the same positions. A noisy block sees
+itself and the clean blocks before it, as it will when decoding; clean blocks see themselves and those before. Blocks
+count from position 0, prompt included.
+
+The published trainer forwards clean and noisy halves for either mask. What no masked token depends on is left out
+here, with the same loss: the second clean half, the last clean block, and noisy copies of blocks of the prompt alone.
 """
 
 from __future__ import annotations
@@ -33,41 +36,60 @@ class BlockDiffusion:
     figures: ClassVar[tuple[str, ...]] = ("ce", "right")
 
     def views(self, draws: Draws, sample: Sample, scheduled: Scheduled, family: Family) -> list[View]:
-        """The answer under a mask, and under its complement; the prompt is never masked."""
+        """One row with the answer under a mask and under its complement; the prompt is never masked."""
         assert family.mask_token_id is not None
-        prompt = sample.prompt_ids.size
-        block_of = (prompt + np.arange(sample.response_ids.size)) // self.block_size
+        prompt, response = sample.prompt_ids.size, sample.response_ids
+        first, length = self._first(prompt), prompt + response.size
+        block_of = (prompt + np.arange(response.size)) // self.block_size
         block_of -= block_of[0]
         masked = mask_blocks(draws.epoch, block_of, block_ratios(draws.epoch, int(block_of[-1]) + 1))
-        clean = np.concatenate((sample.prompt_ids, sample.response_ids))
-        views = []
+        parts = [np.concatenate((sample.prompt_ids, response))[: self._clean(length)]]
+        rows, labels = [], []
         for chosen in (masked, ~masked):
-            noisy = corrupted(sample.response_ids, chosen, family.mask_token_id)
             places = np.flatnonzero(chosen)
-            views.append(
-                View(
-                    token_ids=np.concatenate((clean, sample.prompt_ids, noisy)),
-                    rows=clean.size + prompt + places - int(family.logit_shift),
-                    labels=sample.response_ids[places],
-                    weights=np.ones(places.size, dtype=np.float32),
-                    mask_ratio=places.size / masked.size,
-                )
+            rows.append(sum(part.size for part in parts) + prompt - first + places - int(family.logit_shift))
+            labels.append(response[places])
+            parts.append(np.concatenate((sample.prompt_ids[first:], corrupted(response, chosen, family.mask_token_id))))
+        return [
+            View(
+                token_ids=np.concatenate(parts),
+                rows=np.concatenate(rows),
+                labels=np.concatenate(labels),
+                weights=np.ones(response.size, dtype=np.float32),
+                mask_ratio=float(masked.mean()),
             )
-        return views
+        ]
+
+    def _first(self, prompt: int) -> int:
+        """Where noisy copies begin: at the block of the prompt's last token, which predicts the answer's first."""
+        return (prompt - 1) // self.block_size * self.block_size
+
+    def _clean(self, length: int) -> int:
+        """Clean tokens that are read: nothing but itself sees the last block."""
+        return (length - 1) // self.block_size * self.block_size
+
+    def _length(self, row: int, first: int) -> int:
+        """Tokens of prompt and answer in a packed row, which has `_clean(length) + 2 (length - first)`."""
+        blocks, rest = divmod(row + 2 * first - 2, 3 * self.block_size)
+        return blocks * self.block_size + rest // 2 + 1
 
     def layout(self, micro: MicroBatch, device: torch.device) -> Ragged:
-        """Clean and noisy halves of each view at shared positions, under the mask of the module's first lines."""
-        lengths = micro.lengths.tolist()
-        plain = Ragged.build(lengths, device=device)
-        positions = np.concatenate([np.tile(np.arange(length // 2), 2) for length in lengths])
-        width = max(lengths)
-        mask = np.zeros((len(lengths), 1, width, width), dtype=np.bool_)  # [B, 1, W, S]
-        for row, length in enumerate(lengths):
-            mask[row, 0, :length, :length] = visible(length // 2, self.block_size)
-            mask[row, 0, length:] = mask[row, 0, length - 1]  # the rectangle repeats a view's last token
+        """The three parts of each row at shared positions, under the mask of the module's first lines."""
+        rows = micro.lengths.tolist()
+        plain = Ragged.build(rows, device=device)
+        positions = []
+        mask = np.zeros((len(rows), 1, max(rows), max(rows)), dtype=np.bool_)  # [B, 1, W, S]
+        for index, (row, prompt) in enumerate(zip(rows, micro.prompt_lengths.tolist(), strict=True)):
+            first = self._first(prompt)
+            length = self._length(row, first)
+            noisy = np.arange(first, length)
+            positions.append(np.concatenate((np.arange(self._clean(length)), noisy, noisy)))
+            part = np.repeat(np.arange(3), (row - 2 * noisy.size, noisy.size, noisy.size))
+            mask[index, 0, :row, :row] = visible(positions[-1] // self.block_size, part)
+            mask[index, 0, row:] = mask[index, 0, row - 1]  # the rectangle repeats a row's last token
         return dataclasses.replace(
             plain,
-            positions=torch.from_numpy(positions).to(device),
+            positions=torch.from_numpy(np.concatenate(positions)).to(device),
             mask=torch.from_numpy(mask).to(device),
             patterned=True,
         )
@@ -80,14 +102,10 @@ class BlockDiffusion:
         return ce.mean(), figures
 
 
-def visible(length: int, block_size: int) -> NDArray[np.bool_]:
-    """Which of the 2 x `length` keys (clean, then noisy) each of as many queries sees: [2 length, 2 length]."""
-    block = np.tile(np.arange(length) // block_size, 2)
-    noisy = np.arange(2 * length) >= length
-    same_half = noisy[:, None] == noisy[None, :]
-    same_block = block[:, None] == block[None, :]
-    earlier_clean = ~noisy[None, :] & (block[None, :] < block[:, None])
-    seen: NDArray[np.bool_] = (same_half & same_block) | earlier_clean
+def visible(block: NDArray[np.int64], part: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which tokens each token sees, [T, T], from the block and the part (0 is the clean one) of each, [T]."""
+    own = (part[:, None] == part) & (block[:, None] == block)
+    seen: NDArray[np.bool_] = own | ((part == 0) & (block < block[:, None]))
     return seen
 
 
