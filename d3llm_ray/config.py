@@ -37,6 +37,7 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
     verb: ClassVar[str] = ""
+    recipes: ClassVar[Path | None] = None  # folder of shipped YAML files, which `--config` takes by name as well
 
     @classmethod
     def settings_customise_sources(
@@ -71,6 +72,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"config: {str(path)!r} holds {type(content).__name__}; accepted: a mapping of settings")
     return content
+
+
+def recipe_file(name: str | Path, cls: type[Settings], field: str = "config") -> Path:
+    """A YAML file by its path, or one that is shipped with these settings by its name; `InputError` for neither."""
+    path = Path(name)
+    if path.exists() or cls.recipes is None:
+        return path
+    shipped = {file.stem: file for file in sorted(cls.recipes.glob("*.yaml"))}
+    if str(name) not in shipped:
+        raise InputError(f"{field}: no file {str(name)!r}; accepted: a YAML file, or one of {', '.join(shipped)}")
+    return shipped[str(name)]
 
 
 def build(cls: type[S], values: dict[str, Any]) -> S:
@@ -120,7 +132,9 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
     """Resolve defaults < YAML file < command line. Returns the settings and whether `--print-config` was given."""
     parser = _Parser(prog=prog or f"d3llm-ray {cls.verb}", description=(cls.__doc__ or "").strip(), allow_abbrev=False)
     parser.accepted = ", ".join(f"--{name.replace('_', '-')}" for name in ("config", "print_config", *cls.model_fields))
-    parser.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file; flags override it")
+    named = " or the name of a shipped recipe" if cls.recipes else ""
+    text = f"read settings from a YAML file{named}; flags override it"
+    parser.add_argument("--config", metavar="FILE.yaml", help=text)
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
     argv = [_kebab(word, cls) for word in argv]
     own, rest = _split_own(parser, argv)
@@ -129,7 +143,7 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
         flags = source(args=rest)()
     except SettingsError as error:
         raise InputError(" ".join(str(error).split())) from error
-    file_values = read_yaml(own.config) if own.config else {}
+    file_values = read_yaml(recipe_file(own.config, cls)) if own.config else {}
     return build(cls, _merge(file_values, flags)), own.print_config
 
 

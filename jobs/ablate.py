@@ -1,6 +1,6 @@
 """Distil with and without each part of a recipe on a Ray cluster.
 
-    ray job submit --working-dir . -- python jobs/ablate.py --recipe d3llm_ray/distillation/recipes/llada.yaml \
+    ray job submit --working-dir . -- python jobs/ablate.py --recipe llada \
         --teacher DIR --trajectories DIR --reference-trajectories DIR --gpus-per-trial 1 --output DIR
 
 Takes the settings of `d3llm-ray ablate`; paths must be on storage that every node sees.

@@ -1,6 +1,6 @@
 """Distil a student on a Ray cluster.
 
-    ray job submit --working-dir . -- python jobs/distill.py --config d3llm_ray/distillation/recipes/llada.yaml \
+    ray job submit --working-dir . -- python jobs/distill.py --config llada \
         --teacher DIR --trajectories DIR --output DIR
 
 Takes the settings of `d3llm-ray distill`; paths must be on storage that every node sees.

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.ablation.variants import RECIPE, TEACHER, Variant, built_in, check, choose, read_variants
-from d3llm_ray.config import build, read_yaml
+from d3llm_ray.config import build, read_yaml, recipe_file
 from d3llm_ray.decoder_settings import decoding_settings, read_decoder
 from d3llm_ray.decoding import Decoder, decoder
 from d3llm_ray.distillation.plan import Plan
@@ -88,7 +88,7 @@ class Design:
 def make_design(settings: AblateSettings) -> Design:
     """Read the recipe and the rows. `InputError` for what no student could be trained or measured with."""
     recipe: dict[str, Any] = {
-        **read_yaml(settings.recipe or TINY_RECIPE),
+        **read_yaml(recipe_file(settings.recipe or TINY_RECIPE, DistillSettings, "recipe")),
         **settings.distill,
         **({"teacher": settings.teacher} if settings.teacher else {}),
         "trajectories": settings.trajectories or "",

@@ -17,7 +17,9 @@ class AblateSettings(Settings):
     verb: ClassVar[str] = "ablate"
 
     recipe: Path | None = Field(
-        None, description="settings of `d3llm-ray distill` that all students share (YAML); null: the embedded model's"
+        None,
+        description="settings of `d3llm-ray distill` that all students share, a YAML file or the name of a shipped "
+        "recipe; null: the embedded model's",
     )
     distill: dict[str, Any] = Field({}, description="settings that replace the recipe's")
     teacher: str | None = Field(None, description="zoo name or checkpoint folder; null: the recipe's")

@@ -1,7 +1,8 @@
-"""Settings of `d3llm-ray distill`; the published recipes are YAML files in `recipes/`."""
+"""Settings of `d3llm-ray distill`; the recipes are YAML files in `recipes/`: `--config llada`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -24,6 +25,7 @@ class DistillSettings(Settings):
     """Train a student on a teacher's trajectories. The defaults fit the embedded model on two CPU cores."""
 
     verb: ClassVar[str] = "distill"
+    recipes: ClassVar[Path | None] = Path(__file__).with_name("recipes")
 
     teacher: str = Field("tiny-llada", description="zoo name or checkpoint folder that the student starts from")
     trajectories: str = Field(description="Parquet dataset of the teacher's trajectories (any pyarrow.fs path)")
@@ -121,6 +123,8 @@ class DistillSettings(Settings):
             raise ValueError(
                 f"batch_size: got {self.batch_size}; accepted: a multiple of workers x micro_batch_size = {step_rows}"
             )
+        if "://" in self.output:
+            raise ValueError(f"output: got {self.output!r}; accepted: a folder, on a file system that all nodes mount")
         if any(size <= 0 for size in self.window_sizes):
             raise ValueError(f"window_sizes: got {list(self.window_sizes)}; accepted: positive whole numbers")
         if max(self.noise_start, self.noise_end) > self.noise_max:

@@ -48,6 +48,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["trajectories", "--teacher", "gpt-9"], ["gpt-9", "tiny-llada"]),
         (["trajectories", "--prompts", "no.parquet"], ["no.parquet"]),
         (["distill", "--trajectories", "no-folder", "--output", "x"], ["no-folder"]),
+        (["distill", "--trajectories", "t", "--output", "s3://bucket/x"], ["output", "s3://bucket/x", "mount"]),
+        (["distill", "--config", "lada"], ["config", "lada", "llada", "dream-coder", "fast-dllm-v2", "tiny"]),
+        (["ablate", "--recipe", "lada"], ["recipe", "lada", "llada"]),
         (["tune", "--space", "no.yaml"], ["no.yaml"]),
         (["serve", "--model", "gpt-9"], ["model", "gpt-9"]),
         (["serve", "--decoder", "d9"], ["decoder", "d9"]),
@@ -85,6 +88,20 @@ def test_flags_override_the_file_and_the_result_can_be_repeated(
     again = tmp_path / "again.yaml"
     again.write_text(printed)
     assert parse(GenerateSettings, ["--config", str(again)])[0] == parse(GenerateSettings, argv[1:])[0]
+
+
+def test_shipped_recipes_go_by_name_and_a_file_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["distill", "--trajectories", "rows", "--output", "student", "--print-config", "--config"]
+    for name, rate, rank in (("llada", 2e-5, 256), ("dream-coder", 2e-6, 0), ("tiny", 1e-3, 64)):
+        assert main([*argv, name]) == 0
+        values = yaml.safe_load(capsys.readouterr().out)
+        assert (values["lr"], values["lora_rank"]) == (rate, rank)
+    (tmp_path / "llada").write_text("lr: 0.5\n")
+    assert main([*argv, "llada"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["lr"] == 0.5
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
