@@ -89,10 +89,3 @@ def _is_trained(part: nn.Module) -> bool:
 def save_adapter(model: PeftModel, directory: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` reads."""
     model.save_pretrained(str(directory), save_embedding_layers=False)
-
-
-def merge_lora(model: PeftModel) -> Transformer:
-    """Add the adapters to the weights they adapt and return the bare transformer."""
-    merged = model.merge_and_unload(safe_merge=True)
-    assert isinstance(merged, Transformer)
-    return merged

@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from d3llm_ray.distillation.lora import add_lora, coverage, merge_lora, save_adapter
+from d3llm_ray.distillation.lora import add_lora, coverage, save_adapter
 from d3llm_ray.distillation.settings import PROJECTIONS
+from d3llm_ray.distillation.student import merged
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import ModelConfig, Ragged, Transformer
 
@@ -80,10 +81,10 @@ def test_merging_keeps_the_function_and_every_other_tensor(family: str) -> None:
     train_a_little(model)
     with torch.no_grad():
         wrapped = model.logits(model(IDS, RAGGED))
-        merged = merge_lora(model)
-        torch.testing.assert_close(merged.logits(merged(IDS, RAGGED)), wrapped)
-    assert merged.state_dict().keys() == before.keys()
-    for name, tensor in merged.state_dict().items():
+        student = merged(model)
+        torch.testing.assert_close(student.logits(student(IDS, RAGGED)), wrapped)
+    assert student.state_dict().keys() == before.keys()
+    for name, tensor in student.state_dict().items():
         changed = name.endswith("_proj.weight")
         assert torch.equal(tensor, before[name]) != changed, name
 
