@@ -148,9 +148,9 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
 
 
 def _kebab(word: str, cls: type[Settings]) -> str:
-    """Accept `--max_tokens 5` and `--max_tokens=5`, the spelling of the YAML file, beside `--max-tokens`."""
+    """Accept `--max_tokens 5`, `--max_tokens=5` and `--no-use_gpu`, as YAML files spell it, beside `--max-tokens`."""
     flag, equals, value = word.partition("=")
-    known = flag.startswith("--") and flag[2:] in cls.model_fields
+    known = flag.startswith("--") and flag[2:].removeprefix("no-") in cls.model_fields
     return f"{flag.replace('_', '-')}{equals}{value}" if known else word
 
 

@@ -85,8 +85,11 @@ class DistillSettings(Settings):
     precision: Precision = Field(
         "mixed", description="float32; mixed: bfloat16 compute over float32 weights; bfloat16: bfloat16 weights as well"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        0, description="DeepSpeed ZeRO: split nothing, optimizer (1), gradients (2), weights (3) over the workers"
+    zero_stage: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="DeepSpeed ZeRO: split nothing, optimizer (1), gradients (2), weights (3) over the workers",
     )
     offload: Offload = Field(
         "none", description="to CPU memory: the optimizer's state (stage 1 to 3), or all, weights as well (stage 3)"

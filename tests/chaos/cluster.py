@@ -105,7 +105,7 @@ class Cluster:
             assert time.monotonic() < deadline, node.printed
 
     def _start_head(self) -> Node:
-        ports = {"--port": 0, "--ray-client-server-port": _free_port()}
+        ports = {"--port": 0, "--ray-client-server-port": free_port()}
         options = [f"{name}={port}" for name, port in ports.items()]
         return self._start("--head", "--include-dashboard=false", f"--system-config={json.dumps(SYSTEM)}", *options)
 
@@ -118,7 +118,7 @@ class Cluster:
             node.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
