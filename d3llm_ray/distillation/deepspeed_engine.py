@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -104,10 +104,11 @@ class ZeroEngine:
         return float(self.engine.get_global_grad_norm())
 
     def whole(self) -> AbstractContextManager[None]:
-        parameters = list(self.engine.module.parameters())
-        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
-            parameters, enabled=self.options.zero_stage == 3
-        )
+        if self.options.zero_stage < 3:
+            return nullcontext()
+        # Without the module's hooks, too: those would give a weight back after its first use, and wait for all workers
+        # to ask for it again.
+        gathered: AbstractContextManager[None] = deepspeed.zero.unwrap_model_for_generation(self.engine)
         return gathered
 
     def collect(self, names: Collection[str]) -> dict[str, AdamState]:
