@@ -25,9 +25,9 @@ from d3llm_ray.distillation.student import student_family, with_adapters
 from d3llm_ray.distillation.trackers import TENSORBOARD
 from d3llm_ray.distillation.training import CHECKPOINTS, STUDENT, Job
 from d3llm_ray.distillation.validation import BEST
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, require
 from d3llm_ray.evaluation.checkpoints import fingerprint
-from d3llm_ray.models import Family, ModelConfig, Transformer, resolve_model
+from d3llm_ray.models import Family, ModelConfig, Transformer, load_tokenizer, resolve_model
 from d3llm_ray.progress import Progress, polled
 from d3llm_ray.tasks import load_task
 
@@ -62,6 +62,8 @@ def prepare(settings: DistillSettings, progress: Progress) -> Job:
     if settings.val_task is not None and settings.val_every is not None:
         load_task(settings.val_task)
         read_decoder(settings.val_decoder).check(family)
+        spoken = load_tokenizer(settings.teacher, family) is not None
+        require(spoken, "val_task", settings.val_task, f"null, as {settings.teacher!r} has no tokenizer")
     progress.note(describe(settings, shape, samples))
     output = Path(settings.output)
     work = output.with_name(f".{output.name}.{run_fingerprint(settings, plan)}.partial")

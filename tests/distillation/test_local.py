@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,17 @@ def test_bad_input_is_told_before_any_work(settings: Callable[..., DistillSettin
         with pytest.raises(InputError, match=message):
             distil_here(settings("bad", **values), Notes())
     assert not list(tmp_path.glob(".bad*"))
+
+
+def test_validation_by_decoding_needs_a_tokenizer(
+    settings: Callable[..., DistillSettings], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    mute = tmp_path / "mute"
+    mute.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny_checkpoint / name, mute / name)
+    decoded = {"teacher": str(mute), "val_every": 5, "val_rows": 8, "val_task": "arith"}
+    with pytest.raises(InputError, match=r"val_task: got 'arith'; accepted: null, as .*mute' has no tokenizer"):
+        distil_here(settings("refused", **decoded), Notes())
+    student = distil_here(settings("trained", **{**decoded, "val_task": None}), Notes())
+    assert "val_loss" in read_metrics(student / "metrics.jsonl")[-1]
