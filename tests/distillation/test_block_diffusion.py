@@ -115,3 +115,14 @@ def test_lengths_are_read_from_packed_rows(block: int) -> None:
             assert len(layout.positions) == len(view.token_ids)
             places = layout.positions[torch.from_numpy(view.rows)] + 1  # a row predicts the next position
             assert sorted(places.tolist()) == list(range(prompt, prompt + answer))
+
+
+@pytest.mark.parametrize(("prompt", "stop", "kept"), [(5, 0, 3), (5, 2, 3), (5, 3, 7), (8, 3, 4), (8, 4, 8), (8, 7, 8)])
+def test_padding_ends_with_the_block_of_the_stop_token(prompt: int, stop: int, kept: int) -> None:
+    """Blocks of 4 from position 0: behind a prompt of 5 they end at the answer's 3rd and 7th token."""
+    _, family, _ = toy("fast_dllm_v2")
+    response = np.ones(CANVAS, np.int32)
+    response[stop:] = family.eos_token_id
+    sample = Sample("0", np.ones(prompt, np.int32), response, None)
+    (view,) = OBJECTIVE.views(draws(0, 0, "0"), sample, UNUSED, family)
+    assert sorted(view.labels.tolist()) == sorted(response[:kept].tolist())

@@ -6,6 +6,7 @@ count from position 0, prompt included.
 
 The published trainer forwards clean and noisy halves for either mask. What no masked token depends on is left out
 here, with the same loss: the second clean half, the last clean block, and noisy copies of blocks of the prompt alone.
+Padding ends with the block of the stop token.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class BlockDiffusion:
     def views(self, draws: Draws, sample: Sample, scheduled: Scheduled, family: Family) -> list[View]:
         """One row with the answer under a mask and under its complement; the prompt is never masked."""
         assert family.mask_token_id is not None
-        prompt, response = sample.prompt_ids.size, sample.response_ids
+        prompt, response = sample.prompt_ids.size, self._answer(sample, family)
         first, length = self._first(prompt), prompt + response.size
         block_of = (prompt + np.arange(response.size)) // self.block_size
         block_of -= block_of[0]
@@ -59,6 +60,15 @@ class BlockDiffusion:
                 mask_ratio=float(masked.mean()),
             )
         ]
+
+    def _answer(self, sample: Sample, family: Family) -> NDArray[np.int32]:
+        """The response up to the end of its first stop token's block, behind which decoding begins no other."""
+        stops = np.flatnonzero(np.isin(sample.response_ids, list(family.stop_token_ids)))
+        if not stops.size:
+            return sample.response_ids
+        prompt = sample.prompt_ids.size
+        blocks = (prompt + int(stops[0])) // self.block_size + 1
+        return sample.response_ids[: blocks * self.block_size - prompt]
 
     def _first(self, prompt: int) -> int:
         """Where noisy copies begin: at the block of the prompt's last token, which predicts the answer's first."""
