@@ -1,7 +1,7 @@
 """Train the embedded models: causal pretraining (`tiny-ar`), then diffusion from those weights (`tiny-llada`).
 
     python jobs/pretrain_tiny.py --output runs/pretrain          # resumes if interrupted
-    python jobs/pretrain_tiny.py --families dream --start tiny-ar --accumulate 1 --adapt-steps 7000     # tiny-dream
+    python jobs/pretrain_tiny.py --families dream --start tiny-ar --accumulate 1 --adapt-steps 10400    # tiny-dream
 
 Stages: `causal` (next token, answers only, single facts mixed in), `adapt` (masked diffusion under a random and a
 targeted mask, plain mean) and `sft` (LLaDA's SFT objective: i.i.d. masks at ratio p, every token loss over
