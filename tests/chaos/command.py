@@ -83,6 +83,11 @@ class Command:
         return self._output_log.read_text()
 
     @property
+    def said(self) -> str:
+        """The command's own last line; Ray may print some of its own behind it."""
+        return next((line for line in reversed(self.printed.splitlines()) if line.startswith("d3llm-ray: ")), "")
+
+    @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 

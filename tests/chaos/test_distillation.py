@@ -156,8 +156,7 @@ def test_loss_that_is_not_finite_ends_the_job(job: Distillation, settings: Disti
     ids = ", ".join(plan.micro_batch(plan.numbers(broken - 1, 1, 2)[0]).prompt_ids)
     job.start(f"--poison={broken - 1}")
     assert job.wait() == 2, job.printed
-    last = job.printed.splitlines()[-1]
-    assert last.startswith(f"d3llm-ray: loss: not finite at step {broken}, on the rows {ids}; "), job.printed
+    assert job.said.startswith(f"d3llm-ray: loss: not finite at step {broken}, on the rows {ids}; "), job.printed
     assert "Traceback" not in job.printed
     assert sum(event.what == "start" for event in job.events()) == 2
     assert job.checkpoints() == ["step-000020"]

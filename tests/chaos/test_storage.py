@@ -27,8 +27,7 @@ def readable_ids(folder: Path) -> set[str]:
 
 
 def assert_says_full(job: Job, path: str) -> None:
-    last = job.printed.splitlines()[-1]
-    assert "No space left on device" in last and path in last, job.printed
+    assert "No space left on device" in job.said and path in job.said, job.printed
 
 
 def test_full_disk(job: Job, watcher: Watcher, expected: Expected, undisturbed_seconds: float, tmp_path: Path) -> None:
