@@ -77,6 +77,7 @@ class QuickstartSettings(Settings):
     def tune_settings(self) -> TuneSettings:
         values: Overrides = {
             "model": str(self.student),
+            "anchor_model": self.teacher,  # as in the final table
             "task": self.task,
             "trials": self.trials,
             "count": 200,

@@ -12,7 +12,7 @@ from d3llm_ray.evaluation.aup import Point, aup
 
 @dataclass(frozen=True)
 class Objective:
-    """Scores (TPF, accuracy, TPS) against the anchor, the point of the same model decoded by `vanilla`.
+    """Scores (TPF, accuracy, TPS) against the anchor, the point of the model or of its teacher decoded by `vanilla`.
 
     `aup`: the AUP of anchor and trial, the anchor's accuracy being the best one; settings that cost more than 5
     points score what the anchor alone does. `tpf` and `tps`: that figure, where accuracy is at most

@@ -8,6 +8,7 @@ from pathlib import Path
 from d3llm_ray.cluster import connect
 from d3llm_ray.config import read_yaml, to_yaml
 from d3llm_ray.errors import InputError
+from d3llm_ray.evaluation.aup import Point
 from d3llm_ray.evaluation.checkpoints import fingerprint
 from d3llm_ray.evaluation.report import ANCHOR_DECODER, write_text
 from d3llm_ray.models import resolve_model
@@ -20,6 +21,8 @@ from d3llm_ray.tuning.search import search
 from d3llm_ray.tuning.settings import TuneSettings
 from d3llm_ray.tuning.space import SearchSpace, read_space
 from d3llm_ray.tuning.trial import Pool, measure
+
+ANCHOR_FILE = "anchor.yaml"
 
 
 def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
@@ -37,6 +40,8 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     space = read_space(settings.space)
     resolve_model(settings.model)
+    if settings.anchor_model is not None:
+        resolve_model(settings.anchor_model)
     found = len(load_task(settings.task).problems(settings.split, settings.count))
     if found < settings.actors:
         raise InputError(f"actors: got {settings.actors} for {found} problems; accepted: at most one a problem")
@@ -46,8 +51,14 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     if chosen.is_file():
         return chosen
     connect()
+    anchor = _known_anchor(settings)
+    if anchor is None and settings.anchor_model is not None:  # before the model's own evaluators take the room
+        with evaluator_pool(settings.model_copy(update={"model": settings.anchor_model})) as pool:
+            anchor = _measure_anchor(settings, pool, progress)
     with evaluator_pool(settings) as pool:
-        objective = Objective(settings.metric, _anchor(settings, pool, progress), settings.max_accuracy_drop)
+        if anchor is None:
+            anchor = _measure_anchor(settings, pool, progress)
+        objective = Objective(settings.metric, anchor, settings.max_accuracy_drop)
         trials = search(settings, space, objective, pool, progress)
     return write_records(settings.output, space, objective, trials)
 
@@ -65,16 +76,19 @@ def _claim(settings: TuneSettings, space: SearchSpace) -> None:
             )
 
 
-def _anchor(settings: TuneSettings, pool: Pool, progress: Progress) -> tuple[float, float]:
-    """(TPF, accuracy) of the plain decoder; measured once, then read back when a search goes on."""
-    if settings.anchor is not None:
+def _known_anchor(settings: TuneSettings) -> Point | None:
+    """(TPF, accuracy) of the plain decoder, as given or as an earlier start of this search has measured it."""
+    path = settings.output / ANCHOR_FILE
+    if settings.anchor is not None or not path.is_file():
         return settings.anchor
-    path = settings.output / "anchor.yaml"
-    if not path.is_file():
-        progress.start("anchor", settings.count, "problem")
-        row = measure(pool, {"decoder": ANCHOR_DECODER})
-        progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
-        progress.finish()
-        write_text(path, f"tpf: {row.tpf!r}\naccuracy: {row.accuracy!r}\n")
     values = read_yaml(path)
     return values["tpf"], values["accuracy"]
+
+
+def _measure_anchor(settings: TuneSettings, pool: Pool, progress: Progress) -> Point:
+    progress.start("anchor", settings.count, "problem")
+    row = measure(pool, {"decoder": ANCHOR_DECODER})
+    progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
+    progress.finish()
+    write_text(settings.output / ANCHOR_FILE, f"tpf: {row.tpf!r}\naccuracy: {row.accuracy!r}\n")
+    return row.tpf, row.accuracy

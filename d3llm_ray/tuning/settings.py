@@ -28,6 +28,9 @@ class TuneSettings(Settings):
     anchor: tuple[float, float] | None = Field(
         None, description="(TPF, accuracy in percent) of vanilla on these problems; default: measured first"
     )
+    anchor_model: str | None = Field(
+        None, description="whose vanilla run is the anchor, such as a student's teacher; default: the model's own"
+    )
     max_tokens: int = Field(64, gt=0, description="canvas length in tokens")
     temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
     seed: int = Field(0, ge=0, description="seed of the search and of sampling")

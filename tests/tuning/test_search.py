@@ -144,6 +144,20 @@ def test_a_real_search_writes_settings_that_reproduce_its_best_trial(settings):
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_the_anchor_may_be_another_model_s(settings):
+    """As a student is judged against its teacher: `vanilla` on the same problems, by the other model."""
+    settings = settings.model_copy(update={"anchor_model": "tiny-llada", "output": settings.output / "other"})
+    verb.run(settings, QUIET)
+    records = json.loads((settings.output / "trials.json").read_text())
+    task = load_task("arith")
+    vanilla = DiffusionLLM.from_pretrained("tiny-llada", decoder="vanilla")
+    anchor = evaluate(vanilla, task, task.problems("validation", 10), max_tokens=32, progress=QUIET)
+    assert anchor.accuracy > 0 and records["objective"]["anchor"] == [anchor.tpf, anchor.accuracy]
+    with pytest.raises(InputError, match=r"model: unknown .*'gpt-9'"):
+        verb.run(settings.model_copy(update={"anchor_model": "gpt-9"}), QUIET)
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_evaluators_that_find_no_room_end_in_one_line(settings):
     hungry = settings.model_copy(update={"cpus_per_actor": 1000, "start_timeout_s": 1.0})
     with pytest.raises(InputError, match=r"actors: 2 of 1000 CPUs .* free in the cluster: [\d.]+ CPUs"):
