@@ -63,7 +63,7 @@ class DistillSettings(Settings):
 
     ce_weight: float = Field(0.25, ge=0, description="weight of the cross-entropy on the masked positions")
     complement_weight: float = Field(0.25, ge=0, description="weight of the complementary view; 0 leaves it out")
-    entropy_weight: float = Field(0.5, ge=0, description="weight of the entropy where the student is right")
+    entropy_weight: float = Field(1.0, ge=0, description="weight of the entropy where the student is right")
     entropy_views: EntropyViews = Field("a", description="views whose entropy counts: a (LLaDA) or both (Dream)")
     entropy_temperature: float = Field(0.5, gt=0, description="temperature of the entropy term")
 

@@ -69,7 +69,7 @@ def test_all_embedded_models_together_fit_a_repository() -> None:
     ("name", "decoder", "accuracy", "tpf"),
     [
         # docs/distillation.md has 500 problems; here 48, so the bounds are three standard errors below
-        ("tiny-llada-d3llm", "d3llm-nocache", 0.80, 2.5),
+        ("tiny-llada-d3llm", "d3llm-nocache", 0.78, 2.9),
         ("tiny-llada-dparallel", "dparallel", 0.79, 1.9),
         ("tiny-llada-d2f", "d2f", 0.86, 1.8),
         ("tiny-fast-dllm-v2", "fast-dllm-v2", 0.90, 1.8),
