@@ -77,7 +77,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def recipe_file(name: str | Path, cls: type[Settings], field: str = "config") -> Path:
     """A YAML file by its path, or one that is shipped with these settings by its name; `InputError` for neither."""
     path = Path(name)
-    if path.exists() or cls.recipes is None:
+    if path.is_file() or cls.recipes is None:
         return path
     shipped = {file.stem: file for file in sorted(cls.recipes.glob("*.yaml"))}
     if str(name) not in shipped:

@@ -126,6 +126,9 @@ def test_shipped_recipes_go_by_name_and_a_file_goes_first(
         assert main([*argv, name]) == 0
         values = yaml.safe_load(capsys.readouterr().out)
         assert (values["lr"], values["lora_rank"]) == (rate, rank)
+    (tmp_path / "tiny").mkdir()  # models may lie beside
+    assert main([*argv, "tiny"]) == 0
+    capsys.readouterr()
     (tmp_path / "llada").write_text("lr: 0.5\n")
     assert main([*argv, "llada"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["lr"] == 0.5
