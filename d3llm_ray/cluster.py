@@ -34,6 +34,20 @@ EMBEDDED_CPUS = 5
 EMBEDDED_OBJECT_STORE_BYTES = 300_000_000
 
 
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Give SIGTERM back to whoever handled it: Ray's own handlers abort the process with a stack trace."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+
+
+@_keeping_sigterm()
 def connect(*, quiet: bool = True, dashboard: bool = False, min_cpus: int = EMBEDDED_CPUS) -> None:
     """Use the Ray that is already there, join the cluster of `RAY_ADDRESS`, or start an embedded one.
 
@@ -46,33 +60,18 @@ def connect(*, quiet: bool = True, dashboard: bool = False, min_cpus: int = EMBE
         os.environ.setdefault(name, value)
     level = logging.ERROR if quiet else logging.INFO
     if os.environ.get("RAY_ADDRESS"):
-        with _keeping_sigterm():
-            ray.init(log_to_driver=not quiet, logging_level=level)
+        ray.init(log_to_driver=not quiet, logging_level=level)
         return
     # An embedded cluster listens on this host only; without this a token would be written to the home folder and
     # change what the user's next `ray start` does.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    with _keeping_sigterm():
-        ray.init(
-            num_cpus=max(EMBEDDED_CPUS, min_cpus, os.cpu_count() or 1),
-            object_store_memory=EMBEDDED_OBJECT_STORE_BYTES,
-            include_dashboard=dashboard,
-            log_to_driver=not quiet,
-            logging_level=level,
-        )
-
-
-@contextmanager
-def _keeping_sigterm() -> Iterator[None]:
-    """Give SIGTERM back to whoever handled it: Ray's own handlers abort the process with a stack trace."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+    ray.init(
+        num_cpus=max(EMBEDDED_CPUS, min_cpus, os.cpu_count() or 1),
+        object_store_memory=EMBEDDED_OBJECT_STORE_BYTES,
+        include_dashboard=dashboard,
+        log_to_driver=not quiet,
+        logging_level=level,
+    )
 
 
 def quieten(library: str) -> None:
