@@ -50,8 +50,8 @@ VERBS = {
         "say what a trajectory dataset holds, draw one row and play it in the terminal",
     ),
     "trajectories benchmark": Verb(
-        "d3llm_ray.trajectories.benchmark:BenchmarkSettings",
-        "d3llm_ray.trajectories.benchmark:run",
+        "d3llm_ray.benchmark.trajectories:BenchmarkSettings",
+        "d3llm_ray.benchmark.trajectories:run",
         "measure rows a second of one process, of the job, and of the job with more actors",
     ),
     "distill": Verb(
@@ -60,8 +60,8 @@ VERBS = {
         "train a student on a teacher's trajectories (Ray Train, DeepSpeed, LoRA)",
     ),
     "distill benchmark": Verb(
-        "d3llm_ray.distillation.benchmark:BenchmarkSettings",
-        "d3llm_ray.distillation.benchmark:run",
+        "d3llm_ray.benchmark.distill:BenchmarkSettings",
+        "d3llm_ray.benchmark.distill:run",
         "measure samples a second of a bare loop, of the job, and of the job with more workers",
     ),
     "ablate": Verb(

@@ -22,10 +22,10 @@ from d3llm_ray.distillation.preparation import HOW, absolute, load
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import student_family
 from d3llm_ray.errors import require
-from d3llm_ray.evaluation.checkpoints import fingerprint
 from d3llm_ray.evaluation.decoders import sweep_decoder
 from d3llm_ray.evaluation.report import ANCHOR_DECODER
 from d3llm_ray.models import ZOO_NAMES, read_configs, resolve_model
+from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.tasks import Problem, Task, load_task
 from d3llm_ray.trajectories.schema import read_trajectories
 from d3llm_ray.trajectories.storage import Location

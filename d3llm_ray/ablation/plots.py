@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from d3llm_ray.ablation.report import AblationReport, Line
 from d3llm_ray.ablation.variants import RECIPE, TEACHER
-from d3llm_ray.evaluation.plots import save
 from d3llm_ray.evaluation.report import is_anchor
+from d3llm_ray.report import save_figure
 
 _MARKERS = "os^vDP*X"
 
@@ -37,7 +37,7 @@ def plot_gains(report: AblationReport, path: Path) -> None:
     axes.set(xlabel="gain in tokens per forward (%)", title="What the recipe gains over each row")
     axes.grid(alpha=0.3, axis="x")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_points(report: AblationReport, path: Path) -> None:
@@ -80,7 +80,7 @@ def plot_points(report: AblationReport, path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _colors(lines: Sequence[Line]) -> dict[str, str]:

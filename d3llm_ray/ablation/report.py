@@ -12,8 +12,9 @@ from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.ablation.statistics import Estimate, Verdict, differences, estimate, gains, verdict
 from d3llm_ray.ablation.trial import Record
 from d3llm_ray.ablation.variants import RECIPE, TEACHER, Variant
-from d3llm_ray.evaluation.report import COUNTING, WrittenReport, is_anchor, machine, score, table, versions
+from d3llm_ray.evaluation.report import COUNTING, is_anchor, score
 from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.report import WrittenReport, machine, table, versions
 
 BySeed = dict[int, float | None]
 

@@ -17,8 +17,8 @@ from d3llm_ray.ablation.trial import Measure, read_record, record_file, run_tria
 from d3llm_ray.ablation.trial import measure as measure_student
 from d3llm_ray.cluster import connect, wait_for_resources
 from d3llm_ray.config import build, to_yaml
-from d3llm_ray.evaluation.report import write_text
 from d3llm_ray.progress import Progress, polled
+from d3llm_ray.report import write_text
 from d3llm_ray.tasks import EMBEDDED
 from d3llm_ray.trajectories.pipeline import run as write_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings

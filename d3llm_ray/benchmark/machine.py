@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from d3llm_ray.benchmark.plan import MEASURED
+from d3llm_ray.device import timed
 from d3llm_ray.errors import unknown
-from d3llm_ray.timing import timed
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ them down, so that ratios between cells are steadier than the figures themselves
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,13 +21,13 @@ from torch import Tensor
 from d3llm_ray.benchmark.machine import Machine, find_machine
 from d3llm_ray.benchmark.plan import Plan
 from d3llm_ray.benchmark.report import Report
-from d3llm_ray.benchmark.roofline import Work, roofline
+from d3llm_ray.benchmark.roofline import roofline
 from d3llm_ray.benchmark.rows import PHASES, Round, Row, spread
 from d3llm_ray.benchmark.workload import Cell, Workload, prepare
 from d3llm_ray.decoding import Completion, Engine, Request
-from d3llm_ray.models import KVCache, Ragged, Transformer
+from d3llm_ray.device import peak_memory, timed
+from d3llm_ray.models import KVCache, Ragged, Transformer, Work
 from d3llm_ray.progress import Progress
-from d3llm_ray.timing import timed
 
 Call = tuple[Tensor, Ragged, KVCache | None, Tensor]  # token ids [T], layout, cache, scored rows [N]
 
@@ -127,7 +125,7 @@ def _try(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.
         replayed, _ = timed(device, partial(replay, engine.model, calls))
         completions += finished
         overheads.append(seconds / replayed)
-        work.append(reduce(add, (Work.of(ragged, len(scored)) for _, ragged, _, scored in calls)))
+        work.append(reduce(add, (ragged.work(len(scored)) for _, ragged, _, scored in calls)))
 
 
 def _round(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.device) -> Round:
@@ -192,9 +190,4 @@ def _row(workload: Workload, machine: Machine, cell: Cell, trial: _Trial, rounds
 
 def _memory(engine: Engine, device: torch.device) -> dict[str, Any]:
     """Bytes: the engine's plan, and the most that was taken (of the device, or by this process on a CPU)."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {**asdict(engine.memory_plan()), "peak": peak}
+    return {**asdict(engine.memory_plan()), "peak": peak_memory(device)}

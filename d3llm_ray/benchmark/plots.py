@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from d3llm_ray.benchmark.report import Report
-from d3llm_ray.evaluation.plots import save
+from d3llm_ray.report import save_figure
 
 
 def plot_report(report: Report, path: Path) -> None:
@@ -37,4 +37,4 @@ def plot_report(report: Report, path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)

@@ -10,7 +10,7 @@ from d3llm_ray.benchmark.machine import Machine
 from d3llm_ray.benchmark.plan import Plan
 from d3llm_ray.benchmark.ratios import ratios
 from d3llm_ray.benchmark.rows import PHASES, Row
-from d3llm_ray.evaluation.report import WrittenReport, machine, table, versions
+from d3llm_ray.report import WrittenReport, machine, table, versions
 
 # How every figure is counted, in every report: a number without its rule cannot be compared.
 COUNTING = {

@@ -8,8 +8,8 @@ from d3llm_ray.benchmark.measure import benchmark
 from d3llm_ray.benchmark.report import Report
 from d3llm_ray.benchmark.settings import BenchmarkSettings
 from d3llm_ray.config import to_yaml
-from d3llm_ray.evaluation.report import write_text
 from d3llm_ray.progress import Progress
+from d3llm_ray.report import write_text
 
 
 def run(settings: BenchmarkSettings, progress: Progress | None = None) -> Report:

@@ -14,6 +14,7 @@ from d3llm_ray.benchmark.machine import check_machine
 from d3llm_ray.benchmark.plan import Plan
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
 from d3llm_ray.decoding import Decoder, Request, decoder
+from d3llm_ray.device import check_device
 from d3llm_ray.errors import InputError, require, unknown
 from d3llm_ray.models import Family, ModelConfig, Transformer, encode_chat, load_model, load_tokenizer, read_configs
 from d3llm_ray.models.families import read_family
@@ -162,14 +163,3 @@ def _check_settings(plan: Plan, presets: Sequence[Decoder]) -> None:
             raise unknown("decoder_settings", name, accepted)
     with_suffix = not plan.suffixes or "suffix" in accepted
     require(with_suffix, "suffixes", plan.suffixes, "none, as no decoder of the list has suffix modes")
-
-
-def check_device(name: str) -> None:
-    """Raise `InputError` unless the device is here."""
-    accepted = "cpu, or cuda or cuda:N where there is one"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device: got {name!r}; accepted: {accepted}") from error
-    here = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
-    require(here, "device", name, accepted)

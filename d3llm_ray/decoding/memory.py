@@ -10,7 +10,7 @@ import torch
 
 from d3llm_ray.decoding.static import SCRATCH, STATIC_KEY_CELLS, STATIC_TOKENS
 from d3llm_ray.decoding.statistics import MAX_CHUNK_ELEMENTS
-from d3llm_ray.models import KVCache, Transformer
+from d3llm_ray.models import Transformer
 
 CUDA_FRACTION = 0.9  # of the device's memory, for weights, pool and activations together
 CPU_FRACTION = 0.25  # of the host's memory, for the pool: other processes live here too
@@ -93,7 +93,7 @@ def plan_memory(
     weight = model.embed_tokens.weight
     shape, size, device = model.config, weight.dtype.itemsize, weight.device
     weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
-    per_position = KVCache.bytes_per_position(shape, weight.dtype)
+    per_position = shape.kv_bytes(size)
     widest = max(shape.intermediate_size, shape.hidden_size)
     gathered = 2 * per_position // shape.num_layers  # keys and values of one layer, copied into a rectangle
     logits = 4 * min(MAX_CHUNK_ELEMENTS, max_forward_tokens * vocabulary)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from d3llm_ray.distillation.batches import Sample
+from d3llm_ray.distillation.objectives.batches import Sample
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models.config import ModelConfig
 from d3llm_ray.models.families import Family

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from d3llm_ray.distillation.batches import MicroBatch
-from d3llm_ray.distillation.engines import torch_engine
+from d3llm_ray.distillation.objectives.batches import MicroBatch
 from d3llm_ray.distillation.preparation import finished, prepare, settle, watched
 from d3llm_ray.distillation.settings import DistillSettings
-from d3llm_ray.distillation.trackers import Tracker, run_tracker
-from d3llm_ray.distillation.training import run_worker
+from d3llm_ray.distillation.training.engines import torch_engine
+from d3llm_ray.distillation.training.job import run_worker
+from d3llm_ray.distillation.training.trackers import Tracker, run_tracker
 from d3llm_ray.progress import Progress
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from d3llm_ray.distillation.engines import Offload, Precision
+from d3llm_ray.distillation.training.engines import Offload, Precision
 from d3llm_ray.models import ModelConfig
 
 if TYPE_CHECKING:
@@ -107,10 +103,8 @@ def plan_memory(
     """
     half = precision == "bfloat16"
     width = BFLOAT16 if half else FLOAT32  # bytes of a weight, and of the residual stream
-    sizes = projections(config)
-    of_layer = sum(inputs * outputs for inputs, outputs in sizes.values())
-    head = config.vocab_size * config.hidden_size
-    parameters = _parameters(config)
+    sizes = config.projections
+    of_layer, head, parameters = config.layer_parameters, config.head_parameters, config.parameters
     if rank:
         trained = rank * config.num_layers * sum(sum(sizes[name]) for name in targets)
     else:
@@ -192,32 +186,6 @@ def plan_of(settings: DistillSettings, config: ModelConfig, longest: int) -> Mem
     )
 
 
-def device_memory(device: torch.device) -> float:
-    """Peak memory in GiB so far: of PyTorch's allocations on a GPU, otherwise of this whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB elsewhere
-
-
-def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of a layer's projections."""
-    h, m = config.hidden_size, config.intermediate_size
-    k = config.num_kv_heads * config.head_dim
-    attention = {"q_proj": (h, h), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (h, h)}
-    return {**attention, "gate_proj": (h, m), "up_proj": (h, m), "down_proj": (m, h)}
-
-
-def _parameters(config: ModelConfig) -> int:
-    """Numbers in the whole model: projections, biases, norms, embeddings and LM head."""
-    h = config.hidden_size
-    of_layer = sum(inputs * outputs for inputs, outputs in projections(config).values()) + 2 * h
-    if config.qkv_bias:
-        of_layer += h + 2 * config.num_kv_heads * config.head_dim
-    tables = 1 if config.tie_word_embeddings else 2
-    return config.num_layers * of_layer + h + tables * config.vocab_size * h
-
-
 def _saved_by_layer(config: ModelConfig, rank: int, trained: Collection[str], precision: Precision) -> int:
     """Bytes that the backward pass of one layer reads, for each token.
 
@@ -226,8 +194,7 @@ def _saved_by_layer(config: ModelConfig, rank: int, trained: Collection[str], pr
     (2 h + 2 k), gate, its activation and the other factor (3 m), each input of a trained projection that is not yet
     among them, and r for each adapter. Autocast casts such an input anew for every projection.
     """
-    h, m = config.hidden_size, config.intermediate_size
-    k = config.num_kv_heads * config.head_dim
+    h, k, m = config.hidden_size, config.kv_size, config.intermediate_size
     compute = FLOAT32 if precision == "float32" else BFLOAT16
     attention = [name for name in ("q_proj", "k_proj", "v_proj") if name in trained]
     mlp = [name for name in ("gate_proj", "up_proj") if name in trained]

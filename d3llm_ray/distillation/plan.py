@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from d3llm_ray.distillation.batches import MicroBatch, Sample, epoch_order, pack
-from d3llm_ray.distillation.corruption import draws
-from d3llm_ray.distillation.curriculum import learning_rate, noise_floor, window_size
 from d3llm_ray.distillation.data import TrajectorySet
 from d3llm_ray.distillation.objectives import Scheduled
+from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, epoch_order, pack
+from d3llm_ray.distillation.objectives.corruption import draws
+from d3llm_ray.distillation.objectives.curriculum import learning_rate, noise_floor, window_size
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.errors import require
 from d3llm_ray.models.families import Family

@@ -13,21 +13,21 @@ import torch
 
 from d3llm_ray.config import build, read_yaml, to_yaml
 from d3llm_ray.decoder_settings import read_decoder
-from d3llm_ray.distillation import checkpoints
 from d3llm_ray.distillation.data import TrajectorySet, read_rows
 from d3llm_ray.distillation.lora import coverage
 from d3llm_ray.distillation.memory import plan_of
-from d3llm_ray.distillation.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.distillation.plan import Plan
-from d3llm_ray.distillation.plot import plot_loss
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import student_family, with_adapters
-from d3llm_ray.distillation.trackers import TENSORBOARD
-from d3llm_ray.distillation.training import CHECKPOINTS, STUDENT, Job
-from d3llm_ray.distillation.validation import BEST
+from d3llm_ray.distillation.training import checkpoints
+from d3llm_ray.distillation.training.job import CHECKPOINTS, STUDENT, Job
+from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
+from d3llm_ray.distillation.training.plots import plot_loss
+from d3llm_ray.distillation.training.trackers import TENSORBOARD
+from d3llm_ray.distillation.training.validation import BEST
 from d3llm_ray.errors import InputError, require
-from d3llm_ray.evaluation.checkpoints import fingerprint
 from d3llm_ray.models import Family, ModelConfig, Transformer, load_tokenizer, resolve_model
+from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress, polled
 from d3llm_ray.tasks import load_task
 

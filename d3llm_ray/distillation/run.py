@@ -10,12 +10,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from d3llm_ray import cluster
-from d3llm_ray.distillation.loop import NotFiniteError
 from d3llm_ray.distillation.preparation import finished, prepare, settle, watched
 from d3llm_ray.distillation.settings import DistillSettings
-from d3llm_ray.distillation.stream import SHARD, Shards
-from d3llm_ray.distillation.training import CHECKPOINTS, Job
-from d3llm_ray.distillation.worker import train_worker
+from d3llm_ray.distillation.training.job import CHECKPOINTS, Job
+from d3llm_ray.distillation.training.loop import NotFiniteError
+from d3llm_ray.distillation.training.stream import SHARD, Shards
+from d3llm_ray.distillation.training.worker import train_worker
 from d3llm_ray.progress import Progress
 
 

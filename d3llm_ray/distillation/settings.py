@@ -8,12 +8,12 @@ from typing import ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 
 from d3llm_ray.config import Settings
-from d3llm_ray.distillation.corruption import MaskOrder, RatioRounding
-from d3llm_ray.distillation.curriculum import LearningRateSchedule
 from d3llm_ray.distillation.data import Keep
-from d3llm_ray.distillation.engines import EngineOptions, Offload, Precision
 from d3llm_ray.distillation.objectives import BlockDiffusion, DiscreteForcing, LossWeights, MaskedWindows, Objective
+from d3llm_ray.distillation.objectives.corruption import MaskOrder, RatioRounding
+from d3llm_ray.distillation.objectives.curriculum import LearningRateSchedule
 from d3llm_ray.distillation.objectives.windows import EntropyViews
+from d3llm_ray.distillation.training.engines import EngineOptions, Offload, Precision
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)  # every linear layer of every family but the LM head

@@ -7,11 +7,11 @@ from typing import Any
 
 from d3llm_ray.decoder_settings import decoding_settings
 from d3llm_ray.decoding import DiffusionLLM, Output
+from d3llm_ray.device import timed
 from d3llm_ray.errors import require
 from d3llm_ray.evaluation.rows import Row, Sample, summarise
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Problem, Task
-from d3llm_ray.timing import timed
 
 
 def evaluate(

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from d3llm_ray.evaluation.aup import counted_points, weighted
 from d3llm_ray.evaluation.report import Report, is_anchor, method_points
 from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.report import save_figure
 
 _MARKERS = "osD^vP*X"
 
@@ -35,7 +36,7 @@ def plot_report(report: Report, path: Path) -> None:
             _draw_area(right, rows, own[0], report.anchors, style)
         _finish(left, f"{task}: accuracy against parallelism", "accuracy (%)")
         _finish(right, f"{task}: the area that AUP measures", "weighted accuracy (%)")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_points(axes: Axes, rows: list[Row], label: str, style: Mapping[str, Any]) -> None:
@@ -67,10 +68,3 @@ def _finish(axes: Axes, title: str, quantity: str) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG under a temporary name, then rename it."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=150)
-    partial.replace(path)

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from d3llm_ray import __version__
 from d3llm_ray.evaluation.aup import ALPHA, OFFSET, Point, aup
 from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.report import WrittenReport, machine, table, versions
 
 ANCHOR_DECODER = "vanilla"
 
@@ -31,29 +23,6 @@ COUNTING = {
     "aup": f"alpha {ALPHA:g}, offset {OFFSET:g}, the task's best accuracy over all rows; the points are those of the "
     f"row's model and decoder, and the measured {ANCHOR_DECODER} point of its anchor (the model itself unless stated)",
 }
-
-
-class WrittenReport(ABC):
-    """How every report is printed and kept: a table for people, one line of JSON for programs."""
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def to_markdown(self) -> str: ...
-
-    def to_json(self) -> str:
-        """One line of JSON; figures keep full precision."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
-
-    def __str__(self) -> str:
-        """For the terminal: the tables, and the JSON as the last line."""
-        return f"{self.to_markdown()}\n{self.to_json()}"
-
-    def write(self, directory: Path) -> None:
-        """Write `report.md` and `report.json`, the latter last: where it exists, the report is complete."""
-        write_text(directory / "report.md", self.to_markdown())
-        write_text(directory / "report.json", self.to_json() + "\n")
 
 
 @dataclass(frozen=True)
@@ -78,12 +47,6 @@ class Report(WrittenReport):
         header = ["model", "decoder", *(["task"] if tasks else []), "accuracy", "TPF", "TPS", "AUP"]
         cells = (_cells(row, _decoder_cell(row, self.rows), tasks) for row in self.rows)
         return table(header, cells, left=len(header) - 4)
-
-
-def table(header: list[str], rows: Iterable[list[str]], left: int) -> str:
-    """A Markdown table whose first `left` columns are text and the others figures."""
-    rules = ["---"] * left + ["---:"] * (len(header) - left)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rules, *rows))
 
 
 def _decoder_cell(row: Row, rows: Sequence[Row]) -> str:
@@ -138,42 +101,3 @@ def _method_score(rows: Sequence[Row], method: tuple[str, str, str], anchors: Ma
     best = max(row.accuracy for row in rows if row.task == method[2])
     points = method_points(rows, method, anchors)
     return aup(points, best) if best > 0 and points[0][0] > 0 else None
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def versions() -> dict[str, str | None]:
-    """The versions of what computes the figures; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "d3llm-ray": __version__}
-    for package in ("torch", "transformers", "ray"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a file that is there is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -17,15 +17,16 @@ from d3llm_ray.config import to_yaml
 from d3llm_ray.decoder_settings import decoding_settings, read_decoder
 from d3llm_ray.decoding import Decoder, DiffusionLLM
 from d3llm_ray.errors import InputError
-from d3llm_ray.evaluation.checkpoints import fingerprint
 from d3llm_ray.evaluation.decoders import decoder_label, sweep_decoder
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.evaluation.plots import plot_report
-from d3llm_ray.evaluation.report import Report, score, write_text
+from d3llm_ray.evaluation.report import Report, score
 from d3llm_ray.evaluation.rows import Row, Sample
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.models import resolve_model
+from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress
+from d3llm_ray.report import write_text
 from d3llm_ray.tasks import Problem, Task, load_task
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from d3llm_ray.errors import InputError, unknown
+from d3llm_ray.models.config import ModelConfig
 from d3llm_ray.models.families import Family, read_family
 from d3llm_ray.models.transformer import Transformer
 
@@ -65,11 +66,17 @@ def _read_json(path: Path, required: bool) -> dict[str, Any]:
     return content
 
 
-def read_configs(name_or_path: str | Path) -> tuple[Any, Family]:
-    """(ModelConfig, Family) of a checkpoint, from its JSON files alone: cheap enough to validate requests with."""
+def read_configs(name_or_path: str | Path) -> tuple[ModelConfig, Family]:
+    """Shape and conventions of a checkpoint, from its JSON files alone: cheap enough to validate requests with."""
     path = resolve_model(name_or_path)
     generation = _read_json(path / "generation_config.json", required=False)
     return read_family(_read_json(path / "config.json", required=True), generation)
+
+
+def fingerprint(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a checkpoint's files: a model trained again under the same path is another model."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def _shards(path: Path) -> list[Path]:

@@ -31,11 +31,6 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)  # [layers, positions, kv heads, head dim]
         self.values = torch.empty(shape, dtype=dtype, device=device)
 
-    @staticmethod
-    def bytes_per_position(config: ModelConfig, dtype: torch.dtype) -> int:
-        """Bytes that one position takes over all layers, keys and values together."""
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-
     def write(self, layer: int, keys: Tensor, values: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
         """Write a window's keys and values, [T, kv heads, head dim]; returns the layer's whole store."""
         layer_keys, layer_values = self.keys[layer], self.values[layer]

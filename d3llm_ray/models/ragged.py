@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d3llm_ray.errors import require
+from d3llm_ray.models.config import Work
 
 IntArray = NDArray[np.int64]
 
@@ -169,6 +170,11 @@ class Ragged:
             mask=cells < visible[:, None, :, None],
             patterned=True,
         )
+
+    def work(self, scored: int) -> Work:
+        """What one model call of this layout computes, with `scored` rows of the LM head."""
+        attended = sum(window * keys for window, keys in zip(self.lengths, self.key_lengths, strict=True))
+        return Work(sum(self.lengths), attended, sum(self.key_lengths), scored)
 
     @cached_property
     def rows(self) -> Tensor:

@@ -18,12 +18,13 @@ from d3llm_ray import cluster
 from d3llm_ray.config import to_yaml
 from d3llm_ray.distillation.run import run as distill
 from d3llm_ray.errors import InputError, require
-from d3llm_ray.evaluation.report import Report, write_text
+from d3llm_ray.evaluation.report import Report
 from d3llm_ray.evaluation.run import run as evaluate
 from d3llm_ray.models import resolve_model
 from d3llm_ray.progress import Progress
 from d3llm_ray.quickstart.memory import PeakMemory
 from d3llm_ray.quickstart.settings import QuickstartSettings
+from d3llm_ray.report import write_text
 from d3llm_ray.serving.server import serve_in_background
 from d3llm_ray.tasks import load_task
 from d3llm_ray.trajectories.pipeline import run as write_trajectories

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.image import AxesImage
 
-from d3llm_ray.evaluation.plots import save
+from d3llm_ray.report import save_figure
 from d3llm_ray.trajectories.play import Unmasking
 from d3llm_ray.trajectories.reveals import Histogram
 
@@ -35,7 +35,7 @@ def plot_histograms(histograms: Sequence[Histogram], path: Path) -> None:
         axes.grid(alpha=0.3, axis="y")
         axes.set_axisbelow(True)
     panels[0].set_ylabel("positions (%)")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_unmasking(unmasking: Unmasking, path: Path) -> None:
@@ -61,7 +61,7 @@ def plot_unmasking(unmasking: Unmasking, path: Path) -> None:
     if unmasking.entropy is not None:
         aspect = 8 * sum(heights)  # as wide whatever the number of panels
         figure.colorbar(image, ax=panels.tolist(), label="entropy at reveal (nats)", pad=0.01, aspect=aspect)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_reveals(axes: Axes, unmasking: Unmasking, span: slice) -> AxesImage:

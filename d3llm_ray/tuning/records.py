@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from d3llm_ray.evaluation.plots import save
-from d3llm_ray.evaluation.report import machine, versions, write_text
+from d3llm_ray.report import machine, save_figure, versions, write_text
 from d3llm_ray.tuning.objective import Objective, Trial, best_trial, pareto_front
 from d3llm_ray.tuning.space import SearchSpace
 
@@ -69,4 +68,4 @@ def plot_trials(path: Path, space: SearchSpace, objective: Objective, trials: Se
     axes.set(title=f"{space.decoder}: {len(trials)} trials", xlabel="tokens per forward", ylabel="accuracy (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)

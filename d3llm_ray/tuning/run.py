@@ -9,10 +9,11 @@ from d3llm_ray.cluster import connect
 from d3llm_ray.config import read_yaml, to_yaml
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import Point
-from d3llm_ray.evaluation.checkpoints import fingerprint
-from d3llm_ray.evaluation.report import ANCHOR_DECODER, write_text
+from d3llm_ray.evaluation.report import ANCHOR_DECODER
 from d3llm_ray.models import resolve_model
+from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress
+from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task
 from d3llm_ray.tuning.evaluators import evaluator_pool
 from d3llm_ray.tuning.objective import Objective

@@ -17,7 +17,6 @@ from d3llm_ray.benchmark.machine import Machine
 from d3llm_ray.benchmark.measure import benchmark, decode, measure, replay
 from d3llm_ray.benchmark.plan import Plan
 from d3llm_ray.benchmark.report import COUNTING, Report
-from d3llm_ray.benchmark.roofline import Work
 from d3llm_ray.benchmark.shapes import SHAPES
 from d3llm_ray.benchmark.workload import prepare
 from d3llm_ray.cli import main
@@ -82,7 +81,7 @@ def test_what_is_captured_is_what_the_engine_counted(small_shape: str) -> None:
     engine.profile.reset()
     completions = list(chain(*decode(engine, workload.requests(workload.cells[1]), batch_size=3)))
     assert [len(completion.token_ids) for completion in completions] == [64] * 4
-    work = [Work.of(ragged, len(scored)) for _, ragged, _, scored in engine.capture]
+    work = [ragged.work(len(scored)) for _, ragged, _, scored in engine.capture]
     profile = engine.profile
     assert len(work) == profile.forwards
     assert max(len(ragged.lengths) for _, ragged, _, _ in engine.capture) == 3  # never above the batch size

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from d3llm_ray.benchmark.machine import MACHINES, Machine, find_machine
-from d3llm_ray.benchmark.roofline import Work, body_parameters, flops, head_parameters, roofline, traffic
+from d3llm_ray.benchmark.roofline import roofline
 from d3llm_ray.benchmark.shapes import SHAPES
-from d3llm_ray.models import ModelConfig, Ragged
+from d3llm_ray.models import ModelConfig, Ragged, Work
 from d3llm_ray.models.families import read_family
 
 BF16 = torch.bfloat16
@@ -29,8 +29,8 @@ def window(batch: int, width: int) -> Work:
     [("llada-8b", 6.979e9, 0.518e9), ("dream-7b", 6.525e9, 0.545e9), ("qwen2.5-7b", 6.525e9, 0.545e9)],
 )
 def test_parameters_of_the_published_shapes(shape: str, body: float, head: float) -> None:
-    assert body_parameters(config(shape)) == pytest.approx(body, abs=0.5e6)
-    assert head_parameters(config(shape)) == pytest.approx(head, abs=0.5e6)
+    assert config(shape).body_parameters == pytest.approx(body, abs=0.5e6)
+    assert config(shape).head_parameters == pytest.approx(head, abs=0.5e6)
 
 
 # Batch, window, TFLOP, GB, then milliseconds a forward on H100, H200 and B200; rounded as printed here.
@@ -56,8 +56,8 @@ DREAM = [
 def test_one_forward_of_a_batch(shape: str, row: tuple[float, ...]) -> None:
     batch, width, tera_flops, gigabytes, *milliseconds = row
     work = window(int(batch), int(width))
-    assert flops(config(shape), work) / 1e12 == pytest.approx(tera_flops, abs=0.0051)
-    assert traffic(config(shape), work, BF16) / 1e9 == pytest.approx(gigabytes, abs=0.051)
+    assert config(shape).flops(work) / 1e12 == pytest.approx(tera_flops, abs=0.0051)
+    assert config(shape).traffic(work, BF16.itemsize) / 1e9 == pytest.approx(gigabytes, abs=0.051)
     for name, expected in zip(("h100", "h200", "b200"), milliseconds, strict=True):
         limit = roofline(config(shape), BF16, [work], MACHINES[name])
         assert 1e3 * limit.seconds == pytest.approx(expected, abs=0.0051)
@@ -87,13 +87,13 @@ def test_every_term_by_hand() -> None:
         tie_word_embeddings=False,
     )
     # A layer: q and o 4 x 4, k and v 4 x 2, three matrices 4 x 8; the head is 4 x 10.
-    assert body_parameters(shape) == 2 * (32 + 16 + 96) == 288
-    assert head_parameters(shape) == 40
-    work = Work.of(Ragged.build([3, 2], [2, 0], [5, 7]), scored=4)
+    assert shape.body_parameters == 2 * (32 + 16 + 96) == 288
+    assert shape.head_parameters == 40
+    work = Ragged.build([3, 2], [2, 0], [5, 7]).work(scored=4)
     assert work == Work(tokens=5, attended=3 * 5 + 2 * 7, keys=12, scored=4)
-    assert flops(shape, work) == 2 * 288 * 5 + 2 * 40 * 4 + 4 * 2 * 4 * 29
+    assert shape.flops(work) == 2 * 288 * 5 + 2 * 40 * 4 + 4 * 2 * 4 * 29
     # Keys and values: 2 layers x 2 x 1 head x 2 features; logits 4 x 10, written and read.
-    assert traffic(shape, work, torch.float32) == 4 * ((288 + 40) + 12 * 8 + 2 * 40)
+    assert shape.traffic(work, torch.float32.itemsize) == 4 * ((288 + 40) + 12 * 8 + 2 * 40)
     limit = roofline(shape, torch.float32, [work, work], Machine("m", flops=1e3, bandwidth=1e6))
     assert limit.seconds == pytest.approx(2 * 4128 / 1e3) and limit.compute_bound == 2
 

@@ -19,11 +19,12 @@ import ray
 from torch import nn
 
 from d3llm_ray.cli import main
-from d3llm_ray.distillation import run, worker
-from d3llm_ray.distillation.deepspeed_engine import deepspeed_engine
-from d3llm_ray.distillation.engines import AdamState, EngineOptions
+from d3llm_ray.distillation import run
 from d3llm_ray.distillation.settings import DistillSettings
-from d3llm_ray.distillation.training import MakeEngine
+from d3llm_ray.distillation.training import worker
+from d3llm_ray.distillation.training.deepspeed_engine import deepspeed_engine
+from d3llm_ray.distillation.training.engines import AdamState, EngineOptions
+from d3llm_ray.distillation.training.job import MakeEngine
 
 GATEKEEPER = 1  # the rank that waits; the others then wait for it, in the next collective call
 

@@ -7,10 +7,10 @@ import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from d3llm_ray.distillation.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.distillation.settings import DistillSettings
-from d3llm_ray.distillation.trackers import SPEED
-from d3llm_ray.distillation.training import CHECKPOINTS
+from d3llm_ray.distillation.training.job import CHECKPOINTS
+from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
+from d3llm_ray.distillation.training.trackers import SPEED
 from tests.chaos.cluster import Cluster, is_running
 from tests.chaos.command import Command
 

@@ -16,7 +16,7 @@ from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.preparation import load
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import student_family
-from d3llm_ray.distillation.training import CHECKPOINTS
+from d3llm_ray.distillation.training.job import CHECKPOINTS
 from d3llm_ray.models import read_configs
 from tests.chaos.cluster import Cluster
 from tests.chaos.command import Figures, wait_until

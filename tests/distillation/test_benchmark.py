@@ -15,23 +15,22 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from d3llm_ray.benchmark import distill as benchmark
+from d3llm_ray.benchmark.distill import BenchmarkSettings, Run, bare_loop, of_metrics, ratios
 from d3llm_ray.benchmark.machine import Machine
-from d3llm_ray.benchmark.roofline import Work
 from d3llm_ray.benchmark.shapes import SHAPES
+from d3llm_ray.benchmark.step import StepPlan, measure_step
+from d3llm_ray.benchmark.step_flops import StepFlops, step_flops
+from d3llm_ray.benchmark.step_report import COUNTING, StepReport
 from d3llm_ray.config import build
-from d3llm_ray.distillation import benchmark
-from d3llm_ray.distillation.benchmark import BenchmarkSettings, Run, bare_loop, of_metrics, ratios
-from d3llm_ray.distillation.flops import StepFlops, step_flops
 from d3llm_ray.distillation.local import distil_here
 from d3llm_ray.distillation.lora import add_lora
-from d3llm_ray.distillation.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.settings import PROJECTIONS
-from d3llm_ray.distillation.step_benchmark import StepPlan, measure_step
-from d3llm_ray.distillation.step_report import COUNTING, StepReport
 from d3llm_ray.distillation.student import recompute_layers
+from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.errors import InputError
-from d3llm_ray.models import ModelConfig, Ragged, Transformer, read_configs
+from d3llm_ray.models import ModelConfig, Ragged, Transformer, Work, read_configs
 from d3llm_ray.progress import Progress
 from tests.distillation.toys import CONFIGS
 
@@ -180,8 +179,8 @@ BARE = """
 import sys
 for name in ("pydantic", "pydantic_settings", "ray", "pyarrow", "deepspeed", "matplotlib", "tensorboardX"):
     sys.modules[name] = None  # not installed
-import d3llm_ray.distillation.curriculum, d3llm_ray.distillation.loop, d3llm_ray.distillation.objectives
-from d3llm_ray.distillation.step_benchmark import StepPlan, measure_step
+import d3llm_ray.distillation.objectives.curriculum, d3llm_ray.distillation.training.loop
+from d3llm_ray.benchmark.step import StepPlan, measure_step
 print(measure_step(StepPlan(rows=1, prompt_tokens=4, answer_tokens=8, window=4, lora_rank=2, warmup_steps=1, steps=1)))
 """
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d3llm_ray.distillation.batches import Sample, pack
-from d3llm_ray.distillation.corruption import draws
 from d3llm_ray.distillation.objectives import BlockDiffusion, LossModule, Scheduled
+from d3llm_ray.distillation.objectives.batches import Sample, pack
+from d3llm_ray.distillation.objectives.corruption import draws
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import BlockCausal, Ragged
 from d3llm_ray.models.convert import block_diffusion_family, group_queries

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from d3llm_ray.distillation import checkpoints
-from d3llm_ray.distillation.engines import TorchEngine, torch_engine
+from d3llm_ray.distillation.training import checkpoints
+from d3llm_ray.distillation.training.engines import TorchEngine, torch_engine
 from d3llm_ray.errors import InputError
 from tests.distillation.toy_training import ToyLoss, in_group, options, train, values_of
 
@@ -39,7 +39,7 @@ def go_on(engine: Any, directory: Path | None, accumulation: int = 2) -> dict[st
 
 def resumptions(folder: Path) -> dict[Any, Any]:
     """For every place: training without a break, and after a restart; then from checkpoints of other places."""
-    from d3llm_ray.distillation.deepspeed_engine import deepspeed_engine
+    from d3llm_ray.distillation.training.deepspeed_engine import deepspeed_engine
 
     def fresh(zero_stage: int, *, bfloat16: bool = False, **changes: Any) -> Any:
         return deepspeed_engine(ToyLoss(), options(zero_stage=zero_stage, bfloat16=bfloat16, **changes))

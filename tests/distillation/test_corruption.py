@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d3llm_ray.distillation.corruption import (
+from d3llm_ray.distillation.objectives.corruption import (
     Window,
     block_ratios,
     choose_views,

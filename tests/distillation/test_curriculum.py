@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from d3llm_ray.distillation.curriculum import learning_rate, noise_floor, window_size
+from d3llm_ray.distillation.objectives.curriculum import learning_rate, noise_floor, window_size
 
 LLADA = (16, 16, 24, 24, 32, 32)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from d3llm_ray.distillation.engines import EngineOptions, torch_engine
+from d3llm_ray.distillation.training.engines import EngineOptions, torch_engine
 from d3llm_ray.errors import InputError
 from tests.distillation.toy_training import ToyLoss, batches, in_group, lr_at, options, train, values_of
 
@@ -71,7 +71,7 @@ def follow(engine: Any, module: ToyLoss, accumulation: int) -> dict[str, Any]:
 
 
 def all_places(_folder: Path) -> dict[Any, dict[str, Any]]:
-    from d3llm_ray.distillation.deepspeed_engine import deepspeed_engine
+    from d3llm_ray.distillation.training.deepspeed_engine import deepspeed_engine
 
     results = {}
     for bfloat16, places in ((False, PLACES), (True, BFLOAT16)):

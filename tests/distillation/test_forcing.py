@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from d3llm_ray.distillation.batches import pack
-from d3llm_ray.distillation.corruption import draws, monotone_ratios
 from d3llm_ray.distillation.lora import add_lora
 from d3llm_ray.distillation.objectives import DiscreteForcing, LossModule, Scheduled
+from d3llm_ray.distillation.objectives.batches import pack
+from d3llm_ray.distillation.objectives.corruption import draws, monotone_ratios
 from d3llm_ray.models import Ragged, Transformer
 from tests.distillation.toys import CANVAS, toy
 

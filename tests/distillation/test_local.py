@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from d3llm_ray.config import build
-from d3llm_ray.distillation import training
 from d3llm_ray.distillation.local import distil_here
-from d3llm_ray.distillation.loop import NotFiniteError
-from d3llm_ray.distillation.metrics_file import read_metrics
 from d3llm_ray.distillation.settings import DistillSettings
-from d3llm_ray.distillation.validation import score
+from d3llm_ray.distillation.training import job
+from d3llm_ray.distillation.training.loop import NotFiniteError
+from d3llm_ray.distillation.training.metrics_file import read_metrics
+from d3llm_ray.distillation.training.validation import score
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import load_model, read_configs
 from d3llm_ray.progress import Progress
@@ -72,7 +72,7 @@ def losses(folder: Path) -> list[float]:
 
 def stop_behind(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next run end like a killed one, when it has logged `step`."""
-    original = training.train
+    original = job.train
 
     def train(engine: Any, module: Any, plan: Any, batches: Any, done: int, hooks: Any, device: Any) -> None:
         def log(line: Any) -> None:
@@ -80,9 +80,9 @@ def stop_behind(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             if line["step"] == step:
                 raise KeyboardInterrupt
 
-        original(engine, module, plan, batches, done, training.Hooks(log, hooks.save, hooks.validate), device)
+        original(engine, module, plan, batches, done, job.Hooks(log, hooks.save, hooks.validate), device)
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(job, "train", train)
 
 
 @pytest.mark.parametrize("objective", ["windows", "d2f"])
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(
     settings: Callable[..., DistillSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned = settings("poisoned", checkpoint_every=3)
-    original = training.build_student
+    original = job.build_student
 
     def build_student(*arguments: Any) -> Any:
         module, family = original(*arguments)
@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(
         return module, family
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "build_student", build_student)
+        patch.setattr(job, "build_student", build_student)
         with pytest.raises(NotFiniteError, match=r"loss: not finite at step 5, on the rows [0-9a-f, ]+;") as error:
             distil_here(poisoned, Notes())
     assert error.value.args[0].count("0000") >= 8  # the step's eight rows

@@ -17,10 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d3llm_ray.benchmark.shapes import SHAPES
-from d3llm_ray.distillation.batches import MicroBatch
+from d3llm_ray.device import peak_memory
 from d3llm_ray.distillation.lora import add_lora
-from d3llm_ray.distillation.memory import MemoryPlan, device_memory, plan_memory, plan_of
+from d3llm_ray.distillation.memory import MemoryPlan, plan_memory, plan_of
 from d3llm_ray.distillation.objectives import LossModule, LossWeights, MaskedWindows
+from d3llm_ray.distillation.objectives.batches import MicroBatch
 from d3llm_ray.distillation.settings import PROJECTIONS, DistillSettings
 from d3llm_ray.models import ModelConfig, Ragged, Transformer, read_configs
 from d3llm_ray.models.families import read_family
@@ -235,4 +236,4 @@ def test_in_words() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the oracle is /proc")
 def test_memory_of_a_cpu_is_the_process_s_peak() -> None:
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    assert device_memory(torch.device("cpu")) == pytest.approx(int(peak.split()[1]) / 2**20, rel=0.02)
+    assert peak_memory(torch.device("cpu")) == pytest.approx(int(peak.split()[1]) * 1024, rel=0.02)

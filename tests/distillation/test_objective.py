@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from d3llm_ray.distillation.batches import Sample, pack
-from d3llm_ray.distillation.corruption import Window, choose_views, draws
 from d3llm_ray.distillation.objectives import Batch, LossModule, LossWeights, MaskedWindows, Scheduled
 from d3llm_ray.distillation.objectives.base import token_terms
+from d3llm_ray.distillation.objectives.batches import Sample, pack
+from d3llm_ray.distillation.objectives.corruption import Window, choose_views, draws
 from d3llm_ray.distillation.objectives.windows import combine
 from d3llm_ray.models import Family, Ragged, Transformer
 from tests.distillation.toys import toy

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from d3llm_ray.distillation import plot
-from d3llm_ray.distillation.plot import plot_loss, smoothed
+from d3llm_ray.distillation.training import plots as plot
+from d3llm_ray.distillation.training.plots import plot_loss, smoothed
 
 Curves = dict[str, tuple[list[float], list[float]]]
 

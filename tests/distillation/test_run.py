@@ -14,12 +14,12 @@ from peft import PeftModel
 from d3llm_ray.config import build, read_yaml
 from d3llm_ray.distillation import run as distill
 from d3llm_ray.distillation.local import distil_here
-from d3llm_ray.distillation.metrics_file import read_metrics
 from d3llm_ray.distillation.objectives import LossModule
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.preparation import load
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import student_family
+from d3llm_ray.distillation.training.metrics_file import read_metrics
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import load_model, read_configs
 from d3llm_ray.progress import Progress

@@ -10,11 +10,11 @@ import pytest
 import ray
 
 from d3llm_ray.config import build
-from d3llm_ray.distillation.batches import MicroBatch
 from d3llm_ray.distillation.data import TrajectorySet, read_rows
+from d3llm_ray.distillation.objectives.batches import MicroBatch
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.settings import DistillSettings
-from d3llm_ray.distillation.stream import SHARD, Shards, micro_batches
+from d3llm_ray.distillation.training.stream import SHARD, Shards, micro_batches
 from tests.distillation.toys import family_of
 
 
@@ -39,7 +39,7 @@ def test_shards_are_the_plans_batches_behind_the_newest_checkpoint(
 ) -> None:
     assert plan.max_steps * plan.micro_batches_per_step == 192  # so that each of two workers needs several tasks
     newest = tmp_path / "step-000005"
-    monkeypatch.setattr("d3llm_ray.distillation.checkpoints.newest", lambda _folder: (newest, []))
+    monkeypatch.setattr("d3llm_ray.distillation.training.checkpoints.newest", lambda _folder: (newest, []))
     shards = Shards(ray.put(plan), tmp_path).configure({}, world_size=2)
     for rank, shard in enumerate(shards):
         numbers = plan.numbers(5, rank, 2)

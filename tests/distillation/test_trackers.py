@@ -13,8 +13,8 @@ from ray.util.metrics import Counter as RayCounter
 from ray.util.metrics import Metric
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from d3llm_ray.distillation.metrics_file import MetricsFile, read_metrics
-from d3llm_ray.distillation.trackers import TensorBoard, run_tracker
+from d3llm_ray.distillation.training.metrics_file import MetricsFile, read_metrics
+from d3llm_ray.distillation.training.trackers import TensorBoard, run_tracker
 from d3llm_ray.metrics import DistillMetrics
 
 LINE = {"step": 1, "epoch": 0, "window": 16, "noise_floor": 0.0, "lr": 0.5, "loss": 2.0, "ce": 1.5, "mask_ratio": 0.25}
@@ -121,7 +121,7 @@ def test_a_run_without_ray_is_tracked_in_files(tmp_path: Path) -> None:
 import sys
 sys.modules["ray"] = None
 from pathlib import Path
-from d3llm_ray.distillation.trackers import run_tracker
+from d3llm_ray.distillation.training.trackers import run_tracker
 tracker = run_tracker(Path({str(tmp_path)!r}), 0, student="tiny", ray=False)
 tracker.log({{"step": 1, "loss": 0.5}})
 tracker.close()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from d3llm_ray.distillation import checkpoints
-from d3llm_ray.distillation.engines import EngineOptions, torch_engine
-from d3llm_ray.distillation.training import save
+from d3llm_ray.distillation.training import checkpoints
+from d3llm_ray.distillation.training.engines import EngineOptions, torch_engine
+from d3llm_ray.distillation.training.job import save
 
 
 def test_a_checkpoint_that_was_passed_over_does_not_displace_an_intact_one(tmp_path: Path) -> None:

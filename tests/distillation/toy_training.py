@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d3llm_ray.distillation.engines import Engine, EngineOptions
+from d3llm_ray.distillation.training.engines import Engine, EngineOptions
 
 WORLD = 2
 ROWS, CLASSES = 4, 5

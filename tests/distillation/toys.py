@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from d3llm_ray.distillation.batches import Sample
+from d3llm_ray.distillation.objectives.batches import Sample
 from d3llm_ray.models import ModelConfig, Transformer
 from d3llm_ray.models.families import Family, read_family
 

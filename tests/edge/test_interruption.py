@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from d3llm_ray.distillation.metrics_file import METRICS_FILE, read_metrics
+from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.models import read_configs
 from tests.distillation.rows import SMALL_RUN, write_rows
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from d3llm_ray.distillation.metrics_file import METRICS_FILE, read_metrics
+from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.models import load_model, read_configs
 from tests.chaos.cluster import Node, free_port
 from tests.distillation.rows import SMALL_RUN, write_rows

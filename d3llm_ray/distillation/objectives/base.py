@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d3llm_ray.distillation.batches import MicroBatch, Sample, View
-from d3llm_ray.distillation.corruption import Draws
+from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, View
+from d3llm_ray.distillation.objectives.corruption import Draws
 from d3llm_ray.models.families import Family
 from d3llm_ray.models.ragged import Ragged
 

@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d3llm_ray.distillation.batches import MicroBatch, Sample, View
-from d3llm_ray.distillation.corruption import Draws, block_ratios, corrupted, mask_blocks
 from d3llm_ray.distillation.objectives.base import Batch, LossModule, Scheduled, is_right
+from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, View
+from d3llm_ray.distillation.objectives.corruption import Draws, block_ratios, corrupted, mask_blocks
 from d3llm_ray.models.families import Family
 from d3llm_ray.models.ragged import Ragged
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d3llm_ray.distillation.batches import MicroBatch, Sample, View
-from d3llm_ray.distillation.corruption import Draws, corrupted, mask_blocks, monotone_ratios
 from d3llm_ray.distillation.objectives.base import Batch, LossModule, Scheduled, is_right
+from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, View
+from d3llm_ray.distillation.objectives.corruption import Draws, corrupted, mask_blocks, monotone_ratios
 from d3llm_ray.models.families import Family
 from d3llm_ray.models.ragged import BlockCausal, Ragged
 

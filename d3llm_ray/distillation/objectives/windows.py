@@ -14,9 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d3llm_ray.distillation.batches import MicroBatch, Sample, View
-from d3llm_ray.distillation.corruption import Draws, MaskOrder, RatioRounding, choose_views, corrupted, draw_window
 from d3llm_ray.distillation.objectives.base import Batch, LossModule, Scheduled, masked_mean, token_terms
+from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, View
+from d3llm_ray.distillation.objectives.corruption import (
+    Draws,
+    MaskOrder,
+    RatioRounding,
+    choose_views,
+    corrupted,
+    draw_window,
+)
 from d3llm_ray.models.families import Family
 from d3llm_ray.models.ragged import Ragged
 

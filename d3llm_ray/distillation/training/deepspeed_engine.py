@@ -22,7 +22,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from d3llm_ray.distillation.engines import (
+from d3llm_ray.distillation.training.engines import (
     AdamState,
     Engine,
     EngineOptions,

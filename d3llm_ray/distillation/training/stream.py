@@ -17,9 +17,9 @@ import ray.data
 from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
-from d3llm_ray.distillation import checkpoints
-from d3llm_ray.distillation.batches import MicroBatch
+from d3llm_ray.distillation.objectives.batches import MicroBatch
 from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.training import checkpoints
 
 SHARD = "train"
 PER_TASK = 32  # micro-batches packed by one task

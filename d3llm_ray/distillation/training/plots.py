@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from d3llm_ray.distillation.trackers import CURRICULUM, SPEED, VALIDATION
-from d3llm_ray.evaluation.plots import save
+from d3llm_ray.distillation.training.trackers import CURRICULUM, SPEED, VALIDATION
+from d3llm_ray.report import save_figure
 
 Lines = Sequence[dict[str, Any]]
 
@@ -71,7 +71,7 @@ def plot_loss(lines: Lines, path: Path) -> None:
                 handles=curves, fontsize="small", frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1)
             )
     rows[-1].set_xlabel("optimizer step")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw(axes: Axes, lines: Lines, names: Sequence[str], quantity: str, first_color: int) -> list[Artist]:

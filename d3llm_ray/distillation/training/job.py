@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from d3llm_ray.distillation import checkpoints
-from d3llm_ray.distillation.batches import MicroBatch
 from d3llm_ray.distillation.data import TrajectorySet
-from d3llm_ray.distillation.engines import Engine, EngineOptions
-from d3llm_ray.distillation.loop import Hooks, barrier, train
 from d3llm_ray.distillation.objectives import LossModule
+from d3llm_ray.distillation.objectives.batches import MicroBatch
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import build_student, write_student
-from d3llm_ray.distillation.trackers import Tracker
-from d3llm_ray.distillation.validation import Validator
+from d3llm_ray.distillation.training import checkpoints
+from d3llm_ray.distillation.training.engines import Engine, EngineOptions
+from d3llm_ray.distillation.training.loop import Hooks, barrier, train
+from d3llm_ray.distillation.training.trackers import Tracker
+from d3llm_ray.distillation.training.validation import Validator
 
 logger = logging.getLogger("d3llm_ray.distillation")
 

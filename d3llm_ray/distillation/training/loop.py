@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from d3llm_ray.distillation.batches import MicroBatch
-from d3llm_ray.distillation.engines import Engine
-from d3llm_ray.distillation.memory import device_memory
+from d3llm_ray.device import peak_memory
 from d3llm_ray.distillation.objectives import LossModule
+from d3llm_ray.distillation.objectives.batches import MicroBatch
+from d3llm_ray.distillation.training.engines import Engine
 from d3llm_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def train(
             line: Line = {"step": finished, **dataclasses.asdict(scheduled)}
             line |= dict(zip((*names, "mask_ratio"), values, strict=True))
             line |= {"grad_norm": norm, **clock.lap(settings.batch_size, engine.world_size)}
-            line["memory_gib"] = device_memory(device)
+            line["memory_gib"] = peak_memory(device) / 2**30
             if validated:
                 line |= hooks.validate(finished)
                 clock = Clock()  # validation is not training time

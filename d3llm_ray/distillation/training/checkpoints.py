@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from d3llm_ray.distillation.engines import AdamState, Engine
+from d3llm_ray.distillation.training.engines import AdamState, Engine
 from d3llm_ray.errors import InputError
 
 NAME = re.compile(r"step-\d+")

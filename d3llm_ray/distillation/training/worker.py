@@ -12,12 +12,12 @@ import ray.train
 import ray.train.torch
 import torch
 
-from d3llm_ray.distillation import stream
-from d3llm_ray.distillation.batches import MicroBatch
-from d3llm_ray.distillation.deepspeed_engine import deepspeed_engine
-from d3llm_ray.distillation.loop import NotFiniteError
-from d3llm_ray.distillation.trackers import Tracker, run_tracker
-from d3llm_ray.distillation.training import Job, run_worker
+from d3llm_ray.distillation.objectives.batches import MicroBatch
+from d3llm_ray.distillation.training import stream
+from d3llm_ray.distillation.training.deepspeed_engine import deepspeed_engine
+from d3llm_ray.distillation.training.job import Job, run_worker
+from d3llm_ray.distillation.training.loop import NotFiniteError
+from d3llm_ray.distillation.training.trackers import Tracker, run_tracker
 
 
 def train_worker(config: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tensorboardX import SummaryWriter
 
-from d3llm_ray.distillation.metrics_file import METRICS_FILE, MetricsFile
+from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, MetricsFile
 
 Line = Mapping[str, float | int | str]
 

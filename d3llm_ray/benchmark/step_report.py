@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from d3llm_ray.benchmark.machine import Machine
-from d3llm_ray.benchmark.roofline import Work
 from d3llm_ray.benchmark.rows import spread
-from d3llm_ray.distillation.flops import StepFlops
+from d3llm_ray.benchmark.step_flops import StepFlops
 from d3llm_ray.distillation.lora import Coverage
 from d3llm_ray.distillation.memory import MemoryPlan
-from d3llm_ray.evaluation.report import WrittenReport, machine, table, versions
+from d3llm_ray.models import Work
+from d3llm_ray.report import WrittenReport, machine, table, versions
 
 if TYPE_CHECKING:
-    from d3llm_ray.distillation.step_benchmark import StepPlan
+    from d3llm_ray.benchmark.step import StepPlan
 
 # How every figure is counted, in every report: a number without its rule cannot be compared.
 COUNTING = {

@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from d3llm_ray.decoder_settings import read_decoder
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.decoding.engine import Engine as DecodingEngine
-from d3llm_ray.distillation.batches import MicroBatch
-from d3llm_ray.distillation.engines import Engine
-from d3llm_ray.distillation.loop import Line, attention_kernel, barrier
 from d3llm_ray.distillation.lora import transformer_of
 from d3llm_ray.distillation.objectives import LossModule
+from d3llm_ray.distillation.objectives.batches import MicroBatch
 from d3llm_ray.distillation.settings import DistillSettings, SelectBy
+from d3llm_ray.distillation.training.engines import Engine
+from d3llm_ray.distillation.training.loop import Line, attention_kernel, barrier
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.models import Family, load_tokenizer
 from d3llm_ray.progress import Progress

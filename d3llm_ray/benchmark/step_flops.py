@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from d3llm_ray.benchmark.roofline import Work, flops, head_parameters
-from d3llm_ray.models import ModelConfig
+from d3llm_ray.models import ModelConfig, Work
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,9 @@ def step_flops(
 
     The gradient of the first layer's input counts although nothing needs it: a hundredth at 32 layers.
     """
-    attention = flops(config, Work(0, work.attended, 0, 0))
-    matrices = flops(config, replace(work, attended=0, scored=0))
+    attention, matrices = config.attention_flops(work), config.matrix_flops(work)
     adapted = 2 * adapters * work.tokens
-    head = 2 * head_parameters(config) * work.scored
+    head = config.head_flops(work)
     forward = matrices + adapted + head + attention
     of_trained = adapted if adapters else matrices + head
     layers = matrices + adapted + attention

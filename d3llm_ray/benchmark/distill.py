@@ -21,19 +21,19 @@ from pydantic import Field, model_validator
 from d3llm_ray import cluster
 from d3llm_ray.benchmark.ratios import Ratio
 from d3llm_ray.benchmark.rows import spread
+from d3llm_ray.benchmark.step import optimizer_step
 from d3llm_ray.config import build
-from d3llm_ray.distillation.engines import torch_engine
-from d3llm_ray.distillation.metrics_file import METRICS_FILE, read_metrics
+from d3llm_ray.device import timed
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.preparation import load
 from d3llm_ray.distillation.run import run as run_job
 from d3llm_ray.distillation.settings import DistillSettings
-from d3llm_ray.distillation.step_benchmark import optimizer_step
 from d3llm_ray.distillation.student import build_student, student_family
+from d3llm_ray.distillation.training.engines import torch_engine
+from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.errors import require
-from d3llm_ray.evaluation.report import WrittenReport, machine, table, versions
 from d3llm_ray.progress import Progress
-from d3llm_ray.timing import timed
+from d3llm_ray.report import WrittenReport, machine, table, versions
 from d3llm_ray.trajectories.pipeline import run as run_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings
 

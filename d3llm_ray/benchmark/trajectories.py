@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
+from d3llm_ray.device import timed
 from d3llm_ray.progress import Progress
-from d3llm_ray.timing import timed
 from d3llm_ray.trajectories.pipeline import run as run_job
 from d3llm_ray.trajectories.plan import make_plan
 from d3llm_ray.trajectories.prompts import Prompt

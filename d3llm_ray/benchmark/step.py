@@ -2,7 +2,7 @@
 
 A machine with torch, transformers and peft alone measures a published shape, with random weights made on the device:
 
-    python -c "import d3llm_ray.distillation.step_benchmark as b; \
+    python -c "import d3llm_ray.benchmark.step as b; \
         print(b.measure_step(b.StepPlan(shape='llada-8b', device='cuda', machine='h200')))"
 """
 
@@ -22,23 +22,22 @@ from torch import Tensor
 
 from d3llm_ray.benchmark.machine import check_machine, find_machine
 from d3llm_ray.benchmark.plan import MEASURED, require_count
-from d3llm_ray.benchmark.roofline import Work
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
-from d3llm_ray.benchmark.workload import DEFAULT_MODEL, check_device, synthetic_prompts
-from d3llm_ray.distillation.batches import MicroBatch, Sample, pack
-from d3llm_ray.distillation.corruption import draws
-from d3llm_ray.distillation.engines import EngineOptions, Precision, torch_engine
-from d3llm_ray.distillation.flops import step_flops
-from d3llm_ray.distillation.loop import attention_kernel
+from d3llm_ray.benchmark.step_flops import step_flops
+from d3llm_ray.benchmark.step_report import StepReport
+from d3llm_ray.benchmark.workload import DEFAULT_MODEL, synthetic_prompts
+from d3llm_ray.device import check_device, peak_memory, timed
 from d3llm_ray.distillation.lora import add_lora, coverage
-from d3llm_ray.distillation.memory import MemoryPlan, device_memory, plan_memory, projections
+from d3llm_ray.distillation.memory import MemoryPlan, plan_memory
 from d3llm_ray.distillation.objectives import LossModule, LossWeights, MaskedWindows, Scheduled
-from d3llm_ray.distillation.step_report import StepReport
+from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, pack
+from d3llm_ray.distillation.objectives.corruption import draws
 from d3llm_ray.distillation.student import recompute_layers
+from d3llm_ray.distillation.training.engines import EngineOptions, Precision, torch_engine
+from d3llm_ray.distillation.training.loop import attention_kernel
 from d3llm_ray.errors import require, unknown
-from d3llm_ray.models import Family, ModelConfig, Transformer, load_model, read_configs
+from d3llm_ray.models import Family, ModelConfig, Transformer, Work, load_model, read_configs
 from d3llm_ray.models.families import read_family
-from d3llm_ray.timing import timed
 
 LR = 2e-5
 T = TypeVar("T")
@@ -164,7 +163,7 @@ def measure_step(plan: StepPlan) -> StepReport:
         elapsed, loss = timed(device, partial(take, engine, share=share))
         seconds.append(elapsed)
         losses.append(loss)
-    peak = device_memory(device)
+    peak = peak_memory(device) / 2**30
     clocked = Clocked(engine, device)
     losses.append(take(clocked, share=steps[-1]))
     values = torch.stack(losses).tolist()
@@ -239,7 +238,7 @@ def _student(plan: StepPlan, config: ModelConfig, device: torch.device) -> Trans
     model.train().requires_grad_(plan.lora_rank == 0)
     if plan.lora_rank == 0:
         return model
-    return add_lora(model, rank=plan.lora_rank, alpha=plan.lora_rank, dropout=0.0, targets=tuple(projections(config)))
+    return add_lora(model, rank=plan.lora_rank, alpha=plan.lora_rank, dropout=0.0, targets=tuple(config.projections))
 
 
 def _steps(plan: StepPlan, config: ModelConfig, family: Family, count: int) -> list[list[MicroBatch]]:
@@ -281,7 +280,7 @@ def _memory_plan(plan: StepPlan, config: ModelConfig, micro: MicroBatch) -> Memo
     return plan_memory(
         config,
         rank=plan.lora_rank,
-        targets=tuple(projections(config)),
+        targets=tuple(config.projections),
         precision=plan.precision,
         zero_stage=0,
         workers=1,
