@@ -7,29 +7,29 @@ them down, so that ratios between cells are steadier than the figures themselves
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from itertools import chain
-from operator import add
+from operator import add, methodcaller
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from d3llm_ray.benchmark.machine import Machine, find_machine
 from d3llm_ray.benchmark.plan import Plan
 from d3llm_ray.benchmark.report import Report
 from d3llm_ray.benchmark.roofline import roofline
-from d3llm_ray.benchmark.rows import PHASES, Round, Row, spread
+from d3llm_ray.benchmark.rows import Round, Row, spread
 from d3llm_ray.benchmark.workload import Cell, Workload, prepare
-from d3llm_ray.decoding import Completion, Engine, Request
+from d3llm_ray.decoding import Completion, Engine, Event, Request
+from d3llm_ray.decoding.batch import ModelCall
+from d3llm_ray.decoding.profile import profiled
+from d3llm_ray.decoding.runners import CapturingRunner
 from d3llm_ray.device import peak_memory, timed
-from d3llm_ray.models import KVCache, Ragged, Transformer, Work
+from d3llm_ray.models import Transformer, Work
 from d3llm_ray.progress import Progress
-
-Call = tuple[Tensor, Ragged, KVCache | None, Tensor]  # token ids [T], layout, cache, scored rows [N]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,12 @@ def measure(workload: Workload, engine: Engine, machine: Machine, progress: Prog
     return [_row(workload, machine, cell, trial, own) for cell, trial, own in cells]
 
 
-def decode(engine: Engine, requests: Sequence[Request], batch_size: int) -> Iterator[list[Completion]]:
+def decode(
+    engine: Engine,
+    requests: Sequence[Request],
+    batch_size: int,
+    step: Callable[[Engine], list[Event]] = methodcaller("step"),
+) -> Iterator[list[Completion]]:
     """Decode all requests, `batch_size` at a time whatever the engine could hold; yields what each step completed.
 
     Raises:
@@ -93,18 +98,18 @@ def decode(engine: Engine, requests: Sequence[Request], batch_size: int) -> Iter
     while pending or engine.active:
         while pending and engine.active + engine.waiting < batch_size:
             engine.submit(pending.popleft())
-        events = engine.step()
+        events = step(engine)
         for event in events:
             if event.error is not None:
                 raise RuntimeError(event.error)
         yield [event.completion for event in events if event.completion is not None]
 
 
-def replay(model: Transformer, calls: Iterable[Call]) -> None:
+def replay(model: Transformer, calls: Iterable[ModelCall]) -> None:
     """The model alone on the same windows: forward and LM head on the same scored rows."""
     with torch.inference_mode():
-        for token_ids, ragged, cache, scored in calls:
-            model.logits(model(token_ids, ragged, cache, scored))
+        for call in calls:
+            model.logits(model(*call))
 
 
 def _try(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.device) -> _Trial:
@@ -114,18 +119,18 @@ def _try(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.
     work: list[Work] = []
     overheads: list[float] = []
     steps = decode(engine, requests, cell.batch_size)
+    runner = engine.runner
     while True:
         # The bare model right behind each step: both see the machine in the same state, and the cache stays the same.
-        calls: list[Call] = []
-        engine.capture = calls
+        engine.runner = captured = CapturingRunner(engine.eager)
         seconds, finished = timed(device, partial(next, steps, None))
-        engine.capture = None
+        engine.runner = runner
         if finished is None:
             return _Trial(completions, work, overheads, phases)
-        replayed, _ = timed(device, partial(replay, engine.model, calls))
+        replayed, _ = timed(device, partial(replay, engine.model, captured.calls))
         completions += finished
         overheads.append(seconds / replayed)
-        work.append(reduce(add, (ragged.work(len(scored)) for _, ragged, _, scored in calls)))
+        work.append(reduce(add, (call.layout.work(len(call.scored)) for call in captured.calls)))
 
 
 def _round(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.device) -> Round:
@@ -141,11 +146,9 @@ def count_tokens(completions: Iterable[Completion]) -> int:
 
 def _phases(engine: Engine, requests: Sequence[Request], batch_size: int) -> dict[str, float]:
     """Seconds that one pass spends in each phase; waiting for the device between them slows it down a little."""
-    engine.profile.reset()
-    engine.profile.synchronise = True
-    list(decode(engine, requests, batch_size))
-    engine.profile.synchronise = False
-    return {phase: getattr(engine.profile, phase) for phase in PHASES}
+    with profiled(engine) as profile:
+        list(decode(engine, requests, batch_size, profile.step))
+    return profile.seconds
 
 
 def _row(workload: Workload, machine: Machine, cell: Cell, trial: _Trial, rounds: Sequence[Round]) -> Row:

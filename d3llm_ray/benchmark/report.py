@@ -9,7 +9,8 @@ from typing import Any
 from d3llm_ray.benchmark.machine import Machine
 from d3llm_ray.benchmark.plan import Plan
 from d3llm_ray.benchmark.ratios import ratios
-from d3llm_ray.benchmark.rows import PHASES, Row
+from d3llm_ray.benchmark.rows import Row
+from d3llm_ray.decoding.profile import PHASES
 from d3llm_ray.report import WrittenReport, machine, table, versions
 
 # How every figure is counted, in every report: a number without its rule cannot be compared.

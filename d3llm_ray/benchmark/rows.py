@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-PHASES = ("plan", "forward", "statistics", "update")
-
 
 @dataclass(frozen=True)
 class Round:

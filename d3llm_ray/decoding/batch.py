@@ -1,17 +1,19 @@
-"""From planned rows to forwards: sequences packed into groups, and the rows of each that are scored."""
+"""From planned rows to model calls: a step's sequences in groups, and the rows of each that are scored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d3llm_ray.decoding.caches import Window
-from d3llm_ray.decoding.canvas import IntArray
-from d3llm_ray.models import Ragged
+from d3llm_ray.decoding.canvas import FloatArray, IntArray
+from d3llm_ray.decoding.contracts import Window
+from d3llm_ray.decoding.sampling import Sampling
+from d3llm_ray.models import KVCache, Ragged
 
 # On a CPU a group of similar windows that fits its caches beats one large padded rectangle.
 CPU_GROUP_TOKENS = 512
@@ -20,7 +22,7 @@ CPU_SLACK_TOKENS = 8
 CUDA_GROUP_TOKENS = 16384
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: made for every request in every forward
 class Span:
     """One sequence of a forward: a request's canvas, or its unconditional twin."""
 
@@ -29,23 +31,54 @@ class Span:
     window: Window
     base: int | None  # place in the KV pool; None computes without a cache
     scored: IntArray  # rows of the window whose logits are wanted
+    guidance: float = 0.0  # scale of classifier-free guidance
     twin: bool = False  # the sequence of classifier-free guidance whose prompt is masked
 
 
-@dataclass(frozen=True)
-class Group:
-    """Sequences that share a model call."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a step computes: groups of sequences that share a model call, and how their scored rows are read."""
 
-    sequences: list[Span]
+    groups: list[list[Span]]
+    sampling: Sampling | None = None  # of the scored rows without the twins'; None: all take their most probable token
+    margins: bool = False  # whether a selection reads the margin
+
+    @property
+    def spans(self) -> list[Span]:
+        """The sequences in the order of their scored rows, twins left out."""
+        return [span for group in self.groups for span in group if not span.twin]
+
+    def guidance(self) -> tuple[list[int], list[int], FloatArray] | None:
+        """Places of the scored rows without those of twins, of their twins' (the row itself where there is none), and
+        scales; None when no sequence is guided."""
+        spans = [span for group in self.groups for span in group]
+        if not any(span.twin for span in spans):
+            return None
+        ends = np.cumsum([len(span.scored) for span in spans])
+        places = {
+            (span.row, span.twin): range(end - len(span.scored), end) for span, end in zip(spans, ends, strict=True)
+        }
+        plain = [span for span in spans if not span.twin]
+        conditional = [place for span in plain for place in places[span.row, False]]
+        twins = [place for span in plain for place in places.get((span.row, True), places[span.row, False])]
+        scales = np.repeat([span.guidance for span in plain], [len(span.scored) for span in plain])
+        return conditional, twins, scales.astype(np.float32)
+
+
+class ModelCall(NamedTuple):
+    """The arguments of one model call, on its device."""
+
     token_ids: Tensor  # [T]
-    ragged: Ragged
-    scored: Tensor  # [N] int64, packed
+    layout: Ragged
+    cache: KVCache | None
+    scored: Tensor  # [N] int64, packed places
 
     @staticmethod
-    def build(sequences: list[Span], device: torch.device) -> Group:
-        windows = [sequence.window for sequence in sequences]
-        bases = [sequence.base for sequence in sequences if sequence.base is not None]
-        ragged = Ragged.build(
+    def of(spans: Sequence[Span], cache: KVCache, device: torch.device) -> ModelCall:
+        """Lay out sequences of which all or none use the cache."""
+        windows = [span.window for span in spans]
+        bases = [span.base for span in spans if span.base is not None]
+        layout = Ragged.build(
             [window.end - window.start for window in windows],
             [window.start for window in windows],
             [window.key_length for window in windows],
@@ -54,14 +87,14 @@ class Group:
             device=device,
         )
         offset, scored = 0, []
-        for sequence in sequences:
-            scored.append(sequence.scored + offset)
-            offset += len(sequence.tokens)
-        tokens = np.concatenate([sequence.tokens for sequence in sequences])
-        return Group(
-            sequences,
+        for span in spans:
+            scored.append(span.scored + offset)
+            offset += len(span.tokens)
+        tokens = np.concatenate([span.tokens for span in spans])
+        return ModelCall(
             torch.from_numpy(tokens).to(device, non_blocking=True),
-            ragged,
+            layout,
+            cache if bases else None,
             torch.from_numpy(np.concatenate(scored)).to(device, non_blocking=True),
         )
 
@@ -71,34 +104,25 @@ def max_group_tokens(device: torch.device) -> int:
     return CUDA_GROUP_TOKENS if device.type == "cuda" else CPU_GROUP_TOKENS
 
 
-def groups(sequences: Sequence[Span], device: torch.device, limit: int) -> Iterator[list[Span]]:
+def grouped(spans: Sequence[Span], device: torch.device, limit: int) -> Iterator[list[Span]]:
     """Split a step's sequences into model calls of at most `limit` tokens (or one sequence).
 
     Those with and without a cache are kept apart, and on a CPU also windows of different lengths.
     """
-    ordered = sorted(sequences, key=lambda one: (one.base is None, len(one.tokens), one.window.key_length))
+    if len(spans) == 1:
+        yield list(spans)
+        return
     group: list[Span] = []
     tokens = 0
-    for sequence in ordered:
-        length = len(sequence.tokens)
+    for span in sorted(spans, key=lambda span: (span.base is None, len(span.tokens), span.window.key_length)):
+        length = len(span.tokens)
         if group:
             first = group[0]
             uneven = device.type == "cpu" and length > CPU_LONGEST_OVER_SHORTEST * len(first.tokens) + CPU_SLACK_TOKENS
-            if uneven or tokens + length > limit or (first.base is None) != (sequence.base is None):
+            if uneven or tokens + length > limit or (first.base is None) != (span.base is None):
                 yield group
                 group, tokens = [], 0
-        group.append(sequence)
+        group.append(span)
         tokens += length
     if group:
         yield group
-
-
-def guided_rows(sequences: Sequence[Span]) -> tuple[list[int], list[int], list[int]]:
-    """Places of a step's scored rows without those of twins, of their twins' (their own where none is), and their
-    requests' indices."""
-    ends = np.cumsum([len(one.scored) for one in sequences])
-    places = {(one.row, one.twin): range(end - len(one.scored), end) for one, end in zip(sequences, ends, strict=True)}
-    own = [one.row for one in sequences if not one.twin]
-    conditional = [place for row in own for place in places[row, False]]
-    twins = [place for row in own for place in places.get((row, True), places[row, False])]
-    return conditional, twins, [row for row in own for _ in places[row, False]]

@@ -6,23 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from d3llm_ray.decoding.canvas import Canvas
+from d3llm_ray.decoding.contracts import Opening, Window
 from d3llm_ray.decoding.rules import FamilyRules
-from d3llm_ray.decoding.schedules import Opening
 from d3llm_ray.errors import require, unknown
 from d3llm_ray.models import BlockCausal
 
 Suffix = Literal["recompute", "cached", "none"]
 BlockCacheKind = Literal["none", "prefix", "dual"]
-
-
-@dataclass(frozen=True)
-class Window:
-    """One row of a forward, in absolute positions: compute [start, end), attend to keys [0, key_length)."""
-
-    start: int
-    end: int
-    key_length: int
-    pattern: BlockCausal | None = None
 
 
 def _with_previous(start: int, rules: FamilyRules) -> int:
@@ -37,7 +27,6 @@ class NoCache:
     uses_cache: ClassVar[bool] = False
 
     def window(self, canvas: Canvas, opening: Opening, rules: FamilyRules) -> Window:
-        """The positions to compute in the forward that has just been counted."""
         return Window(0, canvas.length, canvas.length)
 
 
@@ -60,7 +49,6 @@ class BlockCache:
         return self.cache != "none"
 
     def window(self, canvas: Canvas, opening: Opening, rules: FamilyRules) -> Window:
-        """As `NoCache.window`."""
         entering, canvas.entered = canvas.entered != opening.start, opening.start
         if entering or self.cache == "none":
             return Window(0, canvas.length, canvas.length)
@@ -94,7 +82,6 @@ class DelayedCache:
             raise unknown("suffix", self.suffix, get_args(Suffix))
 
     def window(self, canvas: Canvas, opening: Opening, rules: FamilyRules) -> Window:
-        """As `NoCache.window`; moves `canvas.cached` to what is frozen once this forward has run."""
         frozen, waiting = self._walk(canvas, rules)
         start, canvas.cached = canvas.cached, max(canvas.cached, frozen)
         every = self.refresh_interval == 1
@@ -111,7 +98,7 @@ class DelayedCache:
         """Stamp finished spans in order. Returns the end of what may be frozen now, and whether a span waits."""
         frozen, waiting = canvas.cached, False
         for index in range(canvas.created + 1):
-            end = canvas.prompt_length + (int(canvas.ends[index - 1]) if index else 0)
+            end = canvas.prompt_length + (canvas.ends[index - 1] if index else 0)
             if end <= canvas.cached:
                 continue
             if index > 0 and canvas.mask_counts[index - 1]:
@@ -136,10 +123,9 @@ class PipelineCache:
     uses_cache: ClassVar[bool] = True
 
     def window(self, canvas: Canvas, opening: Opening, rules: FamilyRules) -> Window:
-        """As `DelayedCache.window`."""
         start = canvas.cached
         finished = min(canvas.first_open_block(), canvas.created)
-        canvas.cached = canvas.prompt_length + (int(canvas.ends[finished - 1]) if finished else 0)
+        canvas.cached = canvas.prompt_length + (canvas.ends[finished - 1] if finished else 0)
         end = canvas.prompt_length + opening.end
         pattern = BlockCausal(canvas.block_size, canvas.prompt_length)
         return Window(_with_previous(start, rules), end, end, pattern)
@@ -157,7 +143,6 @@ class SubBlockCache:
         require(isinstance(self.block_cache, bool), "block_cache", self.block_cache, "true or false")
 
     def window(self, canvas: Canvas, opening: Opening, rules: FamilyRules) -> Window:
-        """As `DelayedCache.window`."""
         pattern, prompt = BlockCausal(canvas.block_size), canvas.prompt_length
         start = canvas.cached
         if opening.boundary:
@@ -181,9 +166,5 @@ class CausalCache:
     uses_cache: ClassVar[bool] = True
 
     def window(self, canvas: Canvas, opening: Opening, rules: FamilyRules) -> Window:
-        """As `DelayedCache.window`."""
         start, canvas.cached = canvas.cached, canvas.prompt_length + opening.start
         return Window(start, canvas.cached, canvas.cached, BlockCausal(1))
-
-
-Caching = NoCache | BlockCache | DelayedCache | PipelineCache | SubBlockCache | CausalCache

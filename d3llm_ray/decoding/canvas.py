@@ -45,15 +45,16 @@ class Canvas:
         self.forwards = 0
         self.stop_ids = frozenset(stop_ids)
         self.stop: int | None = None  # response position of the first revealed stop token
-        # Block state. `created`: the first so many blocks may be decoded; `activated`: decoded at full effort.
-        head = -self.prompt_length % block_size if aligned else 0
-        starts = np.arange(head, size, block_size, dtype=np.int64)
-        self.starts: IntArray = np.concatenate(([0], starts)) if head else starts
-        self.ends: IntArray = np.append(self.starts[1:], size)
-        self.mask_counts: IntArray = self.ends - self.starts
+        # Block state, a list entry a block. `created`: the first so many blocks may be decoded; `activated`: decoded at
+        # full effort.
+        self._head = self.prompt_length % block_size if aligned else 0  # prompt positions in the first block
+        self.starts = [0, *range(block_size - self._head, size, block_size)]
+        self.ends = [*self.starts[1:], size]
+        self.mask_counts = [end - start for start, end in zip(self.starts, self.ends, strict=True)]
         self.created = created
-        self.activated: BoolArray = np.zeros(len(self.starts), dtype=np.bool_)
-        self.steps_in_block: IntArray = np.zeros(len(self.starts), dtype=np.int64)
+        self.activated = [False] * len(self.starts)
+        self.steps_in_block = [0] * len(self.starts)
+        self._first_open = 0
         # Cache state: absolute positions [0, cached) have frozen keys; forward at which a span was seen finished;
         # the block or sub-block that the last full forward was made for.
         self.cached = 0
@@ -67,22 +68,30 @@ class Canvas:
     @property
     def created_end(self) -> int:
         """End of the created blocks (response position)."""
-        return int(self.ends[self.created - 1]) if self.created else 0
+        return self.ends[self.created - 1] if self.created else 0
 
-    @property
-    def progress(self) -> NDArray[np.float64]:
-        """Decoded fraction of every block."""
-        return 1.0 - self.mask_counts / (self.ends - self.starts)
+    def block_of(self, position: int) -> int:
+        """Index of the block that a response position lies in."""
+        return (position + self._head) // self.block_size
+
+    def progress(self, block: int) -> float:
+        """Decoded fraction of a block; what is before the first one, the prompt, is decoded."""
+        return 1.0 - self.mask_counts[block] / (self.ends[block] - self.starts[block]) if block >= 0 else 1.0
 
     def first_open_block(self) -> int:
         """Index of the first block that still has masks; `num_blocks` when there is none."""
-        open_blocks = np.flatnonzero(self.mask_counts)
-        return int(open_blocks[0]) if open_blocks.size else self.num_blocks
+        while self._first_open < len(self.mask_counts) and not self.mask_counts[self._first_open]:
+            self._first_open += 1  # what is revealed stays so
+        return self._first_open
 
     @property
     def committed(self) -> int:
         """Length of the contiguous revealed prefix of the response: it never changes any more."""
-        return int(self.masked.argmax()) if self.masked.any() else self.size
+        block = self.first_open_block()
+        if block == self.num_blocks:
+            return self.size
+        start = self.starts[block]
+        return start + int(self.masked[start : self.ends[block]].argmax())
 
     def commit(self, positions: IntArray, token_ids: IntArray, entropies: FloatArray, logprobs: FloatArray) -> None:
         """Reveal response `positions` with their tokens, in the forward that has just been counted."""
@@ -91,10 +100,13 @@ class Canvas:
         self.reveal_step[positions] = self.forwards - 1
         self.reveal_entropy[positions] = entropies
         self.reveal_logprob[positions] = logprobs
-        self._count_masks()
-        for position, token in zip(positions.tolist(), token_ids.tolist(), strict=True):
-            if token in self.stop_ids and (self.stop is None or position < self.stop):
-                self.stop = position
+        revealed = positions.tolist()
+        for position in revealed:
+            self.mask_counts[self.block_of(position)] -= 1
+        tokens = token_ids.tolist()
+        if not self.stop_ids.isdisjoint(tokens):
+            stops = [place for place, token in zip(revealed, tokens, strict=True) if token in self.stop_ids]
+            self.stop = min(stops) if self.stop is None else min(self.stop, *stops)
 
     def fill_after_stop(self, eos_id: int) -> None:
         """Early stop: everything behind the first stop token becomes end-of-text (d3LLM's `handle_early_stop`).
@@ -112,7 +124,4 @@ class Canvas:
         self.response[masked] = token_id
         self.reveal_step[masked] = max(self.forwards - 1, 0)
         self.masked[masked] = False
-        self._count_masks()
-
-    def _count_masks(self) -> None:
-        self.mask_counts = np.add.reduceat(self.masked, self.starts, dtype=np.int64)
+        self.mask_counts = np.add.reduceat(self.masked, self.starts, dtype=np.int64).tolist()

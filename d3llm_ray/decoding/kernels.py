@@ -15,22 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from d3llm_ray.decoding import sampling as rules
+from d3llm_ray.decoding.scoring import GREEDY_STATS, Stat
 
 GOLDEN = tl.constexpr(rules.GOLDEN)
 MIX_1 = tl.constexpr(rules.MIX_1)
 MIX_2 = tl.constexpr(rules.MIX_2)
 LOWEST = tl.constexpr(-1e30)  # below every logit; finite, so that differences and products with 0 stay finite
 NO_ID = tl.constexpr((1 << 31) - 1)
+ARGMAX, LOGPROB, ENTROPY, MARGIN, SAMPLED, FILTERED_CONFIDENCE, FILTERED_ENTROPY = (
+    tl.constexpr(int(stat)) for stat in Stat
+)
 BLOCK, WARPS = 2048, 16  # 4 tokens a thread: the widest tile that spills no registers with float64 noise
 
 
 def score(logits: Tensor, mask_id: int | None, sampling: rules.Sampling | None) -> Tensor:
     """Statistics of [N, V] logits in float32, float16 or bfloat16, without top-p and top-k.
 
-    Returns [4, N] float32 as `scoring.score`, or with `sampling` [7, N] as `scoring.draw`: the same token ids.
+    Returns rows of `scoring.Stat`, [GREEDY_STATS, N] float32, or with `sampling` all of them: the same token ids.
     """
     rows, vocabulary = logits.shape
-    out = torch.empty(4 if sampling is None else 7, rows, dtype=torch.float32, device=logits.device)
+    out = torch.empty(GREEDY_STATS if sampling is None else len(Stat), rows, dtype=torch.float32, device=logits.device)
     temperatures = keys = None
     if sampling is not None:
         temperatures = torch.from_numpy(sampling.temperatures).to(logits.device, non_blocking=True)
@@ -145,12 +149,12 @@ def _score(logits, out, temperatures, keys, rows, vocabulary, mask_id, row_strid
             sampled = tl.min(tl.where(best == winner, best_id, NO_ID), 0)
             chosen = tl.max(tl.where((best == winner) & (best_id == sampled), best_logit, LOWEST), 0)
         logprob += chosen - peak
-        tl.store(out + 4 * rows + row, sampled.to(tl.float32))
-        tl.store(out + 5 * rows + row, tl.exp((chosen - peak) * coldness) / tempered_mass)
-        tl.store(out + 6 * rows + row, tempered_entropy)
+        tl.store(out + SAMPLED * rows + row, sampled.to(tl.float32))
+        tl.store(out + FILTERED_CONFIDENCE * rows + row, tl.exp((chosen - peak) * coldness) / tempered_mass)
+        tl.store(out + FILTERED_ENTROPY * rows + row, tempered_entropy)
     else:
         gap /= mass
-    tl.store(out + row, argmax.to(tl.float32))
-    tl.store(out + rows + row, logprob)
-    tl.store(out + 2 * rows + row, entropy)
-    tl.store(out + 3 * rows + row, gap)
+    tl.store(out + ARGMAX * rows + row, argmax.to(tl.float32))
+    tl.store(out + LOGPROB * rows + row, logprob)
+    tl.store(out + ENTROPY * rows + row, entropy)
+    tl.store(out + MARGIN * rows + row, gap)

@@ -7,20 +7,19 @@ from typing import Any, Literal, TypeVar
 
 from d3llm_ray.decoding.caches import (
     BlockCache,
-    Caching,
     CausalCache,
     DelayedCache,
     NoCache,
     PipelineCache,
     SubBlockCache,
 )
+from d3llm_ray.decoding.contracts import Caching, Part, Schedule, Selection
 from d3llm_ray.decoding.remasking import DREAM_RULES, TopK
 from d3llm_ray.decoding.rules import family_rules
 from d3llm_ray.decoding.schedules import (
     GrowingMultiBlock,
     MultiBlock,
     NextToken,
-    Schedule,
     SequentialBlocks,
     SubBlocks,
 )
@@ -35,10 +34,7 @@ from d3llm_ray.decoding.selections import (
 from d3llm_ray.errors import InputError, require, unknown
 from d3llm_ray.models import Family
 
-Selection = (
-    TopK | EntropyThreshold | ConfidenceThreshold | SubBlockConfidence | BlockwiseConfidence | AllEligible | Scripted
-)
-Part = TypeVar("Part", bound=Schedule | Selection | Caching)
+PartOf = TypeVar("PartOf", bound=Part)
 Needs = Literal["a masked-diffusion model with full attention", "a masked model with shifted logits", "a causal model"]
 _FULL: Needs = "a masked-diffusion model with full attention"
 _SHIFTED: Needs = "a masked model with shifted logits"
@@ -122,7 +118,7 @@ class Decoder:
         return self.block_size or (canvas if whole else family.block_size)
 
 
-def _with(part: Part, settings: dict[str, Any]) -> Part:
+def _with(part: PartOf, settings: dict[str, Any]) -> PartOf:
     """A copy of one part of a decoder with those settings that are its own."""
     return replace(part, **{field.name: settings[field.name] for field in fields(part) if field.name in settings})
 

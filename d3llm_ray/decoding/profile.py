@@ -2,52 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from d3llm_ray.decoding.batch import Span
+from d3llm_ray.decoding.batch import Batch
+from d3llm_ray.decoding.request import Event
+from d3llm_ray.decoding.runners import Runner
+from d3llm_ray.decoding.statistics import TokenStatistics
+from d3llm_ray.device import synchronise
+from d3llm_ray.models import Work
+
+if TYPE_CHECKING:
+    from d3llm_ray.decoding.engine import Engine
+
+PHASES = ("plan", "forward", "statistics", "update")
 
 
-@dataclass
 class StepProfile:
-    """Sums since the last `reset`. Times in seconds; on CUDA they mean what they say with `synchronise` only."""
+    """A runner around an engine's own: seconds by phase and work, summed over the steps taken through `step`.
 
-    plan: float = 0.0
-    forward: float = 0.0
-    statistics: float = 0.0
-    update: float = 0.0
-    forwards: int = 0  # model calls
-    rows: int = 0  # sequences x forwards
-    window_tokens: int = 0  # positions computed
-    attended: int = 0  # window length x key length, summed over rows
-    key_positions: int = 0  # key length, summed over rows
-    scored_rows: int = 0  # rows of the LM head
-    synchronise: bool = False
+    The device is waited for behind each phase. In static shapes the statistics are part of the forward.
+    """
 
-    def reset(self) -> None:
-        for field in fields(self):
-            if field.name != "synchronise":
-                setattr(self, field.name, field.default)
+    def __init__(self, runner: Runner, device: torch.device) -> None:
+        self._runner, self._device = runner, device
+        self._since = 0.0
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.forwards = 0  # model calls
+        self.rows = 0  # sequences x forwards
+        self.work = Work(0, 0, 0, 0)  # without what padding adds to it
 
-    def count(self, calls: Sequence[Sequence[Span]]) -> None:
-        """Add the work of a step's model calls, without what padding adds to it."""
-        self.forwards += len(calls)
-        for one in (one for call in calls for one in call):
+    def step(self, engine: Engine) -> list[Event]:
+        """One step of an engine whose runner this is."""
+        self._since = perf_counter()
+        events = engine.step()
+        self._lap("update")
+        return events
+
+    def forward(self, batch: Batch) -> Tensor:
+        self._lap("plan")
+        computed = self._runner.forward(batch)
+        self._lap("forward")
+        self._count(batch)
+        return computed
+
+    def statistics(self, batch: Batch, computed: Tensor) -> TokenStatistics:
+        statistics = self._runner.statistics(batch, computed)
+        self._lap("statistics")
+        return statistics
+
+    def _lap(self, phase: str) -> None:
+        synchronise(self._device)
+        now = perf_counter()
+        self.seconds[phase] += now - self._since
+        self._since = now
+
+    def _count(self, batch: Batch) -> None:
+        self.forwards += len(batch.groups)
+        for span in (span for group in batch.groups for span in group):
+            length, keys = len(span.tokens), span.window.key_length
             self.rows += 1
-            self.window_tokens += len(one.tokens)
-            self.key_positions += one.window.key_length
-            self.attended += len(one.tokens) * one.window.key_length
-            self.scored_rows += len(one.scored)
+            self.work += Work(length, length * keys, keys, len(span.scored))
+        self._since = perf_counter()
 
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Add the time of the block to the phase `name`."""
-        began = perf_counter()
-        yield
-        if self.synchronise and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        setattr(self, name, getattr(self, name) + perf_counter() - began)
+
+@contextmanager
+def profiled(engine: Engine) -> Iterator[StepProfile]:
+    """Measure the steps that the block takes through `StepProfile.step`."""
+    runner = engine.runner
+    profile = StepProfile(runner, engine.device)
+    engine.runner = profile
+    try:
+        yield profile
+    finally:
+        engine.runner = runner

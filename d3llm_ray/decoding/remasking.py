@@ -9,10 +9,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from d3llm_ray.decoding.canvas import BoolArray, Canvas
+from d3llm_ray.decoding.contracts import Opening, Selected
 from d3llm_ray.decoding.rules import FamilyRules
 from d3llm_ray.decoding.sampling import uniforms
-from d3llm_ray.decoding.schedules import Opening
-from d3llm_ray.decoding.selections import Flags
 from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.errors import require, unknown
 
@@ -64,17 +63,16 @@ class TopK:
 
     def select(
         self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
-    ) -> Flags:
-        """As `EntropyThreshold.select`."""
+    ) -> Selected:
         block, rule = canvas.first_open_block(), self.rule(rules)
-        start, end = int(canvas.starts[block]), int(canvas.ends[block])
+        start, end = canvas.starts[block], canvas.ends[block]
         total = min(self.steps or canvas.size, canvas.size)
         done = total * start // canvas.size
         steps = max(1, total * end // canvas.size - done)
         if rule == "origin":
             revealed = self._origin(canvas, opening, block, steps, done, seed)
         else:
-            step = int(canvas.steps_in_block[block])
+            step = canvas.steps_in_block[block]
             quota = (end - start) // steps + (step < (end - start) % steps)
             if rule in DREAM_RULES:
                 quota = 0
@@ -89,7 +87,7 @@ class TopK:
                 scores = np.where(np.isin(statistics.sampled, list(canvas.stop_ids)), -np.inf, scores)
             revealed = np.zeros(len(opening.eligible), dtype=np.bool_)
             revealed[np.argsort(-scores, kind="stable")[: max(1, quota)]] = True  # ties: the lowest position
-        return revealed, np.zeros_like(revealed)
+        return Selected(revealed)
 
     def _share(self, step: int, steps: int) -> float:
         """Share of the masks that Dream's step reveals: 1 - s / t."""
@@ -103,7 +101,7 @@ class TopK:
         """Each mask on its own, with the step's share as its probability; goes on to the first step with a hit."""
         revealed = np.zeros(len(opening.eligible), dtype=np.bool_)
         while not revealed.any():
-            step = int(canvas.steps_in_block[block])
+            step = canvas.steps_in_block[block]
             canvas.steps_in_block[block] += 1
             drawn = uniforms(seed, opening.eligible, done + step + 1)
             revealed = drawn < self._share(step, steps)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from d3llm_ray.decoding.canvas import Canvas
+from d3llm_ray.decoding.contracts import Opening
 from d3llm_ray.decoding.presets import Decoder
+from d3llm_ray.decoding.rules import FamilyRules
+from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family
 
@@ -150,3 +153,70 @@ class Event:
     completion: Completion | None = None
     reveal: Reveal | None = None
     error: str | None = None
+
+
+@dataclass(slots=True)
+class ActiveRequest:
+    """A request that is being decoded."""
+
+    request_id: int
+    request: Request
+    decoder: Decoder
+    canvas: Canvas
+    base: int | None  # place of its canvas in the KV pool, where its decoder uses one
+    sent: int = 0  # answer tokens reported so far
+    opening: Opening | None = None  # of the forward in hand
+    guidance: float = field(init=False)  # scale of classifier-free guidance
+    sampled: bool = field(init=False)  # a token may be another than the most probable one
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.guidance = float(getattr(self.decoder.selection, "cfg_scale", 0.0))
+        self.sampled = request.temperature > 0 or request.top_p < 1 or request.top_k > 0
+
+    def reveal(self, statistics: TokenStatistics, rules: FamilyRules, eos_id: int) -> Event | None:
+        """Take over a forward: `statistics` has a row for each position that was open in it.
+
+        The event has newly committed answer tokens, and the completion when the request is finished.
+        """
+        canvas, opening = self.canvas, self.opening
+        assert opening is not None
+        flags, forced = self.decoder.selection.select(canvas, opening, statistics, rules, self.request.seed)
+        chosen = flags.nonzero()[0]
+        predicted = statistics.sampled if forced is None else np.where(forced, statistics.argmax, statistics.sampled)
+        positions, tokens, entropies = opening.eligible[chosen], predicted[chosen], statistics.entropy[chosen]
+        canvas.commit(positions, tokens, entropies, statistics.logprob[chosen])
+        if self.decoder.early_stop:
+            canvas.fill_after_stop(eos_id)
+        shown = None
+        if self.request.reveals:
+            shown = Reveal(canvas.forwards - 1, positions.tolist(), tokens.tolist(), entropies.tolist())
+        return self._event(shown, eos_id)
+
+    def failed(self) -> Event:
+        """The end of a request whose logits are not finite."""
+        forward = self.canvas.forwards
+        error = f"request {self.request_id}: the model's logits are NaN or infinite in forward {forward}"
+        return Event(self.request_id, [], forward, error=error)
+
+    def _event(self, shown: Reveal | None, eos_id: int) -> Event | None:
+        canvas = self.canvas
+        committed = canvas.committed
+        end = min(committed, self.request.max_tokens)
+        stopped = canvas.stop is not None and canvas.stop < end
+        if canvas.stop is not None:
+            end = min(end, canvas.stop)
+        new: list[int] = canvas.response[self.sent : end].tolist()
+        self.sent = max(self.sent, end)
+        if not self._finished(committed):
+            return Event(self.request_id, new, canvas.forwards, None, shown) if new or shown else None
+        canvas.fill(eos_id)
+        completion = Completion.of(canvas, end, "stop" if stopped else "length")
+        return Event(self.request_id, new, canvas.forwards, completion, shown)
+
+    def _finished(self, committed: int) -> bool:
+        """Nothing that may be returned is masked; a growing canvas also ends with its stop token's blocks."""
+        if committed >= self.request.max_tokens:
+            return True
+        canvas = self.canvas
+        return self.decoder.schedule.growing and canvas.stop is not None and committed >= canvas.created_end

@@ -7,40 +7,26 @@ from typing import ClassVar
 
 import numpy as np
 
-from d3llm_ray.decoding.canvas import Canvas, IntArray
+from d3llm_ray.decoding.canvas import Canvas
+from d3llm_ray.decoding.contracts import Opening
 from d3llm_ray.errors import require
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What may be decoded in one forward, in response positions.
-
-    `start` and `end` bound the block, sub-block or blocks that `eligible` lies in; `start` is negative where a
-    block begins in the prompt. `boundary`: the one eligible position is predicted by the row before its block.
-    """
-
-    eligible: IntArray
-    start: int
-    end: int
-    boundary: bool = False
 
 
 @dataclass(frozen=True)
 class SequentialBlocks:
     """One block after another, left to right (LLaDA's semi-autoregressive decoding)."""
 
-    growing: ClassVar[bool] = False  # the canvas ends with the last created block, so that a stop token ends it
-    aligned: ClassVar[bool] = False  # blocks end at absolute multiples of the block size
+    growing: ClassVar[bool] = False
+    aligned: ClassVar[bool] = False
     initial_blocks: ClassVar[int] = 1
     fixed_block_size: ClassVar[int | None] = None
 
     def open(self, canvas: Canvas) -> Opening:
-        """Advance the block states before a forward."""
         block = canvas.first_open_block()
         canvas.created = max(canvas.created, block + 1)
         canvas.activated[block] = True
-        start, end = int(canvas.starts[block]), int(canvas.ends[block])
-        return Opening(start + np.flatnonzero(canvas.masked[start:end]), start, end)
+        start, end = canvas.starts[block], canvas.ends[block]
+        return Opening(start + canvas.masked[start:end].nonzero()[0], start, end)
 
 
 @dataclass(frozen=True)
@@ -73,7 +59,6 @@ class SubBlocks(SequentialBlocks):
         )
 
     def open(self, canvas: Canvas) -> Opening:
-        """As `SequentialBlocks.open`."""
         whole = SequentialBlocks.open(self, canvas)
         block_start = whole.end - canvas.block_size  # negative where the block begins in the prompt
         if block_start >= 0 and canvas.masked[block_start] and canvas.prompt_length + block_start > 0:
@@ -105,16 +90,16 @@ class MultiBlock:
             require(0.0 <= value <= 1.0, field, value, "a fraction from 0 to 1")
 
     def open(self, canvas: Canvas) -> Opening:
-        """As `SequentialBlocks.open`."""
-        progress = np.concatenate(([1.0], canvas.progress))  # the prompt's first
         if canvas.created < canvas.num_blocks and not (self.growing and canvas.stop is not None):
-            canvas.created += bool(progress[canvas.created] >= self.block_add_threshold)
-        canvas.activated[: canvas.created] |= progress[: canvas.created] >= self.decoded_token_threshold
+            canvas.created += canvas.progress(canvas.created - 1) >= self.block_add_threshold
+        for block in range(canvas.first_open_block(), canvas.created):
+            if canvas.progress(block - 1) >= self.decoded_token_threshold:
+                canvas.activated[block] = True
         end = canvas.created_end
         if canvas.stop is not None and not canvas.masked[canvas.stop :].any():
             # Everything behind the stop token is filled: the active region ends with its block.
-            end = int(canvas.ends[np.searchsorted(canvas.ends, canvas.stop, side="right")])
-        return Opening(np.flatnonzero(canvas.masked[:end]), 0, end)
+            end = canvas.ends[canvas.block_of(canvas.stop)]
+        return Opening(canvas.masked[:end].nonzero()[0], 0, end)
 
 
 @dataclass(frozen=True)
@@ -123,6 +108,3 @@ class GrowingMultiBlock(MultiBlock):
 
     growing: ClassVar[bool] = True
     initial_blocks: ClassVar[int] = 0
-
-
-Schedule = SequentialBlocks | MultiBlock

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from d3llm_ray.decoding.sampling import Sampling, filter_logits, gumbel_noise
 
+
+class Stat(IntEnum):
+    """Rows of packed statistics, [rows, N] float32. Token ids below 2^24 are exact in it.
+
+    The first four are of softmax(logits), the others of the distribution after temperature, top-p and top-k; a batch in
+    which every row is greedy has only the first ones. Of a drawn row `LOGPROB` is the sampled token's and `MARGIN` is
+    of the filtered distribution.
+    """
+
+    ARGMAX = 0  # the lowest id on ties
+    LOGPROB = 1  # of the argmax
+    ENTROPY = 2  # nats; NaN for a row that holds NaN or an infinity
+    MARGIN = 3  # gap between the two highest probabilities; NaN where nobody asked for it
+    SAMPLED = 4
+    FILTERED_CONFIDENCE = 5  # probability of the sampled token
+    FILTERED_ENTROPY = 6
+
+
+GREEDY_STATS = Stat.SAMPLED  # so many rows where nothing is sampled
+
 NEVER = -1e9  # logit of a token that must not be predicted; finite, so that 0 * NEVER stays 0
 
 
 def score(logits: Tensor, mask_id: int | None, *, margins: bool) -> Tensor:
-    """Statistics of softmax(logits): [N, V] float32 -> [3 or 4, N] float32.
+    """Statistics of softmax(logits): [N, V] float32 -> [GREEDY_STATS, N] float32, rows as in `Stat`.
 
-    Rows: argmax (lowest id on ties), its log probability, entropy in nats and, with `margins`, the gap between
-    the two highest probabilities. The mask token is never predicted: its logits are overwritten in place. The
-    entropy of a row that holds NaN or an infinity is NaN. Token ids below 2^24 are exact in float32.
+    The mask token is never predicted: its logits are overwritten in place. Without `margins` that row is NaN.
     """
     if mask_id is not None and mask_id < logits.shape[1]:
         logits[:, mask_id] = NEVER
@@ -26,20 +46,22 @@ def score(logits: Tensor, mask_id: int | None, *, margins: bool) -> Tensor:
     total = exponentials.sum(dim=-1)
     log_total = total.log()
     entropy = log_total - (exponentials * shifted).sum(dim=-1) / total
-    columns = [argmax.float(), -log_total, entropy]
-    if margins:
-        columns.append(_gap(exponentials) / total)
-    return torch.stack(columns)
+    margin = _gap(exponentials) / total if margins else torch.full_like(entropy, torch.nan)
+    return torch.stack((argmax.float(), -log_total, entropy, margin))
+
+
+def as_sampled(greedy: Tensor) -> Tensor:
+    """All rows of `Stat` for rows that take their most probable token: [GREEDY_STATS, N] -> [len(Stat), N]."""
+    sampled, confidence, entropy = greedy[Stat.ARGMAX], greedy[Stat.LOGPROB].exp(), greedy[Stat.ENTROPY]
+    return torch.cat((greedy, torch.stack((sampled, confidence, entropy))))
 
 
 def draw(logits: Tensor, mask_id: int | None, base: Tensor, sampling: Sampling) -> Tensor:
-    """Statistics of the sampling distribution: [M, V] float32 -> [7, M] float32, in the layout of `base`.
+    """Statistics of the sampling distribution: [M, V] float32 -> [len(Stat), M] float32, rows as in `Stat`.
 
-    Rows: argmax, log probability of the sampled token before temperature and filters, entropy likewise; then of
-    the distribution after them: margin, sampled token, its probability, entropy. `base` [7, M] holds them for any
-    sampled token. Temperature comes first, then top-p, then top-k; tokens are drawn by the Gumbel-max rule in
-    float64 (LLaDA generate.py; same distribution as Dream's multinomial). Rows at temperature 0 take the argmax,
-    and 1 as temperature.
+    `base` [len(Stat), M] holds them for any sampled token. Temperature comes first, then top-p, then top-k; tokens are
+    drawn by the Gumbel-max rule in float64 (LLaDA generate.py; same distribution as Dream's multinomial). Rows at
+    temperature 0 take the argmax, and 1 as temperature.
     """
 
     def put(array: np.ndarray) -> Tensor:
@@ -50,25 +72,25 @@ def draw(logits: Tensor, mask_id: int | None, base: Tensor, sampling: Sampling) 
     tempered = logits.double() / torch.where(hot, temperatures, 1.0)[:, None]
     if mask_id is not None and mask_id < logits.shape[1]:
         tempered[:, mask_id] = -torch.inf  # NEVER would come back at a temperature near 1e9
-    argmax = base[0].long()
+    argmax = base[Stat.ARGMAX].long()
     if sampling.filtered.any():
         tempered = filter_logits(tempered, put(sampling.top_ps), put(sampling.top_ks))
     sampled = argmax
     if (sampling.temperatures > 0).any():
         noise = gumbel_noise(put(sampling.keys.view(np.int64)), logits.shape[1])
         sampled = torch.where(hot, (tempered + noise).argmax(dim=-1), argmax)
-    gap = logits.gather(1, torch.stack((sampled, base[4].long()), dim=1))
+    gap = logits.gather(1, torch.stack((sampled, base[Stat.SAMPLED].long()), dim=1))
     probabilities = tempered.softmax(dim=-1)
-    columns = (
-        argmax,
-        base[1] + gap[:, 0] - gap[:, 1],
-        base[2],
-        _gap(probabilities),
-        sampled,
-        probabilities.gather(1, sampled[:, None])[:, 0],
-        torch.special.entr(probabilities).sum(dim=-1),
-    )
-    return torch.stack([column.float() for column in columns])
+    values = {
+        Stat.ARGMAX: argmax,
+        Stat.LOGPROB: base[Stat.LOGPROB] + gap[:, 0] - gap[:, 1],
+        Stat.ENTROPY: base[Stat.ENTROPY],
+        Stat.MARGIN: _gap(probabilities),
+        Stat.SAMPLED: sampled,
+        Stat.FILTERED_CONFIDENCE: probabilities.gather(1, sampled[:, None])[:, 0],
+        Stat.FILTERED_ENTROPY: torch.special.entr(probabilities).sum(dim=-1),
+    }
+    return torch.stack([values[stat].float() for stat in Stat])
 
 
 def _gap(weights: Tensor) -> Tensor:

@@ -9,12 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from d3llm_ray.decoding.canvas import BoolArray, Canvas
+from d3llm_ray.decoding.contracts import Opening, Selected
 from d3llm_ray.decoding.rules import FamilyRules
-from d3llm_ray.decoding.schedules import Opening
 from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.errors import require
-
-Flags = tuple[BoolArray, BoolArray]  # (revealed, forced) over the eligible positions
 
 
 def _best_of(scores: np.ndarray, where: BoolArray) -> int:
@@ -39,22 +37,21 @@ class EntropyThreshold:
 
     def select(
         self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
-    ) -> Flags:
-        """(revealed, forced) flags over the eligible positions, of which `statistics` has one row each.
-
-        A forced position takes the most probable token whatever the temperature.
-        """
+    ) -> Selected:
         entropy, threshold = statistics.entropy, np.float32(self.entropy_threshold)
         revealed = entropy < threshold if rules.strict_threshold else entropy <= threshold
         if rules.always_reveal_best:
-            revealed[np.argmin(entropy)] = True
+            revealed[entropy.argmin()] = True
+        # Nothing before the first open block is eligible, so that its masks are the first ones; a schedule has always
+        # activated it.
+        masks = canvas.mask_counts[canvas.first_open_block()]
+        if revealed[:masks].any():
+            return Selected(revealed)
+        best = int(entropy[:masks].argmin())
+        revealed[best] = True
         forced = np.zeros_like(revealed)
-        block = np.flatnonzero(canvas.activated & (canvas.mask_counts > 0))[0]
-        in_block = opening.eligible < canvas.ends[block]  # nothing before the first open block is eligible
-        if not revealed[in_block].any():
-            best = int(np.argmin(entropy[in_block]))
-            revealed[best] = forced[best] = True
-        return revealed, forced
+        forced[best] = True
+        return Selected(revealed, forced)
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,7 @@ class ConfidenceThreshold(_Confidence):
 
     def select(
         self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
-    ) -> Flags:
-        """As `EntropyThreshold.select`."""
+    ) -> Selected:
         confidence = statistics.confidence
         if self.factor is None:
             revealed = confidence >= min(np.float32(self.confidence_threshold), confidence.max())
@@ -96,7 +92,7 @@ class ConfidenceThreshold(_Confidence):
             passes[0] = True
             revealed = np.zeros(len(order), dtype=np.bool_)
             revealed[order[np.logical_and.accumulate(passes)]] = True
-        return revealed, np.zeros_like(revealed)
+        return Selected(revealed)
 
 
 @dataclass(frozen=True)
@@ -105,12 +101,11 @@ class SubBlockConfidence(_Confidence):
 
     def select(
         self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
-    ) -> Flags:
-        """As `EntropyThreshold.select`."""
+    ) -> Selected:
         confidence = statistics.confidence
         revealed = confidence > np.float32(self.confidence_threshold)
-        revealed[np.argmax(confidence)] = True
-        return revealed, np.full_like(revealed, opening.boundary)
+        revealed[confidence.argmax()] = True
+        return Selected(revealed, np.ones_like(revealed) if opening.boundary else None)
 
 
 @dataclass(frozen=True)
@@ -119,15 +114,16 @@ class BlockwiseConfidence(_Confidence):
 
     def select(
         self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
-    ) -> Flags:
-        """As `EntropyThreshold.select`."""
+    ) -> Selected:
         confidence, eligible = statistics.confidence, opening.eligible
         revealed = confidence > np.float32(self.confidence_threshold)
-        for block in np.flatnonzero(canvas.activated & (canvas.mask_counts > 0)):
+        for block in range(canvas.first_open_block(), canvas.num_blocks):
+            if not canvas.activated[block] or not canvas.mask_counts[block]:
+                continue
             inside = (eligible >= canvas.starts[block]) & (eligible < canvas.ends[block])
             if not revealed[inside].any():
                 revealed[_best_of(confidence, inside)] = True
-        return revealed, np.zeros_like(revealed)
+        return Selected(revealed)
 
 
 @dataclass(frozen=True)
@@ -138,10 +134,9 @@ class AllEligible:
 
     def select(
         self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
-    ) -> Flags:
-        """As `EntropyThreshold.select`."""
+    ) -> Selected:
         revealed = np.ones(len(opening.eligible), dtype=np.bool_)
-        return revealed, np.zeros_like(revealed)
+        return Selected(revealed)
 
 
 @dataclass(frozen=True)
@@ -157,8 +152,7 @@ class Scripted:
 
     def select(
         self, canvas: Canvas, opening: Opening, statistics: TokenStatistics, rules: FamilyRules, seed: int
-    ) -> Flags:
-        """As `EntropyThreshold.select`."""
+    ) -> Selected:
         due = int(canvas.forwards * self.tokens_per_forward) - int(canvas.masked.size - canvas.masked.sum())
         revealed = np.arange(len(opening.eligible)) < max(1, due)
-        return revealed, np.zeros_like(revealed)
+        return Selected(revealed)

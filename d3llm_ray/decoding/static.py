@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d3llm_ray.decoding.batch import Span
-from d3llm_ray.decoding.canvas import FloatArray, IntArray
+from d3llm_ray.decoding.batch import Batch, Span
+from d3llm_ray.decoding.canvas import IntArray
+from d3llm_ray.decoding.runners import EagerRunner
 from d3llm_ray.decoding.scoring import score
-from d3llm_ray.decoding.statistics import MAX_CHUNK_ELEMENTS, fused_score
-from d3llm_ray.models import KVCache, Ragged, Transformer
+from d3llm_ray.decoding.statistics import MAX_CHUNK_ELEMENTS, TokenStatistics, fused_score, unpack
+from d3llm_ray.models import Ragged
 
 logger = logging.getLogger("d3llm_ray.decoding")
 
@@ -45,8 +45,7 @@ def bucket(value: int, sizes: Sequence[int]) -> int | None:
     return next((size for size in sizes if size >= value), None)
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Padded sizes of a model call: what a CUDA graph is captured for."""
 
     rows: int  # B
@@ -55,19 +54,27 @@ class Shape:
     scored: int  # N
 
     @staticmethod
-    def of(sequences: Sequence[Span], vocabulary: int) -> Shape | None:
+    def of(spans: Sequence[Span], vocabulary: int) -> Shape | None:
         """The bucket of a model call; None for one that is better run, or can only be run, as it is."""
-        if any(one.base is None or one.twin for one in sequences):
-            return None
-        lengths, scored = [len(one.tokens) for one in sequences], sum(len(one.scored) for one in sequences)
-        rows, window = bucket(len(sequences), BATCHES), bucket(max(lengths), WINDOWS)
-        span, heads = bucket(max(one.window.key_length for one in sequences), SPANS), bucket(scored, SCORED)
-        if rows is None or window is None or span is None or heads is None:
+        longest = keys = tokens = scored = 0
+        for span in spans:
+            if span.base is None or span.twin:
+                return None
+            length = len(span.tokens)
+            longest, keys = max(longest, length), max(keys, span.window.key_length)
+            tokens, scored = tokens + length, scored + len(span.scored)
+        rows, window, reach, heads = (
+            bucket(len(spans), BATCHES),
+            bucket(longest, WINDOWS),
+            bucket(keys, SPANS),
+            bucket(scored, SCORED),
+        )
+        if rows is None or window is None or reach is None or heads is None:
             return None
         padded = rows * window
-        fits = padded <= STATIC_TOKENS and rows * span <= STATIC_KEY_CELLS and heads * vocabulary <= MAX_CHUNK_ELEMENTS
-        wasteful = padded > max(FREE_TOKENS, MOST_PADDING * sum(lengths))
-        return Shape(rows, window, span, heads) if fits and not wasteful else None
+        fits = padded <= STATIC_TOKENS and rows * reach <= STATIC_KEY_CELLS and heads * vocabulary <= MAX_CHUNK_ELEMENTS
+        wasteful = padded > max(FREE_TOKENS, MOST_PADDING * tokens)
+        return Shape(rows, window, reach, heads) if fits and not wasteful else None
 
     @property
     def size(self) -> int:
@@ -88,98 +95,112 @@ class Shape:
             packed[rows : self.size],
         )
 
-    def fill(self, packed: IntArray, sequences: Sequence[Span], scratch: int) -> None:
-        """Write the layout of `sequences`. Padding repeats a row's last token, or the first row, and writes to
-        `scratch`: all of it is finite where the rows themselves are."""
-        (tokens, positions, write, visible), (bases, key_lengths), scored = self.sections(packed)
-        padded = [*sequences, *[sequences[0]] * (self.rows - len(sequences))]
-        lengths = np.array([len(one.tokens) for one in padded])[:, None]
-        starts = np.array([one.window.start for one in padded])[:, None]
-        cells = np.arange(self.window)
-        bases[:] = [one.base for one in padded]
-        key_lengths[:] = [one.window.key_length for one in padded]
-        positions[:] = starts + np.minimum(cells, lengths - 1)
-        write[:] = np.where(cells < lengths, bases[:, None] + positions, scratch)
-        write[len(sequences) :] = scratch
-        visible[:] = key_lengths[:, None]
-        for row, one in enumerate(padded):
-            tokens[row, : len(one.tokens)] = one.tokens
-            tokens[row, len(one.tokens) :] = one.tokens[-1]
-            if one.window.pattern is not None:
-                visible[row] = np.minimum(visible[row], one.window.pattern.visible(positions[row]))
-        places = np.concatenate([one.scored + row * self.window for row, one in enumerate(sequences)])
-        scored[: places.size] = places
-        scored[places.size :] = 0
+    def fill(self, packed: IntArray, spans: Sequence[Span], scratch: int) -> None:
+        """Write the layout of `spans`. Padding repeats a row's last token, or the first row, and writes to `scratch`:
+        all of it is finite where the rows themselves are."""
+        (tokens, positions, write, visible), of_rows, scored = self.sections(packed)
+        count, cells, place = len(spans), np.arange(self.window), 0
+        figures = np.empty((self.rows, 4), dtype=np.int64)  # base, keys, start, length
+        for row, span in enumerate(spans):
+            window, length = span.window, len(span.tokens)
+            figures[row] = span.base or 0, window.key_length, window.start, length
+            tokens[row, :length] = span.tokens
+            tokens[row, length:] = span.tokens[-1]
+            heads = len(span.scored)
+            scored[place : place + heads] = span.scored
+            if row:
+                scored[place : place + heads] += row * self.window
+            place += heads
+        scored[place:] = 0
+        if count < self.rows:
+            figures[count:] = figures[0]
+            tokens[count:] = tokens[0]
+        of_rows[:] = figures[:, :2].T
+        bases, keys, starts, lengths = figures.T[:, :, None]
+        np.add(starts, np.minimum(cells, lengths - 1), out=positions)
+        np.add(bases, positions, out=write)
+        write[cells >= lengths] = scratch
+        write[count:] = scratch
+        visible[:] = keys
+        for row, span in enumerate(spans):
+            if span.window.pattern is not None:
+                visible[row] = np.minimum(visible[row], span.window.pattern.visible(positions[row]))
+        if count < self.rows:
+            visible[count:] = visible[0]
 
 
 class StaticRunner:
     """Model calls in static shapes, from tokens to statistics: one copy to the device, one replay, one copy back.
 
-    `capture` (default: on CUDA) makes graphs. At most `max_graphs` shapes are kept; calls of further ones are not
-    accepted. `cache` must have `SCRATCH` positions besides its own. A failing capture is logged once, and then nothing
-    is accepted any more.
+    `capture` (default: on CUDA) makes graphs. At most `max_graphs` shapes are kept. The cache must have `SCRATCH`
+    positions besides its own. A batch that does not fit, or has further shapes, is run by `eager`; after a failing
+    capture, which is logged once, every batch is.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        cache: KVCache,
-        vocabulary: int,
-        mask_id: int | None,
-        *,
-        capture: bool | None = None,
-        max_graphs: int = 64,
-    ) -> None:
-        device = cache.keys.device
+    def __init__(self, eager: EagerRunner, *, capture: bool | None = None, max_graphs: int = 64) -> None:
+        device = eager.cache.device
         capture = device.type == "cuda" if capture is None else capture
-        self._model, self._cache = model, cache
-        self._vocabulary, self._mask_id = vocabulary, mask_id
-        self._max_graphs = max_graphs
+        self._eager, self._max_graphs = eager, max_graphs
         size = Shape(BATCHES[-1], STATIC_TOKENS // BATCHES[-1], SPANS[0], SCORED[-1]).size
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._layout: IntArray = self._host.numpy()
         self._packed = torch.zeros(size, dtype=torch.int64, device=device)
         self._runs: dict[Shape, Callable[[], Tensor]] = {}
         self._stream = torch.cuda.Stream(device) if capture else None  # type: ignore[no-untyped-call]
         # Graphs share their memory: they never overlap, and each one's result is copied before the next runs.
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._failed = False
+        self._padded = False  # whether the forward in hand was run in static shapes
 
-    def accepts(self, groups: Sequence[Sequence[Span]]) -> bool:
-        """Whether all model calls of a step can run in static shapes."""
-        if self._failed:
-            return False
-        shapes = {Shape.of(group, self._vocabulary) for group in groups}
-        return None not in shapes and len(shapes | self._runs.keys()) <= self._max_graphs
+    def forward(self, batch: Batch) -> Tensor:
+        """Packed statistics on the host, [GREEDY_STATS, N]; as of `EagerRunner` for a batch that does not fit."""
+        shapes = self._shapes(batch)
+        self._padded = shapes is not None
+        if shapes is None:
+            return self._eager.forward(batch)
+        packed = [self._run(group, shape) for group, shape in zip(batch.groups, shapes, strict=True)]
+        return packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
 
-    def run(self, groups: Sequence[Sequence[Span]]) -> FloatArray:
-        """Run the model calls of a step that `accepts` has let in: [4, N] float32 as `scoring.score`, on the host."""
-        return np.concatenate([self._run(group) for group in groups], axis=1)
+    def statistics(self, batch: Batch, computed: Tensor) -> TokenStatistics:
+        return unpack(computed.numpy()) if self._padded else self._eager.statistics(batch, computed)
 
-    def _run(self, sequences: Sequence[Span]) -> FloatArray:
-        shape = Shape.of(sequences, self._vocabulary)
-        assert shape is not None  # accepted
-        shape.fill(self._host.numpy(), sequences, self._cache.positions)
+    def _shapes(self, batch: Batch) -> list[Shape] | None:
+        """The buckets of all model calls; None where one of them cannot, or should not, run in a static shape."""
+        if self._failed or batch.sampling is not None:
+            return None
+        shapes = []
+        for group in batch.groups:
+            shape = Shape.of(group, self._eager.vocabulary)
+            if shape is None:
+                return None
+            shapes.append(shape)
+        new = {shape for shape in shapes if shape not in self._runs}
+        return shapes if len(new) + len(self._runs) <= self._max_graphs else None
+
+    def _run(self, spans: Sequence[Span], shape: Shape) -> Tensor:
+        shape.fill(self._layout, spans, self._eager.cache.positions)
         self._packed[: shape.size].copy_(self._host[: shape.size], non_blocking=True)
         run = self._runs.get(shape) or self._prepare(shape)
-        result: FloatArray = run().cpu().numpy()  # waits, so that the host buffer may be filled anew
-        return result[:, : sum(len(one.scored) for one in sequences)]
+        result = run().cpu()  # waits, so that the host buffer may be filled anew
+        return result[:, : sum(len(span.scored) for span in spans)]
 
-    def _compute(self, shape: Shape) -> Tensor:
-        """[4, N] statistics of the layout in the device's buffer; nothing here depends on its numbers."""
+    def compute(self, shape: Shape) -> Tensor:
+        """[GREEDY_STATS, N] of the layout in the device's buffer; nothing here depends on its numbers."""
         of_tokens, of_rows, scored = shape.sections(self._packed)
         tokens, positions, write, visible = of_tokens.unbind()
         bases, key_lengths = of_rows.unbind()
         ragged = Ragged.static(positions, write, visible, bases, key_lengths, shape.span)
-        hidden = self._model(tokens.flatten(), ragged, self._cache, scored)
-        logits = self._model.logits(hidden)[:, : self._vocabulary]
+        eager = self._eager
+        hidden = eager.model(tokens.flatten(), ragged, eager.cache, scored)
+        logits = eager.model.logits(hidden)[:, : eager.vocabulary]
         fused = fused_score(logits.device.type)
         if fused is not None:
-            return fused(logits, self._mask_id, None)
-        return score(logits.float(), self._mask_id, margins=True)
+            return fused(logits, eager.mask_id, None)
+        return score(logits.float(), eager.mask_id, margins=True)
 
     def _prepare(self, shape: Shape) -> Callable[[], Tensor]:
         """What runs `shape` from now on: a captured graph, or without capture the computation itself."""
-        compute = partial(self._compute, shape)
+        compute = partial(self.compute, shape)
         if self._stream is None or self._failed:
             self._runs[shape] = compute
             return compute

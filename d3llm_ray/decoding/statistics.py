@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d3llm_ray.decoding.canvas import BoolArray, FloatArray, IntArray
 from d3llm_ray.decoding.sampling import Sampling
-from d3llm_ray.decoding.scoring import draw, score
+from d3llm_ray.decoding.scoring import Stat, as_sampled, draw, score
 from d3llm_ray.models import Transformer
 
 MAX_CHUNK_ELEMENTS = 1 << 26  # logits held at a time: 256 MiB in float32
@@ -21,7 +21,7 @@ COSTLY_ROW = 8  # a guided row, or one that plain torch draws, holds up to so ma
 Score = Callable[[Tensor, int | None, Sampling | None], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: made for every request in every forward
 class TokenStatistics:
     """Host arrays with one entry for each scored row; probabilities are those of tokens other than the mask."""
 
@@ -36,9 +36,19 @@ class TokenStatistics:
     filtered_entropy: FloatArray  # nats
     finite: BoolArray  # False: the row's logits held NaN or an infinity (or lie further apart than float32 reaches)
 
-    def rows(self, begin: int, end: int) -> TokenStatistics:
-        """The entries [begin, end)."""
-        return TokenStatistics(*(values[begin:end] for values in vars(self).values()))
+    def rows(self, chosen: slice) -> TokenStatistics:
+        """The entries of some rows."""
+        return TokenStatistics(
+            self.argmax[chosen],
+            self.sampled[chosen],
+            self.confidence[chosen],
+            self.logprob[chosen],
+            self.entropy[chosen],
+            self.filtered_confidence[chosen],
+            self.margin[chosen],
+            self.filtered_entropy[chosen],
+            self.finite[chosen],
+        )
 
 
 def token_statistics(
@@ -47,7 +57,7 @@ def token_statistics(
     *,
     vocabulary: int,
     mask_id: int | None,
-    sampling: Sampling,
+    sampling: Sampling | None,
     guidance: tuple[Tensor, FloatArray] | None = None,
     margins: bool = False,
 ) -> TokenStatistics:
@@ -55,11 +65,17 @@ def token_statistics(
 
     Token ids from `vocabulary` on (rows of the LM head without a token) and `mask_id` are never predicted.
     `guidance` is classifier-free: hidden rows [N, hidden_size] without the prompt and scales [N]; where the scale
-    w > 0, logits are u + (w + 1)(c - u) (LLaDA generate.py). `margins` asks for the margin.
+    w > 0, logits are u + (w + 1)(c - u) (LLaDA generate.py). `margins` asks for the margin. Without `sampling` every
+    row takes its most probable token.
     """
+    if not hidden.shape[0]:
+        return unpack(np.zeros((len(Stat), 0), dtype=np.float32))
     fused = fused_score(hidden.device.type)
-    drawn = sampling.active if fused is None else sampling.filtered  # rows that plain torch draws
-    active = bool(sampling.active.any())
+    if sampling is not None and not sampling.active.any():
+        sampling = None
+    drawn = np.zeros(hidden.shape[0], dtype=np.bool_)  # rows that plain torch draws
+    if sampling is not None:
+        drawn = sampling.active if fused is None else sampling.filtered
     cost = COSTLY_ROW if guidance is not None or drawn.any() else 1
     chunk = max(1, MAX_CHUNK_ELEMENTS // (vocabulary * cost))
     parts = []
@@ -68,18 +84,17 @@ def token_statistics(
         logits = model.logits(hidden[rows])[:, :vocabulary]
         if guidance is not None:
             logits = _guided(model, logits, guidance[0][rows], guidance[1][rows])
-        chosen = sampling.select(rows) if active else None
+        chosen = None if sampling is None else sampling.select(rows)
         if fused is not None:
             packed = fused(logits, mask_id, chosen)
         else:
             logits = logits.float()
-            packed = score(logits, mask_id, margins=margins or active)
-            if active:
-                packed = torch.cat((packed, packed[:1], packed[1:2].exp(), packed[2:3]))
+            packed = score(logits, mask_id, margins=margins or chosen is not None)
+            packed = packed if chosen is None else as_sampled(packed)
         if chosen is not None and drawn[rows].any():
             _redraw(packed, logits, mask_id, chosen, np.flatnonzero(drawn[rows]))
         parts.append(packed)
-    return unpack(torch.cat(parts, dim=1).cpu().numpy() if parts else np.zeros((3, 0), dtype=np.float32))
+    return unpack(torch.cat(parts, dim=1).cpu().numpy())
 
 
 @cache
@@ -107,27 +122,27 @@ def _guided(model: Transformer, logits: Tensor, unconditional: Tensor, scales: F
 
 
 def _redraw(packed: Tensor, logits: Tensor, mask_id: int | None, sampling: Sampling, chosen: IntArray) -> None:
-    """Replace the chosen rows' statistics, columns of `packed` [7, N], by those of `draw`."""
+    """Replace the chosen rows' statistics, columns of `packed` [len(Stat), N], by those of `draw`."""
     rows = torch.from_numpy(chosen).to(logits.device)
     packed[:, rows] = draw(logits[rows].float(), mask_id, packed[:, rows], sampling.select(chosen))
 
 
 def unpack(packed: FloatArray) -> TokenStatistics:
-    """Rows of `scoring.score` or `scoring.draw`, copied to the host, by name."""
-    argmax, logprob, entropy = packed[:3]
-    ids, confidence = argmax.astype(np.int64), np.exp(logprob)
-    margin = packed[3] if len(packed) > 3 else np.full_like(entropy, np.nan)
-    sampled, filtered_confidence, filtered_entropy = ids, confidence, entropy
-    if len(packed) > 4:
-        sampled, filtered_confidence, filtered_entropy = packed[4].astype(np.int64), packed[5], packed[6]
+    """Rows of `Stat`, copied to the host, by name."""
+    argmax, logprob, entropy = packed[Stat.ARGMAX].astype(np.int64), packed[Stat.LOGPROB], packed[Stat.ENTROPY]
+    confidence = np.exp(logprob)
+    sampled, filtered_confidence, filtered_entropy = argmax, confidence, entropy
+    if len(packed) == len(Stat):
+        sampled = packed[Stat.SAMPLED].astype(np.int64)
+        filtered_confidence, filtered_entropy = packed[Stat.FILTERED_CONFIDENCE], packed[Stat.FILTERED_ENTROPY]
     return TokenStatistics(
-        argmax=ids,
+        argmax=argmax,
         sampled=sampled,
         confidence=confidence,
         logprob=logprob,
         entropy=entropy,
         filtered_confidence=filtered_confidence,
-        margin=margin,
+        margin=packed[Stat.MARGIN],
         filtered_entropy=filtered_entropy,
         finite=np.isfinite(entropy),
     )

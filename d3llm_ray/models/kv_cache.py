@@ -26,10 +26,23 @@ class KVCache:
         device: torch.device | str,
         scratch: int = 0,
     ) -> None:
-        shape = (config.num_layers, positions + scratch, config.num_kv_heads, config.head_dim)
+        self._shape = (config.num_layers, positions + scratch, config.num_kv_heads, config.head_dim)
+        self._dtype = dtype
         self.positions = positions  # of sequences; behind them lie the `scratch` ones, which padding writes to
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # [layers, positions, kv heads, head dim]
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.device = torch.device(device)
+        # [layers, positions, kv heads, head dim] each, empty until `allocate`
+        self.keys, self.values = (torch.empty(0, dtype=dtype, device=device) for _ in range(2))
+
+    @property
+    def allocated(self) -> bool:
+        """Whether the store takes memory yet."""
+        return self.keys.dim() > 1
+
+    def allocate(self) -> KVCache:
+        """Take the memory, which requests without a cache do not need; returns the cache itself."""
+        if not self.allocated:
+            self.keys, self.values = (torch.empty(self._shape, dtype=self._dtype, device=self.device) for _ in range(2))
+        return self
 
     def write(self, layer: int, keys: Tensor, values: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
         """Write a window's keys and values, [T, kv heads, head dim]; returns the layer's whole store."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import reduce
 from itertools import chain
+from operator import add
 from pathlib import Path
 from time import sleep
 
@@ -21,6 +23,8 @@ from d3llm_ray.benchmark.shapes import SHAPES
 from d3llm_ray.benchmark.workload import prepare
 from d3llm_ray.cli import main
 from d3llm_ray.decoding import Engine
+from d3llm_ray.decoding.profile import profiled
+from d3llm_ray.decoding.runners import CapturingRunner
 from d3llm_ray.progress import Progress
 
 SMALL_PLAN = {"prompt_tokens": 20, "max_tokens": (64,), "requests": 4, "batch_sizes": (1, 4), "repeats": 2}
@@ -77,22 +81,20 @@ def test_a_script_sets_the_pace_and_the_cache_the_window(report: Report) -> None
 def test_what_is_captured_is_what_the_engine_counted(small_shape: str) -> None:
     workload = prepare(Plan(shape=small_shape, **SMALL_PLAN))
     engine = Engine(workload.load(), workload.family, workload.cells[0].decoder, max_batch_size=4)
-    engine.capture = []
-    engine.profile.reset()
-    completions = list(chain(*decode(engine, workload.requests(workload.cells[1]), batch_size=3)))
+    engine.runner = captured = CapturingRunner(engine.eager)
+    with profiled(engine) as profile:
+        steps = decode(engine, workload.requests(workload.cells[1]), 3, profile.step)
+        completions = list(chain(*steps))
     assert [len(completion.token_ids) for completion in completions] == [64] * 4
-    work = [ragged.work(len(scored)) for _, ragged, _, scored in engine.capture]
-    profile = engine.profile
+    work = [call.layout.work(len(call.scored)) for call in captured.calls]
     assert len(work) == profile.forwards
-    assert max(len(ragged.lengths) for _, ragged, _, _ in engine.capture) == 3  # never above the batch size
-    assert sum(one.tokens for one in work) == profile.window_tokens
-    assert sum(one.attended for one in work) == profile.attended
-    assert sum(one.keys for one in work) == profile.key_positions
-    assert sum(one.scored for one in work) == profile.scored_rows
+    assert max(len(call.layout.lengths) for call in captured.calls) == 3  # never above the batch size
+    assert reduce(add, work) == profile.work
+    assert all(seconds > 0 for seconds in profile.seconds.values())
     seen: list[int] = []
     engine.model.lm_head.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
-    replay(engine.model, engine.capture)
-    assert seen == [one.scored for one in work]
+    replay(engine.model, captured.calls)
+    assert seen == [call.scored for call in work]
 
 
 def test_overhead_is_the_time_outside_the_model(small_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from d3llm_ray.benchmark.ratios import Ratio, ratios
-from d3llm_ray.benchmark.rows import PHASES, Round, Row
+from d3llm_ray.benchmark.rows import Round, Row
+from d3llm_ray.decoding.profile import PHASES
 
 
 def row(decoder: str, batch_size: int, max_tokens: int, rounds: list[Round], **settings: object) -> Row:

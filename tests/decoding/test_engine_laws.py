@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from d3llm_ray.decoding import Completion, Engine, Request, decoder
-from d3llm_ray.decoding.caches import BlockCache, DelayedCache, NoCache, PipelineCache, SubBlockCache, Window
+from d3llm_ray.decoding.caches import BlockCache, DelayedCache, NoCache, PipelineCache, SubBlockCache
 from d3llm_ray.decoding.canvas import Canvas
+from d3llm_ray.decoding.contracts import Opening, Window
 from d3llm_ray.decoding.request import Event
 from d3llm_ray.decoding.rules import FamilyRules
-from d3llm_ray.decoding.schedules import Opening, SequentialBlocks, SubBlocks
+from d3llm_ray.decoding.schedules import SequentialBlocks, SubBlocks
 from tests.decoding.models import EOS, MASK, VOCABULARY, decode_all, engine_for, loaded, random_decoder, random_request
 
 # Batch invariance

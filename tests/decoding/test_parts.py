@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from d3llm_ray.decoding import PRESETS, decoder
-from d3llm_ray.decoding.caches import DelayedCache, NoCache, Window
+from d3llm_ray.decoding.caches import DelayedCache, NoCache
 from d3llm_ray.decoding.canvas import Canvas
+from d3llm_ray.decoding.contracts import Opening, Window
 from d3llm_ray.decoding.remasking import TopK
 from d3llm_ray.decoding.rules import FamilyRules
-from d3llm_ray.decoding.schedules import MultiBlock, Opening, SequentialBlocks
+from d3llm_ray.decoding.schedules import MultiBlock, SequentialBlocks
 from d3llm_ray.decoding.selections import EntropyThreshold
 from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.errors import InputError
@@ -38,10 +39,10 @@ def _statistics(confidence: np.ndarray | None = None, entropy: np.ndarray | None
 
 def test_a_canvas_that_is_no_multiple_has_a_shorter_last_block() -> None:
     canvas = _canvas(size=10)
-    assert canvas.ends.tolist() == [4, 8, 10] and canvas.mask_counts.tolist() == [4, 4, 2]
+    assert canvas.ends == [4, 8, 10] and canvas.mask_counts == [4, 4, 2]
     canvas.forwards = 3
     _reveal(canvas, 0, 1, 9)
-    assert canvas.mask_counts.tolist() == [2, 4, 1] and canvas.committed == 2
+    assert canvas.mask_counts == [2, 4, 1] and canvas.committed == 2
     assert canvas.reveal_step[[0, 1, 9]].tolist() == [2, 2, 2]
 
 
@@ -57,16 +58,16 @@ def test_sequential_blocks_open_one_after_another() -> None:
 
 def test_multi_block_adds_one_block_a_forward_at_the_threshold() -> None:
     canvas, schedule = _canvas(), MultiBlock(block_add_threshold=0.5, decoded_token_threshold=0.75)
-    assert schedule.open(canvas).end == 4 and canvas.activated.tolist() == [True, False, False]
+    assert schedule.open(canvas).end == 4 and canvas.activated == [True, False, False]
     _reveal(canvas, 0)
     assert schedule.open(canvas).end == 4  # 25 % decoded
     _reveal(canvas, 1)
     opening = schedule.open(canvas)
     assert opening.end == 8 and opening.eligible.tolist() == [2, 3, 4, 5, 6, 7]
-    assert canvas.activated.tolist() == [True, False, False]  # half-decoded predecessor: semi-activated
+    assert canvas.activated == [True, False, False]  # half-decoded predecessor: semi-activated
     _reveal(canvas, 2, 4, 5)
     assert schedule.open(canvas).end == 12
-    assert canvas.activated.tolist() == [True, True, False]
+    assert canvas.activated == [True, True, False]
 
 
 def test_top_k_spreads_the_remainder_over_the_first_steps() -> None:
@@ -76,7 +77,7 @@ def test_top_k_spreads_the_remainder_over_the_first_steps() -> None:
     for _ in range(4):
         opening = SequentialBlocks().open(canvas)
         revealed, forced = rule.select(canvas, opening, _statistics(confidence[opening.eligible]), LLADA, 0)
-        assert not forced.any()
+        assert forced is None
         counts.append(opening.eligible[revealed].tolist())
         _reveal(canvas, *opening.eligible[revealed])
     assert counts == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
@@ -169,7 +170,7 @@ def test_early_stop_fills_the_tail_and_may_move_left() -> None:
     _reveal(canvas, 9)
     canvas.fill_after_stop(1)
     assert canvas.stop == 6 and canvas.tokens[5 + 7 :].tolist() == [1] * 5 and not canvas.masked[6:].any()
-    assert canvas.mask_counts.tolist() == [4, 2, 0] and canvas.created == 3
+    assert canvas.mask_counts == [4, 2, 0] and canvas.created == 3
     assert canvas.reveal_step[7] == 3
     # What lies behind the stop token's block is no longer worth computing.
     assert MultiBlock().open(canvas).end == 8
@@ -180,9 +181,9 @@ def test_early_stop_fills_the_tail_and_may_move_left() -> None:
 
 def test_aligned_blocks_end_at_absolute_multiples() -> None:
     canvas = _canvas(prompt=6, size=10, aligned=True)
-    assert canvas.starts.tolist() == [0, 2, 6] and canvas.ends.tolist() == [2, 6, 10]
+    assert canvas.starts == [0, 2, 6] and canvas.ends == [2, 6, 10]
     canvas = _canvas(prompt=8, size=8, aligned=True)
-    assert canvas.starts.tolist() == [0, 4]
+    assert canvas.starts == [0, 4]
 
 
 def test_presets_and_overrides() -> None:

@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from d3llm_ray.decoding import Completion, Decoder, Engine, Request, decoder, static
 from d3llm_ray.decoding.batch import Span
-from d3llm_ray.decoding.caches import Window
+from d3llm_ray.decoding.contracts import Window
+from d3llm_ray.decoding.profile import profiled
+from d3llm_ray.decoding.runners import CapturingRunner
 from d3llm_ray.decoding.static import SCRATCH, Shape, bucket
 from d3llm_ray.models import BlockCausal, Ragged
 from tests.decoding.models import VOCABULARY, decode_all, engine_for, loaded
@@ -48,6 +50,7 @@ def _requests(count: int, seed: int = 0, **options: Any) -> list[Request]:
 
 def _engine(kind: str, chosen: Decoder, *, poison: bool = True, **options: Any) -> Engine:
     engine = engine_for(kind, chosen, **options)
+    engine._cache.allocate()
     if poison:  # what was never written must not be seen, not even as a NaN that a mask cannot hide
         engine._cache.keys.fill_(torch.nan)
         engine._cache.values.fill_(torch.nan)
@@ -82,14 +85,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_answers_equal_those_of_eager_steps(kind, preset, options, batch_size, calls) -> None:
     chosen, requests = decoder(preset, **options), _requests(10)
     eager_engine = _engine(kind, chosen, max_batch_size=batch_size)
-    eager = decode_all(eager_engine, requests)
+    with profiled(eager_engine) as asked:
+        eager = decode_all(eager_engine, requests)
     assert calls["static"] == 0
     padded_engine = _engine(kind, chosen, max_batch_size=batch_size, cuda_graphs=True)
-    _assert_equal(decode_all(padded_engine, requests), eager)
+    with profiled(padded_engine) as padded:
+        _assert_equal(decode_all(padded_engine, requests), eager)
     assert calls["static"] > 10
     # Padding is not work: the profile counts what was asked for.
-    for field in ("forwards", "rows", "window_tokens", "attended", "key_positions", "scored_rows"):
-        assert getattr(padded_engine.profile, field) == getattr(eager_engine.profile, field), field
+    assert (padded.forwards, padded.rows, padded.work) == (asked.forwards, asked.rows, asked.work)
 
 
 @pytest.mark.parametrize("kind", ["llada", "dream"])
@@ -107,7 +111,7 @@ def test_other_buckets_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(static, "SCORED", scored)
         monkeypatch.setattr(static, "MOST_PADDING", 1e9)
         engine = _engine(kind, chosen, max_batch_size=4, cuda_graphs=True)
-        monkeypatch.setattr(engine._runner, "_max_graphs", 10000)
+        monkeypatch.setattr(engine.runner, "_max_graphs", 10000)
         calls["eager"] = 0
         answers.append(decode_all(engine, requests))
         assert calls["eager"] == 0
@@ -140,9 +144,11 @@ def test_steps_that_a_graph_cannot_hold_are_eager(calls) -> None:
 def test_recorded_forwards_are_eager() -> None:
     """The benchmark replays them one by one."""
     engine = _engine("llada", decoder("d3llm"), cuda_graphs=True)
-    engine.capture = []
-    decode_all(engine, _requests(2))
-    assert len(engine.capture) == engine.profile.forwards
+    engine.runner = captured = CapturingRunner(engine.eager)
+    with profiled(engine) as profile:
+        decode_all(engine, _requests(2))
+    assert len(captured.calls) == profile.forwards > 0
+    assert all(call.layout.starts for call in captured.calls)  # a static layout leaves them out
 
 
 def test_a_nan_stays_in_its_row(monkeypatch: pytest.MonkeyPatch, calls) -> None:
@@ -180,7 +186,7 @@ def test_a_failing_capture_is_logged_once_and_harms_no_request(monkeypatch, capl
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     chosen, requests = decoder("d3llm"), _requests(6)
     engine = _engine("llada", chosen, cuda_graphs=True)
-    engine._runner._stream = MagicMock()
+    engine.runner._stream = MagicMock()
     with caplog.at_level(logging.WARNING):
         answers = decode_all(engine, requests)
     assert ["CUDA graphs are off" in record.message for record in caplog.records] == [True]
@@ -199,21 +205,21 @@ def test_one_copy_to_the_device_a_model_call(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "from_numpy", refuse)
     monkeypatch.setattr(torch, "tensor", refuse)
     decode_all(engine, [Request([3, 4, 5], 24)])
-    assert len(copies) == engine.profile.forwards == engine.steps
+    assert len(copies) == engine.steps > 0
 
 
 def test_the_number_of_graphs_is_bounded(calls) -> None:
     chosen, requests = decoder("d3llm"), _requests(10)
     engine = _engine("llada", chosen, max_batch_size=3, cuda_graphs=True)
-    engine._runner._max_graphs = 2
+    engine.runner._max_graphs = 2
     answers = decode_all(engine, requests)
-    assert len(engine._runner._runs) == 2 and calls["static"] > 2 and calls["eager"] > 0
+    assert len(engine.runner._runs) == 2 and calls["static"] > 2 and calls["eager"] > 0
     _assert_equal(answers, decode_all(_engine("llada", chosen, max_batch_size=3), requests))
 
 
 def test_graphs_are_for_cuda_unless_asked_for() -> None:
     plain = engine_for("llada", decoder("d3llm"))
-    assert plain._runner is None and plain._cache.keys.shape[1] == plain._cache.positions
+    assert plain.runner is plain.eager and plain._cache.keys.shape[1] == plain._cache.positions
     padded = engine_for("llada", decoder("d3llm"), cuda_graphs=True)
     assert padded._cache.keys.shape[1] == padded._cache.positions + SCRATCH
     assert padded.memory_plan().kv_positions == plain.memory_plan().kv_positions
@@ -300,6 +306,6 @@ def test_graphs_equal_eager_steps(kind, preset, options, monkeypatch) -> None:
         expected = decode_all(eager, requests)
         for _ in range(2):  # capturing, then replaying alone
             _assert_equal(decode_all(graphs, requests), expected)
-        assert graphs._runner._runs and not graphs._runner._failed
+        assert graphs.runner._runs and not graphs.runner._failed
     finally:
         model.to("cpu")

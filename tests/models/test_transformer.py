@@ -103,7 +103,7 @@ def test_windows_against_a_cache_equal_full_forwards() -> None:
     """Two spans of different lengths: write everything, then recompute a window each against frozen keys."""
     model = _model()
     rows = [torch.arange(20) % 37, torch.arange(9) + 5]
-    cache = KVCache(model.config, 64, dtype=torch.float32, device="cpu")
+    cache = KVCache(model.config, 64, dtype=torch.float32, device="cpu").allocate()
     # What lies around the spans must not be seen, not even as a NaN that a mask cannot hide.
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
@@ -153,7 +153,7 @@ def test_flash_attention_gets_the_layout_of_its_contract() -> None:
     results = []
     for attend in (sdpa_attention, partial(flash_attention, _varlen_oracle)):
         model.use_attention(attend)
-        cache = KVCache(model.config, 64, dtype=torch.bfloat16, device="cpu")
+        cache = KVCache(model.config, 64, dtype=torch.bfloat16, device="cpu").allocate()
         parts = []
         for lengths, ragged, cached in layouts:
             ids = torch.cat([row[-length:] for row, length in zip(rows, lengths, strict=True)])
