@@ -36,7 +36,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class StepBatch:
     """What a step computes: groups of sequences that share a model call, and how their scored rows are read."""
 
     groups: list[list[Span]]

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from d3llm_ray.decoding.batch import Batch, Span, grouped, max_group_tokens
+from d3llm_ray.decoding.batch import Span, StepBatch, grouped, max_group_tokens
 from d3llm_ray.decoding.memory import MemoryPlan, PositionPool, plan_memory
 from d3llm_ray.decoding.presets import Decoder
 from d3llm_ray.decoding.request import ActiveRequest, Completion, Event, Request
@@ -156,7 +156,7 @@ class Engine:
         if row.base is not None:
             self._pool.give_back(row.base, row.canvas.length)
 
-    def _plan(self) -> Batch:
+    def _plan(self) -> StepBatch:
         """The next forward of every active request, in groups."""
         self.steps += 1
         spans: list[Span] = []
@@ -167,7 +167,7 @@ class Engine:
                 spans.append(self._twin(span, row))
         groups = list(grouped(spans, self.device, self._max_tokens))
         sampled = any(row.sampled for row in self._rows)
-        return Batch(
+        return StepBatch(
             groups,
             self._sampling([span for group in groups for span in group if not span.twin]) if sampled else None,
             any(row.decoder.selection.needs_margins for row in self._rows),
@@ -205,7 +205,7 @@ class Engine:
             np.concatenate(keys) if hot else np.zeros(sum(counts), dtype=np.uint64),
         )
 
-    def _update(self, batch: Batch, statistics: TokenStatistics) -> list[Event]:
+    def _update(self, batch: StepBatch, statistics: TokenStatistics) -> list[Event]:
         """Reveal what the selections choose; events of the requests for which something has changed."""
         rows, events, begin = list(self._rows), [], 0
         sound = bool(statistics.finite.all())
