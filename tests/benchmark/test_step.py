@@ -176,7 +176,9 @@ for name in ("pydantic", "pydantic_settings", "ray", "pyarrow", "deepspeed", "ma
     sys.modules[name] = None  # not installed
 import d3llm_ray.distillation.objectives.curriculum, d3llm_ray.distillation.training.loop
 from d3llm_ray.benchmark.step import measure_step
-print(measure_step(StepPlan(micro_batch_size=1, prompt_tokens=4, answer_tokens=8, window=4, lora_rank=2, warmup_steps=1, steps=1)))
+from d3llm_ray.benchmark.step_plan import StepPlan
+sizes = {"micro_batch_size": 1, "prompt_tokens": 4, "answer_tokens": 8, "window": 4, "lora_rank": 2}
+print(measure_step(StepPlan(**sizes, warmup_steps=1, steps=1, machine="h200")))
 """
 
 

@@ -25,9 +25,7 @@ def test_an_old_verb_is_refused_with_the_new_name(old: str, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(("flag", "new"), [("--requests", "count"), ("--repeats", "rounds")])
-def test_an_old_setting_is_refused_with_the_new_name(
-    flag: str, new: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_old_setting_is_refused_with_the_new_name(flag: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", flag, "3"]) == 2
     assert new in capsys.readouterr().err
 
