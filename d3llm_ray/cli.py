@@ -69,6 +69,11 @@ VERBS = {
         "d3llm_ray.benchmark.run:run",
         "measure decoding speed against what the machine allows, on a model or on a published shape",
     ),
+    "benchmark host": Verb(
+        "d3llm_ray.benchmark.settings:HostBenchmarkSettings",
+        "d3llm_ray.benchmark.run:run_host",
+        "measure the host's share of a decoding step, with a model that costs nothing",
+    ),
     "benchmark step": Verb(
         "d3llm_ray.benchmark.settings:StepBenchmarkSettings",
         "d3llm_ray.benchmark.run:run_step",

@@ -1,14 +1,15 @@
-"""The verbs `benchmark` and `benchmark step`: measure, then write the report."""
+"""The verbs `benchmark`, `benchmark step` and `benchmark host`: measure, then write the report."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 from d3llm_ray.benchmark.files import keep
+from d3llm_ray.benchmark.host import HostRow, measure_host
 from d3llm_ray.benchmark.measure import benchmark
 from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.benchmark.rows import BenchmarkRow
-from d3llm_ray.benchmark.settings import BenchmarkSettings, StepBenchmarkSettings
+from d3llm_ray.benchmark.settings import BenchmarkSettings, HostBenchmarkSettings, StepBenchmarkSettings
 from d3llm_ray.benchmark.step import measure_step
 from d3llm_ray.benchmark.step_rows import StepRow
 from d3llm_ray.progress import Progress
@@ -37,3 +38,12 @@ def run_step(settings: StepBenchmarkSettings) -> BenchmarkReport[StepRow]:
         RuntimeError: a loss that is not finite.
     """
     return keep(measure_step(settings.plan()), settings, settings.output)
+
+
+def run_host(settings: HostBenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[HostRow]:
+    """Measure the host's share of a step, and write the report.
+
+    Raises:
+        InputError: a plan that cannot be carried out.
+    """
+    return keep(measure_host(settings.plan(), progress), settings, settings.output)

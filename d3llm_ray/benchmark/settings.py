@@ -8,6 +8,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from pydantic import Field, create_model, model_validator
 
+from d3llm_ray.benchmark.host_plan import HostPlan
 from d3llm_ray.benchmark.plan import BenchmarkPlan
 from d3llm_ray.benchmark.step_plan import StepPlan
 from d3llm_ray.config import Settings
@@ -43,6 +44,7 @@ def _fields_of(plan_class: Any) -> Any:
 
 _DECODING: Any = _fields_of(BenchmarkPlan)
 _STEP: Any = _fields_of(StepPlan)
+_HOST: Any = _fields_of(HostPlan)
 
 
 class BenchmarkSettings(_DECODING):  # type: ignore[misc]
@@ -62,3 +64,12 @@ class StepBenchmarkSettings(_STEP):  # type: ignore[misc]
     plan_class: ClassVar[Any] = StepPlan
 
     output: Path = Field(Path("runs/benchmark-step"), description="folder of the report")
+
+
+class HostBenchmarkSettings(_HOST):  # type: ignore[misc]
+    """Measure the host's share of a decoding step: all but the model, on the processor alone."""
+
+    verb: ClassVar[str] = "benchmark host"
+    plan_class: ClassVar[Any] = HostPlan
+
+    output: Path = Field(Path("runs/benchmark-host"), description="folder of the report")

@@ -150,19 +150,19 @@ class StaticRunner:
         # Graphs share their memory: they never overlap, and each one's result is copied before the next runs.
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._failed = False
-        self._padded = False  # whether the forward in hand was run in static shapes
+        self.padded = False  # whether the forward in hand was run in static shapes
 
     def forward(self, batch: StepBatch) -> Tensor:
         """Packed statistics on the host, [GREEDY_STATS, N]; as of `EagerRunner` for a batch that does not fit."""
         shapes = self._shapes(batch)
-        self._padded = shapes is not None
+        self.padded = shapes is not None
         if shapes is None:
             return self._eager.forward(batch)
         packed = [self._run(group, shape) for group, shape in zip(batch.groups, shapes, strict=True)]
         return packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
 
     def statistics(self, batch: StepBatch, computed: Tensor) -> TokenStatistics:
-        return unpack(computed.numpy()) if self._padded else self._eager.statistics(batch, computed)
+        return unpack(computed.numpy()) if self.padded else self._eager.statistics(batch, computed)
 
     def _shapes(self, batch: StepBatch) -> list[Shape] | None:
         """The buckets of all model calls; None where one of them cannot, or should not, run in a static shape."""
