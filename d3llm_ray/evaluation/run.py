@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d3llm_ray.config import to_yaml
-from d3llm_ray.decoder_settings import decoding_settings, read_decoder
-from d3llm_ray.decoding import Decoder, DiffusionLLM
+from d3llm_ray.decoding import Decoder, DiffusionLLM, decoding_settings, read_decoder
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.decoders import decoder_label, sweep_decoder
 from d3llm_ray.evaluation.evaluate import evaluate
@@ -130,7 +129,7 @@ def _measure_all(
             loaded = item.model
         assert llm is not None
         row = evaluate(
-            llm.with_decoder(item.decoder),
+            llm,
             tasks[item.task],
             problems[item.task],
             settings.max_tokens,
@@ -138,6 +137,7 @@ def _measure_all(
             settings.seed,
             progress,
             settings.warmup,
+            item.decoder,
         )
         row = replace(row, model=item.labels[0], decoder=item.labels[1])
         _write(path, row)

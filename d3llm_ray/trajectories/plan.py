@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from d3llm_ray.decoder_settings import decoding_settings, read_decoder
-from d3llm_ray.decoding import Decoder, decoder
+from d3llm_ray.decoding import Decoder, decoder, decoding_settings, read_decoder
 from d3llm_ray.decoding.rules import family_rules
 from d3llm_ray.errors import require
 from d3llm_ray.models import ZOO_NAMES, Family, read_configs, resolve_model

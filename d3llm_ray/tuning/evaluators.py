@@ -10,7 +10,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
-from d3llm_ray.decoding import DiffusionLLM, decoder
+from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.evaluation.rows import Row
@@ -39,11 +39,9 @@ class Evaluator:
 
     def measure(self, decoding_settings: dict[str, Any]) -> Row:
         """Decode this actor's problems; safe to repeat."""
-        overrides = dict(decoding_settings)
-        chosen = decoder(overrides.pop("decoder"), **overrides)
         settings = self._settings
         return evaluate(
-            self._llm.with_decoder(chosen),
+            self._llm,
             self._task,
             self._problems,
             settings.max_tokens,
@@ -51,6 +49,7 @@ class Evaluator:
             settings.seed,
             Progress(quiet=True),
             warmup=1 if settings.metric == "tps" else 0,  # nothing else depends on time
+            **decoding_settings,
         )
 
 
