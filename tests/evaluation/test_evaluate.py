@@ -188,9 +188,33 @@ def test_pairs_files_labels_and_sweeps(settings, tiny_checkpoint, tmp_path):
     assert {row.settings["entropy_threshold"] for row in report.rows[1:]} == {2.5}
 
 
+def test_decoder_settings_override_those_that_have_them_and_a_pairs_own_go_last(settings, tiny_checkpoint, tmp_path):
+    file = tmp_path / "tuned.yaml"
+    file.write_text("decoder: d3llm\nentropy_threshold: 2.5\n")
+    pairs = [
+        {"model": str(tiny_checkpoint), "decoder": name, "decoder_settings": pair}
+        for name, pair in (("vanilla", {"steps": 8}), (str(file), {}), ("d3llm", {"entropy_threshold": 3.5}))
+    ]
+    common = {"entropy_threshold": 1.5, "block_size": 8}
+    report = verb.run(
+        build(EvaluateSettings, settings.model_dump() | {"pairs": pairs, "decoder_settings": common}), QUIET
+    )
+    names = ("decoder", "block_size", "steps", "entropy_threshold")
+    assert [tuple(row.settings.get(name) for name in names) for row in report.rows] == [
+        ("vanilla", 8, 8, None),
+        ("d3llm", 8, None, 1.5),
+        ("d3llm", 8, None, 3.5),
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"decoder_settings": {"speed": 1}}, "decoder_settings: unknown value 'speed'; accepted: .*entropy_threshold"),
+        (
+            {"pairs": [{"model": "tiny-llada", "decoder": "vanilla", "decoder_settings": {"speed": 1}}]},
+            "^speed: no sett",
+        ),
         ({"models": ["no-such-model"]}, "no-such-model.*accepted.*tiny-llada"),
         ({"decoders": ["fastest"]}, "decoder.*fastest.*accepted.*vanilla"),
         ({"decoders": ["missing.yaml"]}, "missing.yaml"),
