@@ -21,7 +21,6 @@ from torch import Tensor
 from d3llm_ray.benchmark.host_plan import HostPlan
 from d3llm_ray.benchmark.machine import MACHINES, Machine
 from d3llm_ray.benchmark.measure import count_tokens, decode
-from d3llm_ray.benchmark.ratios import Ratio
 from d3llm_ray.benchmark.report import BenchmarkReport, Columns, between
 from d3llm_ray.benchmark.roofline import roofline
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
@@ -32,19 +31,19 @@ from d3llm_ray.decoding.presets import default_decoder
 from d3llm_ray.decoding.profile import PHASES, profiled
 from d3llm_ray.decoding.runners import EagerRunner
 from d3llm_ray.decoding.scoring import GREEDY_STATS, Stat
-from d3llm_ray.decoding.static import SCORED, Shape, StaticRunner
+from d3llm_ray.decoding.static import Shape, StaticRunner
 from d3llm_ray.decoding.statistics import TokenStatistics, unpack
 from d3llm_ray.models import Family, ModelConfig, Work
 from d3llm_ray.models.families import read_family
 from d3llm_ray.progress import Progress
 
 MEAN_ENTROPY = 3.0  # nats: at the published thresholds it reveals about eight tokens a forward
-DRAWN = 1 << 14
+DRAWN = 1 << 14  # more than a step of 32 requests scores
 
 COUNTING = {
-    "ms": "wall clock of a step on the processor: planning, grouping, laying out, packing and copying the batch, reading "
-    "the statistics, selection and update; the model, the LM head and the statistics' arithmetic are left out; median "
-    "of all steps, with their quartiles",
+    "ms": "wall clock of a step on the processor: planning, grouping, laying out, packing and copying the batch, "
+    "reading the statistics, selection and update; the model, the LM head and the statistics' arithmetic are left out; "
+    "median of all steps, with their quartiles",
     "cpu_ms": "the same in processor time of the thread, which other processes do not lengthen",
     "phases_ms": "means of a pass of its own, with a clock read between the phases",
     "static": "share of the steps that run in static shapes, as CUDA graphs do",
@@ -152,13 +151,11 @@ def measure_host(plan: HostPlan, progress: Progress | None = None) -> BenchmarkR
                 progress.update(number * len(engines) + place + 1)
     machine = MACHINES[plan.machine]
     rows = tuple(_row(engine, config, machine, requests, size, times[size]) for size, engine in engines.items())
-    first = rows[0]
-    over = (Ratio("per_request", f"batch {r.batch_size}: ms a step / batch size", *[r.ms / r.batch_size] * 3) for r in rows)
     return BenchmarkReport(
         benchmark="host",
         plan=asdict(plan),
         rows=rows,
-        ratios=tuple(over) if first.ms else (),
+        ratios=(),
         columns=COLUMNS,
         counting=COUNTING,
         roofline=machine,
@@ -167,9 +164,7 @@ def measure_host(plan: HostPlan, progress: Progress | None = None) -> BenchmarkR
 
 def _engine(plan: HostPlan, config: ModelConfig, family: Family, batch_size: int) -> Engine:
     """An engine whose model has the shape's vocabulary and context, and next to no width."""
-    narrow = dataclasses.replace(
-        config, hidden_size=2, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=1
-    )
+    narrow = dataclasses.replace(config, hidden_size=2, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=1)
     length = plan.prompt_tokens + plan.max_tokens
     engine = Engine(
         random_model(narrow, torch.float32, torch.device("cpu"), plan.seed),
@@ -183,7 +178,6 @@ def _engine(plan: HostPlan, config: ModelConfig, family: Family, batch_size: int
     eager = CostlessEager(engine.model, engine.eager.cache, engine.vocabulary_size, family.mask_token_id)
     static = CostlessStatic(eager, capture=False)
     eager.drawn = static.drawn = _Drawn(config.vocab_size, plan.seed)
-    assert SCORED[-1] <= DRAWN
     engine.runner = static
     return engine
 

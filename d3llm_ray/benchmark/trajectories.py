@@ -23,10 +23,10 @@ from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.pipeline import run as run_job
 from d3llm_ray.trajectories.plan import make_plan
 from d3llm_ray.trajectories.prompts import Prompt
-from d3llm_ray.trajectories.schema import read_trajectories
+from d3llm_ray.trajectories.schema import TrajectoryRow, read_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.sources import Source
-from d3llm_ray.trajectories.teacher import Row, Teacher
+from d3llm_ray.trajectories.teacher import Teacher
 
 # How every figure is counted, in every report: a number without its rule cannot be compared.
 COUNTING = {
@@ -59,7 +59,7 @@ def run(settings: TrajectoryBenchmarkSettings, progress: Progress | None = None)
     measured: dict[str, tuple[float, list[Any]]] = {}
     if settings.single:
         measured["single"] = _loop(settings, plan.source, prompts, batch_size=1)
-    measured["loop"] = _loop(settings, plan.source, prompts, settings.batch_size)
+    measured["loop"] = _loop(settings, plan.source, prompts, settings.max_batch_size)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         for actors in sorted({1, settings.actors}):
             measured[f"job of {actors}"] = _job(settings, str(Path(folder) / f"actors-{actors}"), actors, progress)
@@ -91,7 +91,7 @@ def _loop(
     settings: TrajectorySettings, source: Source, prompts: Sequence[Prompt], batch_size: int
 ) -> tuple[float, list[Any]]:
     """(seconds, rows) of a plain loop over one teacher in this process, after one row to warm up."""
-    teacher = Teacher(settings.model_copy(update={"batch_size": batch_size}), source.task)
+    teacher = Teacher(settings.model_copy(update={"max_batch_size": batch_size}), source.task)
     teacher.rows(prompts[:1])
     seconds, rows = timed(torch.device(settings.device), lambda: teacher.rows(prompts))
     return seconds, [_decoded(row) for row in rows]
@@ -108,5 +108,5 @@ def _job(
     return summary["seconds"], [_decoded(row) for row in rows]
 
 
-def _decoded(row: Row) -> tuple[list[int], list[int], int]:
+def _decoded(row: TrajectoryRow) -> tuple[list[int], list[int], int]:
     return row["response_ids"], row["reveal_step"], row["forwards"]

@@ -14,6 +14,7 @@ from d3llm_ray.benchmark.machine import check_machine
 from d3llm_ray.benchmark.plan import BenchmarkPlan
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
 from d3llm_ray.decoding import Decoder, Request, decoder
+from d3llm_ray.decoding.presets import default_decoder
 from d3llm_ray.device import check_device
 from d3llm_ray.errors import InputError, require, unknown
 from d3llm_ray.models import Family, ModelConfig, Transformer, encode_chat, load_model, load_tokenizer, read_configs
@@ -22,7 +23,6 @@ from d3llm_ray.tasks import load_task
 
 DEFAULT_MODEL = "tiny-llada"
 DEFAULT_TASK = "arith"
-DEFAULT_DECODERS = {"full": "d3llm", "block-causal": "fast-dllm-v2", "causal": "autoregressive"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def task_prompts(plan: BenchmarkPlan, tokenizer: PreTrainedTokenizerBase | None)
 
 def choose_decoders(plan: BenchmarkPlan, family: Family) -> list[Decoder]:
     """Every decoder in every suffix mode; a decoder that lacks a setting of the plan goes without it."""
-    presets = [decoder(name) for name in plan.decoders or (DEFAULT_DECODERS[family.layout.attention],)]
+    presets = [decoder(name) for name in plan.decoders or (default_decoder(family),)]
     for preset in presets:
         preset.check(family)
     _check_settings(plan, presets)
