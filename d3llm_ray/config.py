@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -25,8 +26,23 @@ from d3llm_ray.errors import InputError
 S = TypeVar("S", bound="Settings")
 
 
-class Settings(BaseSettings):
-    """Base of every verb's settings: frozen, unknown keys refused, no environment variables."""
+class SettingsGroup(BaseModel):
+    """Base of settings within settings, such as one line of a list: frozen, unknown keys and old names refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    renamed: ClassVar[dict[str, str]] = {}  # old name -> today's, with a dot where it is inside another setting now
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_names(cls, values: Any) -> Any:
+        names = {name: new for name, new in cls.renamed.items() if isinstance(values, dict) and name in values}
+        if names:
+            raise PydanticCustomError("renamed", "old names, and today's: {names}", {"names": names})
+        return values
+
+
+class Settings(SettingsGroup, BaseSettings):
+    """Base of every verb's settings: a group that reads YAML and the command line, and no environment variables."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -98,7 +114,10 @@ def _one_line(cls: type[Settings], error: ValidationError) -> str:
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "renamed":
+            names = item["ctx"]["names"].items()
+            lines += [_renamed(".".join([field, old] if field else [old]), new) for old, new in names]
+        elif item["type"] == "extra_forbidden":
             lines.append(f"{field}: unknown setting; accepted: {', '.join(cls.model_fields)}")
         elif item["type"] == "missing":
             lines.append(f"{field}: required")
@@ -107,6 +126,10 @@ def _one_line(cls: type[Settings], error: ValidationError) -> str:
         else:
             lines.append(f"{field}: got {item['input']!r}: {message}")
     return "; ".join(lines)
+
+
+def _renamed(field: str, new: str) -> str:
+    return f"{field}: is called {new} now"
 
 
 def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -148,9 +171,16 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
 
 
 def _kebab(word: str, cls: type[Settings]) -> str:
-    """Accept `--max_tokens 5`, `--max_tokens=5` and `--no-use_gpu`, as YAML files spell it, beside `--max-tokens`."""
+    """Accept `--max_tokens 5`, `--max_tokens=5` and `--no-early_exit`, as YAML files spell it, beside `--max-tokens`.
+
+    `InputError` for a flag of an old name.
+    """
     flag, equals, value = word.partition("=")
-    known = flag.startswith("--") and flag[2:].removeprefix("no-") in cls.model_fields
+    name = flag[2:].removeprefix("no-") if flag.startswith("--") else ""
+    old = name.replace("-", "_")
+    if old in cls.renamed:
+        raise InputError(_renamed(old, cls.renamed[old]))
+    known = name in cls.model_fields
     return f"{flag.replace('_', '-')}{equals}{value}" if known else word
 
 
