@@ -24,7 +24,7 @@ from d3llm_ray.benchmark.rows import spread
 from d3llm_ray.benchmark.step import optimizer_step
 from d3llm_ray.config import build
 from d3llm_ray.device import timed
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.preparation import load
 from d3llm_ray.distillation.run import run as run_job
 from d3llm_ray.distillation.settings import DistillSettings
@@ -103,7 +103,7 @@ class Report(WrittenReport):
             "ratios": [asdict(ratio) for ratio in ratios(self.runs)],
             "runs": [{**asdict(run), "samples_per_second": run.samples_per_second} for run in self.runs],
             "settings": self.settings.model_dump(mode="json"),
-            "machine": {**machine(), "nice": self.nice, "threads": self.settings.cpus_per_worker},
+            "machine": {**machine(), "nice": self.nice, "threads": self.settings.cpus_per_actor},
             "versions": versions(),
             "counting": COUNTING,
         }
@@ -134,11 +134,11 @@ def run(settings: BenchmarkSettings, progress: Progress | None = None) -> Report
     kinds = sorted({1, settings.workers})
     if settings.output:
         Path(settings.output).mkdir(parents=True, exist_ok=True)
-    cluster.connect(min_cpus=settings.workers * settings.cpus_per_worker + settings.workers)
+    cluster.connect(min_cpus=settings.workers * settings.cpus_per_actor + settings.workers)
     with tempfile.TemporaryDirectory(dir=settings.output or None) as folder:
         trajectories = settings.trajectories or _decode(settings, Path(folder) / "trajectories", progress)
         alone = settings.of_job(trajectories, folder, workers=1)
-        plan = Plan(alone, load(alone, *student_family(alone))[0], student_family(alone)[1])
+        plan = TrainingPlan(alone, load(alone, *student_family(alone))[0], student_family(alone)[1])
         accepted = f"fewer than the run's {plan.max_steps} steps"
         require(settings.warmup_steps < plan.max_steps, "warmup_steps", settings.warmup_steps, accepted)
         nice, runs = 0, []
@@ -179,35 +179,35 @@ def of_metrics(name: str, lines: Sequence[Mapping[str, Any]], batch_size: int, w
     return Run(name, steps * batch_size, seconds, lines[0]["loss"])
 
 
-def bare_loop(plan: Plan, warmup_steps: int) -> Run:
+def bare_loop(plan: TrainingPlan, warmup_steps: int) -> Run:
     """Train as the job's one worker does, with nothing around it."""
     settings = plan.settings
-    device = torch.device("cuda" if settings.use_gpu else "cpu")
-    if not settings.use_gpu:
-        torch.set_num_threads(settings.cpus_per_worker)
+    device = torch.device(settings.device)
+    if not settings.gpu:
+        torch.set_num_threads(settings.cpus_per_actor)
     torch.manual_seed(settings.seed)
     module, _ = build_student(settings, device)
     engine = torch_engine(module, settings.engine_options())
-    each = settings.accumulation
+    per_step = settings.accumulation
     packed = [plan.micro_batch(number) for number in plan.numbers(0, 0, 1)]
 
     def train(steps: range) -> list[torch.Tensor]:
-        shares = ((step, packed[step * each : (step + 1) * each]) for step in steps)
-        return [optimizer_step(engine, module, share, plan.at(step).lr, device) for step, share in shares]
+        shares = ((step, packed[step * per_step : (step + 1) * per_step]) for step in steps)
+        return [optimizer_step(engine, module, share, plan.lr(step), device) for step, share in shares]
 
     first, *_ = train(range(warmup_steps))
     seconds, losses = timed(device, lambda: train(range(warmup_steps, plan.max_steps)))
     return Run(LOOP, len(losses) * settings.batch_size, seconds, first.item())
 
 
-def _loop(plan: Plan, warmup_steps: int) -> tuple[int, Run]:
+def _loop(plan: TrainingPlan, warmup_steps: int) -> tuple[int, Run]:
     """(niceness, measurement) of the loop in a process of Ray's."""
     settings = plan.settings
 
     def measure() -> tuple[int, Run]:
         return os.nice(0), bare_loop(plan, warmup_steps)
 
-    task = ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=int(settings.use_gpu), max_calls=1)(measure)
+    task = ray.remote(num_cpus=settings.cpus_per_actor, num_gpus=int(settings.gpu), max_calls=1)(measure)
     found: tuple[int, Run] = ray.get(task.remote())
     return found
 

@@ -28,9 +28,9 @@ from d3llm_ray.benchmark.step_report import StepReport
 from d3llm_ray.benchmark.workload import DEFAULT_MODEL, synthetic_prompts
 from d3llm_ray.device import check_device, peak_memory, timed
 from d3llm_ray.distillation.lora import add_lora, coverage
-from d3llm_ray.distillation.memory import MemoryPlan, plan_memory
-from d3llm_ray.distillation.objectives import LossModule, LossWeights, MaskedWindows, Scheduled
-from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, pack
+from d3llm_ray.distillation.memory import TrainingMemoryPlan, plan_memory
+from d3llm_ray.distillation.objectives import LossModule, PseudoTrajectory
+from d3llm_ray.distillation.objectives.batches import MicroBatch, TrainingSample, pack
 from d3llm_ray.distillation.objectives.corruption import draws
 from d3llm_ray.distillation.student import recompute_layers
 from d3llm_ray.distillation.training.engines import EngineOptions, Precision, torch_engine
@@ -100,9 +100,16 @@ class StepPlan:
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     @property
-    def objective(self) -> MaskedWindows:
+    def objective(self) -> PseudoTrajectory:
         """d3LLM's, at one mask ratio."""
-        return MaskedWindows(LossWeights(0.25, 0.25 * self.complement, 0.5, "a", 0.5), noise_max=self.mask_ratio)
+        return PseudoTrajectory(
+            window_sizes=(self.window,),
+            noise_start=self.mask_ratio,
+            noise_end=self.mask_ratio,
+            noise_max=self.mask_ratio,
+            complement_weight=0.25 * self.complement,
+            certainty_weight=0.5,
+        )
 
 
 class Stepping(Protocol):
@@ -246,9 +253,8 @@ def _steps(plan: StepPlan, config: ModelConfig, family: Family, count: int) -> l
     number = count * plan.accumulation * plan.rows
     rows = np.array(synthetic_prompts(family, config.vocab_size, number, plan.length, plan.seed), dtype=np.int32)
     rng = np.random.default_rng(plan.seed)
-    scheduled = Scheduled(epoch=0, window=plan.window, noise_floor=plan.mask_ratio, lr=LR)
     samples = [
-        Sample(
+        TrainingSample(
             prompt_id=str(n),
             prompt_ids=row[: plan.prompt_tokens],
             response_ids=row[plan.prompt_tokens :],
@@ -256,9 +262,7 @@ def _steps(plan: StepPlan, config: ModelConfig, family: Family, count: int) -> l
         )
         for n, row in enumerate(rows)
     ]
-    views = [
-        plan.objective.views(draws(plan.seed, 0, sample.prompt_id), sample, scheduled, family) for sample in samples
-    ]
+    views = [plan.objective.views(draws(plan.seed, 0, sample.prompt_id), sample, None, family) for sample in samples]
     micro_batches = [
         pack(
             [sample.prompt_id for sample in samples[first : first + plan.rows]],
@@ -276,7 +280,7 @@ def _work(micro: MicroBatch) -> Work:
     return Work(micro.token_ids.size, int((micro.lengths**2).sum()), micro.token_ids.size, micro.labels.size)
 
 
-def _memory_plan(plan: StepPlan, config: ModelConfig, micro: MicroBatch) -> MemoryPlan:
+def _memory_plan(plan: StepPlan, config: ModelConfig, micro: MicroBatch) -> TrainingMemoryPlan:
     return plan_memory(
         config,
         rank=plan.lora_rank,
@@ -287,7 +291,7 @@ def _memory_plan(plan: StepPlan, config: ModelConfig, micro: MicroBatch) -> Memo
         offload="none",
         micro_batch_size=plan.rows,
         longest_row=plan.length,
-        views=1 + plan.complement,
+        rows_per_sample=plan.objective.rows_per_sample,
         supervised_rows=micro.labels.size,
         head_rows=plan.head_rows,
         activation_checkpointing=plan.activation_checkpointing,

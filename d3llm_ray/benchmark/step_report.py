@@ -9,7 +9,7 @@ from d3llm_ray.benchmark.machine import Machine
 from d3llm_ray.benchmark.rows import spread
 from d3llm_ray.benchmark.step_flops import StepFlops
 from d3llm_ray.distillation.lora import Coverage
-from d3llm_ray.distillation.memory import MemoryPlan
+from d3llm_ray.distillation.memory import TrainingMemoryPlan
 from d3llm_ray.models import Work
 from d3llm_ray.report import WrittenReport, machine, table, versions
 
@@ -41,7 +41,7 @@ class StepReport(WrittenReport):
     plan: StepPlan
     machine: Machine
     coverage: Coverage
-    memory_plan: MemoryPlan
+    memory_plan: TrainingMemoryPlan
     peak_gib: float
     work: Work  # of a step
     flops: StepFlops

@@ -26,7 +26,6 @@ from d3llm_ray.config import build
 from d3llm_ray.distillation.local import distil_here
 from d3llm_ray.distillation.lora import add_lora
 from d3llm_ray.distillation.plan import Plan
-from d3llm_ray.distillation.settings import PROJECTIONS
 from d3llm_ray.distillation.student import recompute_layers
 from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.errors import InputError
@@ -59,7 +58,7 @@ def counted(rank: int, checkpointing: bool) -> int:
     model = Transformer(CONFIG)
     if checkpointing:
         recompute_layers(model)
-    adapted = add_lora(model, rank=rank, alpha=rank, dropout=0.0, targets=PROJECTIONS) if rank else model
+    adapted = add_lora(model, rank=rank, alpha=rank, dropout=0.0) if rank else model
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         hidden = adapted(torch.zeros(18, dtype=torch.long), Ragged.build(LENGTHS))
         model.logits(hidden[:SCORED]).sum().backward()
