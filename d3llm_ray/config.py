@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -22,8 +22,19 @@ from pydantic_settings import (
 )
 
 from d3llm_ray.errors import InputError
+from d3llm_ray.yaml_file import read_yaml
 
 S = TypeVar("S", bound="Settings")
+
+
+def _as_in_yaml(values: Any) -> Any:
+    """`--decoder-settings steps=64` gives text: take it as a YAML file's."""
+    if not isinstance(values, dict):
+        return values
+    return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+DecoderSettings = Annotated[dict[str, Any], BeforeValidator(_as_in_yaml)]  # setting of a decoder -> value
 
 
 class SettingsGroup(BaseModel):
@@ -70,24 +81,6 @@ class Settings(SettingsGroup, BaseSettings):
 def to_yaml(settings: Settings) -> str:
     text: str = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     return text
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping, or raise `InputError` naming the file and what is wrong with it."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise InputError(
-            f"config: cannot read {str(path)!r}: {error.strerror}; accepted: a readable YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"config: {str(path)!r} is not YAML: {reason}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(f"config: {str(path)!r} holds {type(content).__name__}; accepted: a mapping of settings")
-    return content
 
 
 def recipe_file(name: str | Path, cls: type[Settings], field: str = "config") -> Path:

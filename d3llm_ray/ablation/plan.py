@@ -14,9 +14,8 @@ import pyarrow.compute as pc
 
 from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.ablation.variants import RECIPE, TEACHER, Variant, built_in, check, choose, read_variants
-from d3llm_ray.config import build, merge, read_yaml, recipe_file
-from d3llm_ray.decoder_settings import decoding_settings, read_decoder
-from d3llm_ray.decoding import Decoder, decoder
+from d3llm_ray.config import build, merge, recipe_file
+from d3llm_ray.decoding import Decoder, decoder, decoding_settings, read_decoder
 from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.preparation import HOW, absolute, load
 from d3llm_ray.distillation.settings import DistillSettings
@@ -29,6 +28,7 @@ from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.tasks import Problem, Task, load_task
 from d3llm_ray.trajectories.schema import read_trajectories
 from d3llm_ray.trajectories.storage import Location
+from d3llm_ray.yaml_file import read_yaml
 
 TINY_RECIPE = Path(__file__).with_name("tiny.yaml")
 PLACES = {"teacher", "trajectories", "output"}  # a trial is named by what is there
@@ -75,7 +75,7 @@ class Design:
     @cached_property
     def decoders(self) -> tuple[Decoder, ...]:
         """The decoder at every threshold."""
-        base = read_decoder(self.settings.decoder).override(**self.settings.decoder_settings)
+        base = read_decoder(self.settings.decoder, **self.settings.decoder_settings)
         require(
             THRESHOLD in base.settings(),
             "decoder",

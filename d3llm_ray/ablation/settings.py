@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from d3llm_ray.ablation.statistics import MAX_SEEDS
-from d3llm_ray.config import Settings
+from d3llm_ray.config import DecoderSettings, Settings
 
 
 class AblateSettings(Settings):
@@ -45,7 +45,7 @@ class AblateSettings(Settings):
     split: Literal["test", "validation"] = Field("test", description="which problems the students solve")
     count: int = Field(250, gt=0, description="how many of them")
     decoder: str = Field("d3llm-nocache", description="preset or settings file that decodes them")
-    decoder_settings: dict[str, Any] = Field({}, description="decoder settings that replace its own")
+    decoder_settings: DecoderSettings = Field({}, description="decoder settings that replace its own")
     thresholds: tuple[float, ...] = Field(
         (0.15, 0.45, 0.7), min_length=1, description="entropy thresholds that a student is measured at"
     )

@@ -88,8 +88,8 @@ def measure(trial: AblationTrial, settings: AblateSettings) -> None:
         max_batch_size=settings.max_batch_size,
     )
     rows = [
-        evaluate(llm.with_decoder(chosen), task, problems, settings.max_tokens, progress=quiet)
-        for chosen in trial.decoders
+        evaluate(llm, task, problems, settings.max_tokens, progress=quiet, decoder=decoder)
+        for decoder in trial.decoders
     ]
     seconds = {"distill": distilled - started, "evaluate": time.perf_counter() - distilled}
     write_record(settings, trial, seconds, rows)

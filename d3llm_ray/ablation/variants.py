@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import Field
 
-from d3llm_ray.config import Settings, SettingsGroup, build, merge, read_yaml
+from d3llm_ray.config import Settings, SettingsGroup, build, merge
 from d3llm_ray.distillation.objectives import PseudoTrajectory
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.errors import InputError, require, unknown
+from d3llm_ray.yaml_file import read_yaml
 
 RECIPE = "recipe"  # the name of the row that changes nothing
 TEACHER = "teacher"  # that of the model before distillation

@@ -45,7 +45,7 @@ def run(settings: BenchmarkSettings, progress: Progress | None = None) -> str:
     measured: dict[str, tuple[float, list[Any]]] = {}
     if settings.single:
         measured["single"] = _loop(settings, plan.source, prompts, batch_size=1)
-    measured["loop"] = _loop(settings, plan.source, prompts, settings.batch_size)
+    measured["loop"] = _loop(settings, plan.source, prompts, settings.max_batch_size)
     with tempfile.TemporaryDirectory() as folder:
         for actors in sorted({1, settings.actors}):
             output = str(Path(settings.output or folder) / f"actors-{actors}")
@@ -71,7 +71,7 @@ def _loop(
     settings: TrajectorySettings, source: Source, prompts: Sequence[Prompt], batch_size: int
 ) -> tuple[float, list[Any]]:
     """(seconds, rows) of a plain loop over one teacher in this process, after one row to warm up."""
-    teacher = Teacher(settings.model_copy(update={"batch_size": batch_size}), source.task)
+    teacher = Teacher(settings.model_copy(update={"max_batch_size": batch_size}), source.task)
     teacher.rows(prompts[:1])
     seconds, rows = timed(torch.device(settings.device), lambda: teacher.rows(prompts))
     return seconds, [_decoded(row) for row in rows]

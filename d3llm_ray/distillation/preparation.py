@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from d3llm_ray.config import build, read_yaml, to_yaml
+from d3llm_ray.config import build, to_yaml
 from d3llm_ray.distillation.data import TrajectorySet, read_rows
 from d3llm_ray.distillation.lora import coverage
 from d3llm_ray.distillation.memory import plan_of
@@ -29,6 +29,7 @@ from d3llm_ray.models import Family, ModelConfig, Transformer, load_tokenizer, r
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress, polled
 from d3llm_ray.tasks import load_task
+from d3llm_ray.yaml_file import read_yaml
 
 SETTINGS_FILE, LAST = "settings.yaml", "last"
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from d3llm_ray.config import Settings
+from d3llm_ray.config import DecoderSettings, Settings
 from d3llm_ray.distillation.data import Keep
 from d3llm_ray.distillation.objective_settings import DEFAULT, ObjectiveSettings, objective_values, read_objective
 from d3llm_ray.distillation.objectives import Objective
@@ -101,7 +101,7 @@ class DistillSettings(Settings):
     val_task: str | None = Field(None, description="decode this task's validation problems as well; null: loss only")
     val_count: int = Field(64, gt=0, description="problems to decode in each validation")
     val_decoder: str = Field("d3llm-nocache", description="preset or settings file that decodes them")
-    val_decoder_settings: dict[str, Any] = Field({}, description="decoder settings that replace its own")
+    val_decoder_settings: DecoderSettings = Field({}, description="decoder settings that replace its own")
     val_max_tokens: int = Field(64, gt=0, description="canvas of the decoded answers in tokens")
     select_by: SelectBy = Field(
         "loss", description="best student: smallest validation loss, or largest accuracy, or accuracy x TPF"

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d3llm_ray.config import to_yaml
-from d3llm_ray.decoder_settings import decoding_settings, read_decoder
-from d3llm_ray.decoding import Decoder, DiffusionLLM
+from d3llm_ray.decoding import Decoder, DiffusionLLM, decoding_settings, override_known, read_decoder
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.decoders import decoder_label, sweep_decoder
 from d3llm_ray.evaluation.evaluate import evaluate
@@ -65,13 +64,13 @@ def run(settings: EvaluateSettings, progress: Progress | None = None) -> Report:
 
 def _plan(settings: EvaluateSettings, problems: dict[str, list[Problem]]) -> list[_Measurement]:
     """Every measurement, in the order of the report, checked as far as is possible without weights."""
-    planned = []
-    for pair in settings.all_pairs():
-        base = read_decoder(pair.decoder)
+    planned, pairs = [], settings.all_pairs()
+    bases = override_known([read_decoder(pair.decoder) for pair in pairs], settings.decoder_settings)
+    for pair, base in zip(pairs, bases, strict=True):
         checkpoint = fingerprint(resolve_model(pair.model))
         model = pair.model_label or Path(pair.model).name
         labels = (model, pair.decoder_label or decoder_label(pair.decoder, base.name))
-        for decoder in sweep_decoder(base, settings.sweep):
+        for decoder in sweep_decoder(base.override(**pair.decoder_settings), settings.sweep):
             for task in settings.tasks:
                 content = [labels, checkpoint, decoding_settings(decoder), [problem.id for problem in problems[task]]]
                 key = _key(settings, (*labels, Path(task).stem), content)
@@ -130,7 +129,7 @@ def _measure_all(
             loaded = item.model
         assert llm is not None
         row = evaluate(
-            llm.with_decoder(item.decoder),
+            llm,
             tasks[item.task],
             problems[item.task],
             settings.max_tokens,
@@ -138,6 +137,7 @@ def _measure_all(
             settings.seed,
             progress,
             settings.warmup,
+            item.decoder,
         )
         row = replace(row, model=item.labels[0], decoder=item.labels[1])
         _write(path, row)

@@ -125,8 +125,7 @@ def _closing(settings: QuickstartSettings, report: Report, summary: dict[str, An
             f"          ({usage['completion_tokens']} tokens in {usage['forwards']} forwards)",
             f"took      {sum(seconds.values()):.0f} s ({times}), peak memory {summary['peak_memory_gib']} GiB",
             f"written   {_relative(settings.output)}/: report.md, accuracy_vs_tpf.png, student/, settings.yaml",
-            f"serve it  d3llm-ray serve --model {_relative(settings.student)} "
-            f"--decoder-config {_relative(settings.decoding)}",
+            f"serve it  d3llm-ray serve --model {_relative(settings.student)} --decoder {_relative(settings.decoding)}",
         )
     )
 

@@ -112,7 +112,7 @@ class Teacher:
             decoder=teacher_decoder(settings, read_configs(settings.teacher)[1]),
             dtype=settings.dtype,
             device=settings.device,
-            max_batch_size=settings.batch_size,
+            max_batch_size=settings.max_batch_size,
         )
         self._ladders: Ladders[Prompt] = Ladders(self.llm.engine, self._judge)
         self._refused: list[Row] = []

@@ -13,7 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 from d3llm_ray.progress import Progress
 from d3llm_ray.tuning.objective import Objective, Trial
 from d3llm_ray.tuning.settings import TuneSettings
-from d3llm_ray.tuning.space import Choice, Range, SearchSpace
+from d3llm_ray.tuning.space import Range, SearchSpace, ValueChoice
 from d3llm_ray.tuning.trial import FIGURES, Pool, run_trial
 
 SEARCH_FOLDER = "search"
@@ -93,8 +93,8 @@ def _new_tuner(settings: TuneSettings, space: SearchSpace, trainable: Any, folde
     )
 
 
-def _domain(parameter: Range | Choice) -> Any:
-    if isinstance(parameter, Choice):
+def _domain(parameter: Range | ValueChoice) -> Any:
+    if isinstance(parameter, ValueChoice):
         return tune.choice(list(parameter.values))
     if parameter.type == "int":
         return tune.randint(int(parameter.low), int(parameter.high) + 1)

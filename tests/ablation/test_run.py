@@ -10,8 +10,7 @@ from d3llm_ray.ablation import run as verb
 from d3llm_ray.ablation.plan import AblationTrial, make_design, plan_trials
 from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.ablation.trial import measure, read_record, record_file, write_record
-from d3llm_ray.decoder_settings import decoding_settings
-from d3llm_ray.decoding import DiffusionLLM
+from d3llm_ray.decoding import DiffusionLLM, decoding_settings
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.evaluation.rows import Sample, summarise

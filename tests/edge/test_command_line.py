@@ -61,6 +61,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["quickstart", "--teacher", "gpt-9"], ["model", "gpt-9"]),
         (["quickstart", "--task", "chess"], ["task", "chess"]),
         (["quickstart", "--distill", "lrr=1"], ["lrr"]),
+        (["generate", "--prompt", "x", "--decoder", "no.yaml"], ["decoder", "no.yaml"]),
+        (["generate", "--prompt", "x", "--decoder-settings", "speed=1"], ["speed", "entropy_threshold"]),
+        (["evaluate", "--decoder-settings", "speed=1"], ["decoder_settings", "speed", "entropy_threshold"]),
+        (["trajectories", "--steps", "8"], ["steps: is called decoder_settings.steps now"]),
+        (["trajectories", "--no-early-stop"], ["early_stop: is called decoder_settings.early_stop now"]),
+        (["tune", "--start-timeout-s", "8"], ["start_timeout_s: is called resource_timeout_s now"]),
+        (["serve", "--decoder-config", "x.yaml"], ["decoder_config: is called decoder now"]),
+        (["quickstart", "--problems", "8"], ["problems: is called count now"]),
+        (["quickstart", "--trajectories", "batch_size=8"], ["batch_size: is called max_batch_size now"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
@@ -133,6 +142,15 @@ def test_shipped_recipes_go_by_name_and_a_file_goes_first(
     (tmp_path / "llada").write_text("lr: 0.5\n")
     assert main([*argv, "llada"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["lr"] == 0.5
+
+
+def test_decoder_settings_of_a_command_line_are_read_as_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("decoder_settings: {steps: 64, early_stop: false, remasking: null, suffix: none, cfg_scale: 0.5}\n")
+    words = ["--decoder-settings", "steps=64,early_stop=false,remasking=null,suffix=none,cfg_scale=0.5"]
+    wanted = {"steps": 64, "early_stop": False, "remasking": None, "suffix": "none", "cfg_scale": 0.5}
+    for argv in (words, ["--config", str(file)]):
+        assert parse(GenerateSettings, argv)[0].decoder_settings == wanted
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_the_anchor_may_be_another_model_s(settings):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_evaluators_that_find_no_room_end_in_one_line(settings):
-    hungry = settings.model_copy(update={"cpus_per_actor": 1000, "start_timeout_s": 1.0})
+    hungry = settings.model_copy(update={"cpus_per_actor": 1000, "resource_timeout_s": 1.0})
     with pytest.raises(InputError, match=r"actors: 2 of 1000 CPUs .* free in the cluster: [\d.]+ CPUs"):
         verb.run(hungry, QUIET)
 

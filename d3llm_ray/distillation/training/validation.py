@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from d3llm_ray.decoder_settings import read_decoder
-from d3llm_ray.decoding import Decoder, DiffusionLLM
+from d3llm_ray.decoding import Decoder, DiffusionLLM, read_decoder
 from d3llm_ray.decoding.engine import Engine
 from d3llm_ray.distillation.lora import transformer_of
 from d3llm_ray.distillation.objectives import LossModule
@@ -117,7 +116,7 @@ class Validator:
 
 def validation_decoder(settings: DistillSettings) -> Decoder:
     """What the student decodes with; `InputError` for a preset, file or setting that is not known."""
-    return read_decoder(settings.val_decoder).override(**settings.val_decoder_settings)
+    return read_decoder(settings.val_decoder, **settings.val_decoder_settings)
 
 
 def validation_problems(task: Task, count: int) -> list[tuple[list[Message], str]]:
