@@ -52,7 +52,7 @@ def settings(tiny_checkpoint: Path, rows: Path, tmp_path: Path) -> Callable[...,
             "output": str(tmp_path / output),
             "epochs": 100,
             "max_steps": STEPS,
-            "window_sizes": [8, 16],
+            "objective": {"window_sizes": [8, 16]},
             "batch_size": 8,
             "micro_batch_size": 4,
             "workers": 1,
@@ -143,7 +143,7 @@ def test_validation_keeps_the_best_student_beside_the_last(settings: Callable[..
 
 def test_validation_does_not_disturb_training(settings: Callable[..., DistillSettings], rows: Path) -> None:
     """A run that validates by decoding gives the losses of one that does not, on the same rows."""
-    task = {"val_task": "arith", "val_problems": 2, "val_rows": 0, "select_by": "accuracy-x-tpf"}
+    task = {"val_task": "arith", "val_count": 2, "val_rows": 0, "select_by": "accuracy-x-tpf"}
     decoded = distil_here(settings("decoded", val_every=4, val_max_tokens=16, lora_dropout=0.1, **task), Notes())
     plain = distil_here(settings("plain", lora_dropout=0.1), Notes())
     assert losses(decoded) == losses(plain)

@@ -19,30 +19,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from d3llm_ray.benchmark.shapes import SHAPES
 from d3llm_ray.device import peak_memory
 from d3llm_ray.distillation.lora import add_lora
-from d3llm_ray.distillation.memory import MemoryPlan, plan_memory, plan_of
-from d3llm_ray.distillation.objectives import LossModule, LossWeights, MaskedWindows
+from d3llm_ray.distillation.memory import TrainingMemoryPlan, plan_memory, plan_of
+from d3llm_ray.distillation.objectives import LossModule, PseudoTrajectory
 from d3llm_ray.distillation.objectives.batches import MicroBatch
-from d3llm_ray.distillation.settings import PROJECTIONS, DistillSettings
+from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.models import ModelConfig, Ragged, Transformer, read_configs
 from d3llm_ray.models.families import read_family
 
 LLADA_8B, _ = read_family(SHAPES["llada-8b"], {"block_size": 32})
 ADAPTERS_8B = 671_088_640  # 32 layers x 256 x (4 x (4096 + 4096) + 3 x (4096 + 12288))
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PUBLISHED_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj")
 
 
-def plan(config: ModelConfig = LLADA_8B, **changed: Any) -> MemoryPlan:
+def plan(config: ModelConfig = LLADA_8B, **changed: Any) -> TrainingMemoryPlan:
     """LLaDA's recipe on four workers, with changes."""
     chosen: dict[str, Any] = {
         "rank": 256,
-        "targets": PROJECTIONS,
+        "targets": None,
         "precision": "bfloat16",
         "zero_stage": 2,
         "workers": 4,
         "offload": "none",
         "micro_batch_size": 4,
         "longest_row": 384,
-        "views": 2,
+        "rows_per_sample": 2,
         "supervised_rows": 128,
         "head_rows": 1024,
         "activation_checkpointing": True,
@@ -134,7 +135,7 @@ def test_activations_are_what_autograd_keeps(precision: str, rank: int, targets:
         if precision == "bfloat16":
             trained = trained.to(torch.bfloat16)  # as the engines do with adapters
         kept.append(bytes_kept(trained, tokens, mixed=precision == "mixed"))
-        changed: dict[str, Any] = {"micro_batch_size": 1, "views": 1, "longest_row": tokens}
+        changed: dict[str, Any] = {"micro_batch_size": 1, "rows_per_sample": 1, "longest_row": tokens}
         changed |= {"rank": rank, "targets": targets, "precision": precision, "activation_checkpointing": False}
         planned.append(plan(config, **changed).activations)
     assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.02)  # norms' and softmax's statistics
@@ -178,8 +179,7 @@ def test_no_more_logits_exist_than_head_rows(supervised: int) -> None:
     config = ModelConfig(vocabulary, 8, 1, 1, 1, 8, 512, 1e4, 1e-5, qkv_bias=False, tie_word_embeddings=False)
     model = Transformer(config)
     model.lm_head.requires_grad_(False)
-    weights = LossWeights(ce=0.25, complement=0.25, entropy=0.5, entropy_views="both", temperature=0.5)
-    objective = MaskedWindows(weights, 0.8, "trajectory", "exact", 0.0)
+    objective = PseudoTrajectory(certainty_views="both")
     micro = MicroBatch(
         prompt_ids=("a",),
         token_ids=np.arange(tokens, dtype=np.int32),
@@ -205,15 +205,16 @@ def test_no_more_logits_exist_than_head_rows(supervised: int) -> None:
 def test_views_and_rows_by_objective() -> None:
     config, _ = read_configs("tiny-llada")
 
-    def of(**changed: Any) -> tuple[int, int]:
-        settings = DistillSettings(trajectories="rows", output="out", micro_batch_size=4, batch_size=8, **changed)
+    def of(*, head_rows: int = 1024, **objective: Any) -> tuple[int, int]:
+        given: dict[str, Any] = {"trajectories": "rows", "output": "out", "micro_batch_size": 4, "batch_size": 8}
+        settings = DistillSettings(**given, head_rows=head_rows, objective=objective)
         found = plan_of(settings, config, 100)
         return found.tokens, found.logit_rows
 
     assert of(window_sizes=(16, 32)) == (2 * 4 * 100, 4 * 32)
     assert of(window_sizes=(16, 32), complement_weight=0) == (4 * 100, 4 * 32)
-    assert of(objective="d2f", head_rows=64) == (4 * 100, 64)
-    assert of(objective="block-diffusion") == (3 * 4 * 100, 4 * 100)
+    assert of(name="d2f", head_rows=64) == (4 * 100, 64)
+    assert of(name="block-diffusion") == (3 * 4 * 100, 4 * 100)
 
 
 def test_in_words() -> None:

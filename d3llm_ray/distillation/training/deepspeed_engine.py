@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from d3llm_ray.distillation.training.engines import (
     AdamState,
-    Engine,
     EngineOptions,
+    TrainingEngine,
     adamw,
     clip_gradients,
     create_state,
@@ -40,7 +40,7 @@ from d3llm_ray.distillation.training.engines import (
 BUCKET = 200_000_000  # elements that are reduced or gathered at a time
 
 
-def deepspeed_engine(loss_module: nn.Module, options: EngineOptions) -> Engine:
+def deepspeed_engine(loss_module: nn.Module, options: EngineOptions) -> TrainingEngine:
     """Train with the other workers of `torch.distributed`'s default group, which the caller has initialised."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # ZeRO 3 calls collectives by names that torch has deprecated, each time with a warning.
@@ -52,7 +52,7 @@ def deepspeed_engine(loss_module: nn.Module, options: EngineOptions) -> Engine:
 
 
 class ZeroEngine:
-    """See `Engine`."""
+    """See `TrainingEngine`."""
 
     def __init__(self, loss_module: nn.Module, options: EngineOptions) -> None:
         self.options = options
