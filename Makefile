@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test chaos lint bench clean
+.PHONY: quickstart test chaos lint bench gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/d3llm-ray benchmark trajectories
+
+# On a machine with torch, triton and transformers: no virtual environment, no Ray. Again until nothing is left.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) jobs/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

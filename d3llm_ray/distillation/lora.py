@@ -71,7 +71,7 @@ def coverage(model: Transformer | PeftModel) -> Coverage:
     for layer in transformer.layers:
         for path, part in layer.named_modules():
             name = path.rpartition(".")[2]
-            if name.endswith("_proj"):
+            if name in transformer.config.projections:
                 projections[name] += _is_trained(part)
     outside = {"LM head": transformer.lm_head, "embeddings": transformer.embed_tokens}
     return Coverage(

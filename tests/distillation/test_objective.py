@@ -140,7 +140,7 @@ def test_one_concatenated_forward_equals_separate_ones(kind: str, objective: Pse
     windows = [TrainingWindow(0, 6, 0.5), TrainingWindow(2, 8, 0.75)]
     module, batch = windows_batch(samples, windows, family, objective, model, head_rows)
     loss, figures = module(batch)
-    views = [choose_views(NO_DRAW, one.reveal_step, window) for one, window in zip(samples, windows, strict=True)]
+    views = [choose_views(NO_DRAW, sample.reveal_step, window) for sample, window in zip(samples, windows, strict=True)]
     assert loss.item() == pytest.approx(naive_loss(model, family, samples, views, objective), rel=1e-5)
     assert 0 < figures[3] < 1  # some predictions are right and some wrong: the entropy terms choose
     assert batch.micro.mask_ratio == pytest.approx((3 / 6 + 4 / 6) / 2)  # round(4.5) is 4
@@ -153,8 +153,8 @@ def test_chunked_head_gives_the_same_gradients() -> None:
         module, batch = windows_batch(samples, [TrainingWindow(0, 8, 0.5)] * 2, family, LLADA, model, head_rows)
         module(batch)[0].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+    for whole, chunked in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, chunked)
 
 
 def test_no_logits_beyond_a_chunk_are_kept_for_the_backward_pass() -> None:

@@ -18,10 +18,10 @@ from d3llm_ray.distillation.training.stream import SHARD, Shards, micro_batches
 from tests.distillation.toys import family_of
 
 
-def same(one: MicroBatch, other: MicroBatch) -> bool:
+def same(first: MicroBatch, other: MicroBatch) -> bool:
     arrays = ("token_ids", "lengths", "prompt_lengths", "rows", "labels", "weights", "second")
-    return one.prompt_ids == other.prompt_ids and all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays
+    return first.prompt_ids == other.prompt_ids and all(
+        np.array_equal(getattr(first, name), getattr(other, name)) for name in arrays
     )
 
 

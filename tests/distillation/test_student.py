@@ -78,10 +78,10 @@ def test_recomputed_activations_change_no_gradient(tiny_checkpoint: Path) -> Non
         module, _ = build_student(settings_of(tiny_checkpoint, lora_rank=0, activation_checkpointing=recompute), CPU)
         module.model(IDS, Ragged.build([4])).square().sum().backward()
         gradients.append([parameter.grad for parameter in module.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other)
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert (kept is None) == (recomputed is None)
+        if kept is not None:
+            torch.testing.assert_close(kept, recomputed)
 
 
 def test_the_embedded_causal_model_becomes_a_block_diffusion_student(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def read(engine: TrainingEngine, directory: Path) -> tuple[int, dict[str, Any]]:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint among `folder/step-*`, and a line of warning for each newer one."""
     damages = []
-    found = None
+    intact = None
     for directory in sorted(_named(folder), key=step_of, reverse=True):
         try:
             for shard in _shards(directory):
@@ -110,10 +110,10 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         except DamagedCheckpoint as error:
             damages.append(str(error))
         else:
-            found = directory
+            intact = directory
             break
-    instead = f"using {found.name}" if found else "there is none before it"
-    return found, [f"{damage}: {instead}" for damage in damages]
+    instead = f"using {intact.name}" if intact else "there is none before it"
+    return intact, [f"{damage}: {instead}" for damage in damages]
 
 
 def _named(folder: Path) -> list[Path]:

@@ -115,13 +115,13 @@ class ZeroEngine:
         if self.options.zero_stage == 0:
             masters = dict(zip(self.parameters, self._held(), strict=True))
             return {name: state_of(self.adamw, masters[name]) for name in names}
-        found = {}
+        states = {}
         for name, parameter in self.parameters.items():  # every worker takes part in every parameter
             value = safe_get_full_fp32_param(parameter)
             moments = [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
             if name in names:
-                found[name] = AdamState(*(tensor.cpu() for tensor in (value, *moments)))
-        return found
+                states[name] = AdamState(*(tensor.cpu() for tensor in (value, *moments)))
+        return states
 
     def restore(self, load: Callable[[str], AdamState], updates: int) -> None:
         masters = self._held()
