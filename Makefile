@@ -37,7 +37,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/d3llm-ray trajectories benchmark
+	$(BIN)/d3llm-ray benchmark trajectories
 
 clean:
 	rm -rf $(VENV) build *.egg-info

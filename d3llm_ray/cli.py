@@ -49,20 +49,10 @@ VERBS = {
         "d3llm_ray.trajectories.inspection:run",
         "say what a trajectory dataset holds, draw one row and play it in the terminal",
     ),
-    "trajectories benchmark": Verb(
-        "d3llm_ray.benchmark.trajectories:BenchmarkSettings",
-        "d3llm_ray.benchmark.trajectories:run",
-        "measure rows a second of one process, of the job, and of the job with more actors",
-    ),
     "distill": Verb(
         "d3llm_ray.distillation.settings:DistillSettings",
         "d3llm_ray.distillation.run:run",
         "train a student on a teacher's trajectories (Ray Train, DeepSpeed, LoRA)",
-    ),
-    "distill benchmark": Verb(
-        "d3llm_ray.benchmark.distill:BenchmarkSettings",
-        "d3llm_ray.benchmark.distill:run",
-        "measure samples a second of a bare loop, of the job, and of the job with more workers",
     ),
     "ablate": Verb(
         "d3llm_ray.ablation.settings:AblateSettings",
@@ -79,6 +69,26 @@ VERBS = {
         "d3llm_ray.benchmark.run:run",
         "measure decoding speed against what the machine allows, on a model or on a published shape",
     ),
+    "benchmark host": Verb(
+        "d3llm_ray.benchmark.settings:HostBenchmarkSettings",
+        "d3llm_ray.benchmark.run:run_host",
+        "measure the host's share of a decoding step, with a model that costs nothing",
+    ),
+    "benchmark step": Verb(
+        "d3llm_ray.benchmark.settings:StepBenchmarkSettings",
+        "d3llm_ray.benchmark.run:run_step",
+        "measure one optimizer step of a distillation, on a model or on a published shape",
+    ),
+    "benchmark distill": Verb(
+        "d3llm_ray.benchmark.distill:DistillBenchmarkSettings",
+        "d3llm_ray.benchmark.distill:run",
+        "measure samples a second of a bare loop, of the job, and of the job with more workers",
+    ),
+    "benchmark trajectories": Verb(
+        "d3llm_ray.benchmark.trajectories:TrajectoryBenchmarkSettings",
+        "d3llm_ray.benchmark.trajectories:run",
+        "measure rows a second of one process, of the job, and of the job with more actors",
+    ),
     "tune": Verb(
         "d3llm_ray.tuning.settings:TuneSettings",
         "d3llm_ray.tuning.run:run",
@@ -90,6 +100,8 @@ VERBS = {
         "serve a model behind an OpenAI-compatible API (Ray Serve)",
     ),
 }
+
+RENAMED = {"distill benchmark": "benchmark distill", "trajectories benchmark": "benchmark trajectories"}
 
 
 def _load(name: str) -> Any:
@@ -122,7 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        length = 2 if " ".join(words[:2]) in VERBS else 1
+        pair = " ".join(words[:2])
+        if pair in RENAMED:
+            raise InputError(f"verb: {pair!r} is called {RENAMED[pair]!r} now")
+        length = 2 if pair in VERBS else 1
         name = " ".join(words[:length])
         if name not in VERBS:
             raise unknown("verb", name, VERBS)

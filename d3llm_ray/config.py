@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -21,12 +22,38 @@ from pydantic_settings import (
 )
 
 from d3llm_ray.errors import InputError
+from d3llm_ray.yaml_file import read_yaml as read_yaml  # for those who read settings
 
 S = TypeVar("S", bound="Settings")
 
 
-class Settings(BaseSettings):
-    """Base of every verb's settings: frozen, unknown keys refused, no environment variables."""
+def _as_in_yaml(values: Any) -> Any:
+    """`--decoder-settings steps=64` gives text: take it as a YAML file's."""
+    if not isinstance(values, dict):
+        return values
+    return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+DecoderSettings = Annotated[dict[str, Any], BeforeValidator(_as_in_yaml)]  # setting of a decoder -> value
+
+
+class SettingsGroup(BaseModel):
+    """Base of settings within settings, such as one line of a list: frozen, unknown keys and old names refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    renamed: ClassVar[dict[str, str]] = {}  # old name -> today's, with a dot where it is inside another setting now
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_names(cls, values: Any) -> Any:
+        names = {name: new for name, new in cls.renamed.items() if isinstance(values, dict) and name in values}
+        if names:
+            raise PydanticCustomError("renamed", "old names, and today's: {names}", {"names": names})
+        return values
+
+
+class Settings(SettingsGroup, BaseSettings):
+    """Base of every verb's settings: a group that reads YAML and the command line, and no environment variables."""
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -56,24 +83,6 @@ def to_yaml(settings: Settings) -> str:
     return text
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping, or raise `InputError` naming the file and what is wrong with it."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise InputError(
-            f"config: cannot read {str(path)!r}: {error.strerror}; accepted: a readable YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"config: {str(path)!r} is not YAML: {reason}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(f"config: {str(path)!r} holds {type(content).__name__}; accepted: a mapping of settings")
-    return content
-
-
 def recipe_file(name: str | Path, cls: type[Settings], field: str = "config") -> Path:
     """A YAML file by its path, or one that is shipped with these settings by its name; `InputError` for neither."""
     path = Path(name)
@@ -98,7 +107,10 @@ def _one_line(cls: type[Settings], error: ValidationError) -> str:
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "renamed":
+            names = item["ctx"]["names"].items()
+            lines += [_renamed(".".join([field, old] if field else [old]), new) for old, new in names]
+        elif item["type"] == "extra_forbidden":
             lines.append(f"{field}: unknown setting; accepted: {', '.join(cls.model_fields)}")
         elif item["type"] == "missing":
             lines.append(f"{field}: required")
@@ -107,6 +119,10 @@ def _one_line(cls: type[Settings], error: ValidationError) -> str:
         else:
             lines.append(f"{field}: got {item['input']!r}: {message}")
     return "; ".join(lines)
+
+
+def _renamed(field: str, new: str) -> str:
+    return f"{field}: is called {new} now"
 
 
 def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -148,9 +164,16 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
 
 
 def _kebab(word: str, cls: type[Settings]) -> str:
-    """Accept `--max_tokens 5`, `--max_tokens=5` and `--no-use_gpu`, as YAML files spell it, beside `--max-tokens`."""
+    """Accept `--max_tokens 5`, `--max_tokens=5` and `--no-early_exit`, as YAML files spell it, beside `--max-tokens`.
+
+    `InputError` for a flag of an old name.
+    """
     flag, equals, value = word.partition("=")
-    known = flag.startswith("--") and flag[2:].removeprefix("no-") in cls.model_fields
+    name = flag[2:].removeprefix("no-") if flag.startswith("--") else ""
+    old = name.replace("-", "_")
+    if old in cls.renamed:
+        raise InputError(_renamed(old, cls.renamed[old]))
+    known = name in cls.model_fields
     return f"{flag.replace('_', '-')}{equals}{value}" if known else word
 
 

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from d3llm_ray.config import Settings, to_yaml
-from d3llm_ray.decoding import DiffusionLLM, decoder
+from d3llm_ray.config import DecoderSettings, Settings, to_yaml
+from d3llm_ray.decoding import DiffusionLLM, choose_decoder
 from d3llm_ray.errors import InputError
-from d3llm_ray.models import resolve_model
+from d3llm_ray.models import read_configs
 from d3llm_ray.progress import Progress
+from d3llm_ray.report import write_text
 from d3llm_ray.tasks import read_problems
 
 
@@ -26,8 +27,10 @@ class GenerateSettings(Settings):
     prompt: str | None = Field(None, description="one prompt; its answer is printed")
     prompts: Path | None = Field(None, description=".jsonl or .parquet file with messages or prompt")
     output: Path = Field(Path("runs/generate.jsonl"), description="file for the answers to `prompts`")
-    decoder: str = Field("d3llm", description="decoder preset")
-    decoder_settings: dict[str, Any] = Field({}, description="settings that override the preset's")
+    decoder: str | None = Field(
+        None, description="preset or decoding settings file (.yaml); null: the one for the model's family"
+    )
+    decoder_settings: DecoderSettings = Field({}, description="settings that override the decoder's")
     max_tokens: int = Field(64, gt=0, description="tokens an answer may have")
     temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
     seed: int = Field(0, ge=0, description="seed of sampling")
@@ -40,8 +43,7 @@ def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
     """The answer to `prompt`, or the path of the answers to `prompts`. `InputError` before the model loads."""
     if (settings.prompt is None) == (settings.prompts is None):
         raise InputError("prompt: accepted: exactly one of --prompt TEXT and --prompts FILE")
-    chosen = decoder(settings.decoder, **settings.decoder_settings)
-    resolve_model(settings.model)
+    chosen = choose_decoder(settings.decoder, read_configs(settings.model)[1], **settings.decoder_settings)
     problems = read_problems(settings.prompts) if settings.prompts else []
     llm = DiffusionLLM.from_pretrained(
         settings.model, chosen, settings.dtype, settings.device, max_batch_size=settings.max_batch_size
@@ -54,14 +56,10 @@ def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
     if settings.prompt is not None:
         return llm.generate([settings.prompt], **options)[0].text
     progress = progress or Progress()
-    progress.start("generate", len(problems), "prompt")
-    outputs = llm.generate([problem.messages for problem in problems], progress=progress, **options)
-    progress.finish()
+    with progress.stage("generate", len(problems), "prompt"):
+        outputs = llm.generate([problem.messages for problem in problems], progress=progress, **options)
+    answers = [{"id": problem.id, **asdict(output)} for problem, output in zip(problems, outputs, strict=True)]
     settings.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = settings.output.with_name(f".{settings.output.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for problem, output in zip(problems, outputs, strict=True):
-            file.write(json.dumps({"id": problem.id, **asdict(output)}, ensure_ascii=False) + "\n")
-    partial.replace(settings.output)
-    settings.output.with_suffix(".yaml").write_text(to_yaml(settings))
+    write_text(settings.output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    write_text(settings.output.with_suffix(".yaml"), to_yaml(settings))
     return str(settings.output)

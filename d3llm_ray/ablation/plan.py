@@ -15,8 +15,7 @@ import pyarrow.compute as pc
 from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.ablation.variants import RECIPE, TEACHER, Variant, built_in, check, choose, read_variants
 from d3llm_ray.config import build, read_yaml, recipe_file
-from d3llm_ray.decoder_settings import decoding_settings, read_decoder
-from d3llm_ray.decoding import Decoder, decoder
+from d3llm_ray.decoding import Decoder, decoder, decoding_settings, read_decoder
 from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.preparation import HOW, absolute, load
 from d3llm_ray.distillation.settings import DistillSettings

@@ -17,7 +17,7 @@ from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.distillation.local import distil_here
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.evaluation.rows import EvaluationRow as Row
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task
@@ -84,7 +84,8 @@ def measure(trial: Trial, settings: AblateSettings) -> None:
         max_batch_size=settings.max_batch_size,
     )
     rows = [
-        evaluate(llm.with_decoder(each), task, problems, settings.max_tokens, progress=quiet) for each in trial.decoders
+        evaluate(llm, task, problems, settings.max_tokens, progress=quiet, decoder=decoder)
+        for decoder in trial.decoders
     ]
     seconds = {"distill": distilled - started, "evaluate": time.perf_counter() - distilled}
     write_record(settings, trial, seconds, rows)

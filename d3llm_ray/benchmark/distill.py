@@ -2,15 +2,15 @@
 
 All train on the same micro-batches with the same objective and precision. Each job runs between two loops: what slows a
 machine down for a while slows neighbours down alike. The loop is a Ray task, so that it has a worker's environment and
-priority (Ray lowers that of its workers), and as many threads. `step_benchmark` measures a single step on a device.
+priority (Ray lowers that of its workers), and as many threads. `benchmark step` measures a single step on a device.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,10 @@ import torch
 from pydantic import Field, model_validator
 
 from d3llm_ray import cluster
+from d3llm_ray.benchmark.files import keep
+from d3llm_ray.benchmark.rates import RateRow, rate_columns
 from d3llm_ray.benchmark.ratios import Ratio
+from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.benchmark.rows import spread
 from d3llm_ray.benchmark.step import optimizer_step
 from d3llm_ray.config import build
@@ -33,7 +36,6 @@ from d3llm_ray.distillation.training.engines import torch_engine
 from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.errors import require
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import WrittenReport, machine, table, versions
 from d3llm_ray.trajectories.pipeline import run as run_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings
 
@@ -42,7 +44,7 @@ LOOP = "loop"
 
 # How every figure is counted, in every report: a number without its rule cannot be compared.
 COUNTING = {
-    "samples_per_second": "rows trained on in the steps after the first warmup_steps / their seconds",
+    "per_second": "rows trained on in the steps after the first warmup_steps / their seconds",
     "loop": "forward, backward, clipping and AdamW in one process; micro-batches packed beforehand, nothing logged",
     "job of N": "from the metrics of `d3llm-ray distill` with N workers: logging, checkpoints and waiting for batches "
     "are in it; Ray's start, loading, validations and the student's writing are not",
@@ -52,19 +54,19 @@ COUNTING = {
 }
 
 
-class BenchmarkSettings(DistillSettings):
+class DistillBenchmarkSettings(DistillSettings):
     """Measure samples a second; the settings are those of `d3llm-ray distill`."""
 
-    verb: ClassVar[str] = "distill benchmark"
+    verb: ClassVar[str] = "benchmark distill"
 
     trajectories: str = Field("", description="Parquet dataset of trajectories; empty: the teacher decodes a few now")
-    output: str = Field("", description="folder that all nodes share, for temporary files; empty: the system's")
+    output: str = Field("runs/benchmark-distill", description="folder of the report, on storage that all nodes share")
     max_steps: int | None = Field(60, gt=0, description="optimizer steps of each measurement, the first ones included")
     warmup_steps: int = Field(20, gt=0, description="first steps, which are not measured")
     rounds: int = Field(1, gt=0, description="measurements of each kind")
 
     @model_validator(mode="after")
-    def _measured(self) -> BenchmarkSettings:
+    def _measured(self) -> DistillBenchmarkSettings:
         if self.warmup_steps % self.log_every:
             raise ValueError(f"warmup_steps: got {self.warmup_steps}; accepted: a multiple of log_every")
         return self
@@ -84,47 +86,9 @@ class Run:
     seconds: float
     loss: float
 
-    @property
-    def samples_per_second(self) -> float:
-        return self.samples / self.seconds
 
-
-@dataclass(frozen=True)
-class Report(WrittenReport):
-    """The measurements in their order: in every round loop and job by turns, and a loop at the end."""
-
-    settings: BenchmarkSettings
-    nice: int  # of Ray's workers
-    runs: tuple[Run, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "samples_per_second": {name: rates[0] for name, rates in self._rates().items()},
-            "ratios": [asdict(ratio) for ratio in ratios(self.runs)],
-            "runs": [{**asdict(run), "samples_per_second": run.samples_per_second} for run in self.runs],
-            "settings": self.settings.model_dump(mode="json"),
-            "machine": {**machine(), "nice": self.nice, "threads": self.settings.cpus_per_worker},
-            "versions": versions(),
-            "counting": COUNTING,
-        }
-
-    def to_markdown(self) -> str:
-        rates = ([name, *(f"{rate:.2f}" for rate in found)] for name, found in self._rates().items())
-        found = ratios(self.runs)
-        cells = ([one.name, one.what, *(f"{x:.3f}" for x in (one.value, one.low, one.high))] for one in found)
-        tables = [
-            table(["run", "samples/s", "least", "greatest"], rates, left=1),
-            table(["ratio", "of", "median", "least", "greatest"], cells, left=2),
-        ]
-        return "\n".join(tables)
-
-    def _rates(self) -> dict[str, tuple[float, float, float]]:
-        names = dict.fromkeys(run.name for run in self.runs)
-        return {name: spread([run.samples_per_second for run in self.runs if run.name == name]) for name in names}
-
-
-def run(settings: BenchmarkSettings, progress: Progress | None = None) -> Report:
-    """Measure.
+def run(settings: DistillBenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[RateRow]:
+    """Measure in every round loop and job by turns, and a loop at the end; write the report.
 
     Raises:
         InputError: settings or rows that `d3llm-ray distill` refuses, or too few rows for a step behind the warm-up.
@@ -132,10 +96,10 @@ def run(settings: BenchmarkSettings, progress: Progress | None = None) -> Report
     """
     progress = progress or Progress()
     kinds = sorted({1, settings.workers})
-    if settings.output:
-        Path(settings.output).mkdir(parents=True, exist_ok=True)
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
     cluster.connect(min_cpus=settings.workers * settings.cpus_per_worker + settings.workers)
-    with tempfile.TemporaryDirectory(dir=settings.output or None) as folder:
+    with tempfile.TemporaryDirectory(dir=output) as folder:
         trajectories = settings.trajectories or _decode(settings, Path(folder) / "trajectories", progress)
         alone = settings.of_job(trajectories, folder, workers=1)
         plan = Plan(alone, load(alone, *student_family(alone))[0], student_family(alone)[1])
@@ -145,12 +109,28 @@ def run(settings: BenchmarkSettings, progress: Progress | None = None) -> Report
         for number in range(settings.rounds):
             for workers in kinds:
                 nice, loop = _loop(plan, settings.warmup_steps)
-                output = str(Path(folder) / f"job-{number}-{workers}")
-                job = _job(settings.of_job(trajectories, output, workers), settings.warmup_steps, progress)
+                student = str(Path(folder) / f"job-{number}-{workers}")
+                job = _job(settings.of_job(trajectories, student, workers), settings.warmup_steps, progress)
                 runs += [loop, job]
         runs.append(_loop(plan, settings.warmup_steps)[1])
     _check_same(runs)
-    return Report(settings, nice, tuple(runs))
+    report = BenchmarkReport(
+        benchmark="distill",
+        plan=settings.model_dump(mode="json"),
+        rows=tuple(_rows(runs)),
+        ratios=tuple(ratios(runs)),
+        columns=rate_columns("samples"),
+        counting=COUNTING,
+        environment={"nice": nice, "threads": settings.cpus_per_worker},  # of Ray's workers
+    )
+    return keep(report, settings, output)
+
+
+def _rows(runs: Sequence[Run]) -> Iterator[RateRow]:
+    for name in dict.fromkeys(run.name for run in runs):
+        same = [run for run in runs if run.name == name]
+        losses = [run.loss for run in same]
+        yield RateRow(name, same[0].samples, tuple(run.seconds for run in same), {"first_losses": losses})
 
 
 def ratios(runs: Sequence[Run]) -> list[Ratio]:
@@ -164,8 +144,10 @@ def ratios(runs: Sequence[Run]) -> list[Ratio]:
             alone = job.seconds
         else:
             over_one.setdefault(job.name, []).append(alone / job.seconds)
-    found = [Ratio("over_loop", name, *spread(values)) for name, values in over_loop.items()]
-    return found + [Ratio("over_one", name, *spread(values)) for name, values in over_one.items()]
+    return [
+        *(Ratio("over_loop", name, *spread(values)) for name, values in over_loop.items()),
+        *(Ratio("over_one", name, *spread(values)) for name, values in over_one.items()),
+    ]
 
 
 def of_metrics(name: str, lines: Sequence[Mapping[str, Any]], batch_size: int, warmup_steps: int) -> Run:
@@ -188,11 +170,11 @@ def bare_loop(plan: Plan, warmup_steps: int) -> Run:
     torch.manual_seed(settings.seed)
     module, _ = build_student(settings, device)
     engine = torch_engine(module, settings.engine_options())
-    each = settings.accumulation
+    accumulation = settings.accumulation
     packed = [plan.micro_batch(number) for number in plan.numbers(0, 0, 1)]
 
     def train(steps: range) -> list[torch.Tensor]:
-        shares = ((step, packed[step * each : (step + 1) * each]) for step in steps)
+        shares = ((step, packed[step * accumulation : (step + 1) * accumulation]) for step in steps)
         return [optimizer_step(engine, module, share, plan.at(step).lr, device) for step, share in shares]
 
     first, *_ = train(range(warmup_steps))
@@ -208,8 +190,8 @@ def _loop(plan: Plan, warmup_steps: int) -> tuple[int, Run]:
         return os.nice(0), bare_loop(plan, warmup_steps)
 
     task = ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=int(settings.use_gpu), max_calls=1)(measure)
-    found: tuple[int, Run] = ray.get(task.remote())
-    return found
+    measured: tuple[int, Run] = ray.get(task.remote())
+    return measured
 
 
 def _job(settings: DistillSettings, warmup_steps: int, progress: Progress) -> Run:
@@ -221,7 +203,7 @@ def _name(workers: int) -> str:
     return f"job of {workers}"
 
 
-def _decode(settings: BenchmarkSettings, output: Path, progress: Progress) -> str:
+def _decode(settings: DistillBenchmarkSettings, output: Path, progress: Progress) -> str:
     """Let the teacher decode as many rows as the steps take."""
     steps = settings.max_steps or 1
     count = settings.batch_size * -(-steps // settings.epochs)

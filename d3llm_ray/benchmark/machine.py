@@ -20,6 +20,9 @@ class Machine:
     flops: float
     bandwidth: float
 
+    def __str__(self) -> str:
+        return f"roofline ({self.name}): {self.flops / 1e12:.4g} TFLOP/s, {self.bandwidth / 1e9:.4g} GB/s"
+
 
 # Dense bfloat16 peak and memory bandwidth from NVIDIA's data sheets of the SXM cards.
 MACHINES = {

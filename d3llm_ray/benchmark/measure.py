@@ -12,16 +12,17 @@ from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from itertools import chain
 from operator import add, methodcaller
-from typing import Any
 
 import numpy as np
 import torch
 
+from d3llm_ray.benchmark.decoding_report import COLUMNS, COUNTING
 from d3llm_ray.benchmark.machine import Machine, find_machine
-from d3llm_ray.benchmark.plan import Plan
-from d3llm_ray.benchmark.report import Report
+from d3llm_ray.benchmark.plan import BenchmarkPlan
+from d3llm_ray.benchmark.ratios import decoding_ratios
+from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.benchmark.roofline import roofline
-from d3llm_ray.benchmark.rows import Round, Row, spread
+from d3llm_ray.benchmark.rows import BenchmarkRow, Round, spread
 from d3llm_ray.benchmark.workload import Cell, Workload, prepare
 from d3llm_ray.decoding import Completion, Engine, Event, Request
 from d3llm_ray.decoding.batch import ModelCall
@@ -33,8 +34,8 @@ from d3llm_ray.progress import Progress
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """What is found out about a cell before its rounds: counts, phases and overhead."""
+class Trial:
+    """What an untimed pass over a cell tells: counts, phases and overhead."""
 
     completions: list[Completion]
     steps: list[Work]
@@ -42,7 +43,16 @@ class _Trial:
     phases: dict[str, float]  # seconds, summed over the steps
 
 
-def benchmark(plan: Plan, progress: Progress | None = None) -> Report:
+@dataclass(frozen=True)
+class Measurement:
+    """A cell with its trial and its rounds."""
+
+    cell: Cell
+    trial: Trial
+    rounds: list[Round]
+
+
+def benchmark(plan: BenchmarkPlan, progress: Progress | None = None) -> BenchmarkReport[BenchmarkRow]:
     """Measure every cell of the plan; no files, no Ray.
 
     Raises:
@@ -52,35 +62,51 @@ def benchmark(plan: Plan, progress: Progress | None = None) -> Report:
     progress = progress or Progress()
     model = workload.load()
     machine = find_machine(plan.machine, workload.device, workload.dtype)
-    engine = Engine(
+    engine = engine_for(workload, model)
+    progress.start("benchmark", len(workload.cells) * (1 + plan.rounds), "pass")
+    rows = tuple(decoding_row(workload, machine, taken) for taken in measure(workload, engine, progress))
+    progress.finish()
+    memory = engine.memory_plan()
+    return BenchmarkReport(
+        benchmark="decoding",
+        plan=asdict(plan),
+        rows=rows,
+        ratios=tuple(decoding_ratios(rows, plan.full_length)),
+        columns=COLUMNS,
+        counting=COUNTING,
+        roofline=machine,
+        memory={**asdict(memory), "peak": peak_memory(workload.device)},
+        lines=memory.lines(),
+    )
+
+
+def engine_for(workload: Workload, model: Transformer, *, cuda_graphs: bool | None = None) -> Engine:
+    """An engine that decodes every cell of the workload without ever waiting for memory."""
+    return Engine(
         model,
         workload.family,
         workload.cells[0].decoder,
-        max_batch_size=max(plan.batch_sizes),
+        max_batch_size=max(workload.plan.batch_sizes),
         vocabulary_size=workload.vocabulary_size,
         kv_positions=workload.kv_positions,
+        cuda_graphs=cuda_graphs,
     )
-    progress.start("benchmark", len(workload.cells) * (1 + plan.repeats), "pass")
-    rows = measure(workload, engine, machine, progress)
-    progress.finish()
-    return Report(plan, machine, engine.memory_plan().lines(), _memory(engine, workload.device), tuple(rows))
 
 
-def measure(workload: Workload, engine: Engine, machine: Machine, progress: Progress) -> list[Row]:
-    """A trial of every cell, then `repeats` rounds over all of them."""
-    trials = []
+def measure(workload: Workload, engine: Engine, progress: Progress) -> list[Measurement]:
+    """A trial of every cell, then the plan's rounds over all of them."""
+    taken: list[Measurement] = []
     for cell in workload.cells:
-        trials.append(_try(engine, workload.requests(cell), cell, workload.device))
-        progress.update(len(trials))
-    rounds: list[list[Round]] = [[] for _ in trials]
-    done = len(trials)
-    for _ in range(workload.plan.repeats):
-        for cell, own in zip(workload.cells, rounds, strict=True):
-            own.append(_round(engine, workload.requests(cell), cell, workload.device))
+        taken.append(Measurement(cell, _try(engine, workload.requests(cell), cell, workload.device), []))
+        progress.update(len(taken))
+    done = len(taken)
+    for _ in range(workload.plan.rounds):
+        for cell_taken in taken:
+            cell = cell_taken.cell
+            cell_taken.rounds.append(_round(engine, workload.requests(cell), cell, workload.device))
             done += 1
-            progress.update(done, tps=own[-1].tps)
-    cells = zip(workload.cells, trials, rounds, strict=True)
-    return [_row(workload, machine, cell, trial, own) for cell, trial, own in cells]
+            progress.update(done, tps=cell_taken.rounds[-1].tps)
+    return taken
 
 
 def decode(
@@ -112,7 +138,7 @@ def replay(model: Transformer, calls: Iterable[ModelCall]) -> None:
             model.logits(model(*call))
 
 
-def _try(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.device) -> _Trial:
+def _try(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.device) -> Trial:
     list(decode(engine, requests[: cell.batch_size], cell.batch_size))  # allocation, compilation: nobody's forward
     phases = _phases(engine, requests, cell.batch_size)
     completions: list[Completion] = []
@@ -126,7 +152,7 @@ def _try(engine: Engine, requests: Sequence[Request], cell: Cell, device: torch.
         seconds, finished = timed(device, partial(next, steps, None))
         engine.runner = runner
         if finished is None:
-            return _Trial(completions, work, overheads, phases)
+            return Trial(completions, work, overheads, phases)
         replayed, _ = timed(device, partial(replay, engine.model, captured.calls))
         completions += finished
         overheads.append(seconds / replayed)
@@ -151,14 +177,16 @@ def _phases(engine: Engine, requests: Sequence[Request], batch_size: int) -> dic
     return profile.seconds
 
 
-def _row(workload: Workload, machine: Machine, cell: Cell, trial: _Trial, rounds: Sequence[Round]) -> Row:
+def decoding_row(workload: Workload, machine: Machine, taken: Measurement) -> BenchmarkRow:
+    """The figures of a cell, set against what `machine` can do."""
+    cell, trial, rounds = taken.cell, taken.trial, taken.rounds
     limit = roofline(workload.config, workload.dtype, trial.steps, machine)
     steps, tokens = len(trial.steps), count_tokens(trial.completions)
     forwards = sum(completion.forwards for completion in trial.completions)
-    seconds, _, _ = spread([one.seconds for one in rounds])
-    tps, tps_low, tps_high = spread([one.tps for one in rounds])
+    seconds, _, _ = spread([run.seconds for run in rounds])
+    tps, tps_low, tps_high = spread([run.tps for run in rounds])
     overhead_low, overhead, overhead_high = np.quantile(trial.overheads, (0.25, 0.5, 0.75)).tolist()
-    return Row(
+    return BenchmarkRow(
         model=workload.model_name,
         decoder=cell.decoder.name,
         task=workload.task_name,
@@ -166,7 +194,7 @@ def _row(workload: Workload, machine: Machine, cell: Cell, trial: _Trial, rounds
         batch_size=cell.batch_size,
         max_tokens=cell.max_tokens,
         prompt_tokens=sum(map(len, workload.prompts)) / len(workload.prompts),
-        requests=len(workload.prompts),
+        count=len(workload.prompts),
         tokens=tokens,
         forwards=forwards,
         steps=steps,
@@ -177,7 +205,7 @@ def _row(workload: Workload, machine: Machine, cell: Cell, trial: _Trial, rounds
         seconds=seconds,
         ms=1e3 * seconds / steps,
         phases_ms={phase: 1e3 * total / steps for phase, total in trial.phases.items()},
-        window=sum(one.tokens for one in trial.steps) / forwards,
+        window=sum(step.tokens for step in trial.steps) / forwards,
         flops=limit.flops / steps,
         bytes=limit.bytes / steps,
         compute_bound=limit.compute_bound / steps,
@@ -189,8 +217,3 @@ def _row(workload: Workload, machine: Machine, cell: Cell, trial: _Trial, rounds
         overhead_high=overhead_high,
         rounds=tuple(rounds),
     )
-
-
-def _memory(engine: Engine, device: torch.device) -> dict[str, Any]:
-    """Bytes: the engine's plan, and the most that was taken (of the device, or by this process on a CPU)."""
-    return {**asdict(engine.memory_plan()), "peak": peak_memory(device)}

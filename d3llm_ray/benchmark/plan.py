@@ -12,13 +12,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 MEASURED = "measured"
 
 
-def _option(default: Any, description: str) -> Any:
-    """A field of `Plan` with the line that `--help` shows for it."""
+def option(default: Any, description: str) -> Any:
+    """A field of a plan with the line that `--help` shows for it."""
     return field(default=default, metadata={"description": description})
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """Every combination of the four lists is measured: decoders x suffixes x batch_sizes x max_tokens.
 
     Names (models, shapes, decoders, tasks) are checked by `workload.prepare`, still before any weight is read.
@@ -27,27 +27,27 @@ class Plan:
         InputError: a value out of range, or options that exclude each other.
     """
 
-    model: str | None = _option(None, "zoo name or checkpoint folder; default tiny-llada, unless a shape is given")
-    shape: str | None = _option(None, "random weights of a published shape: llada-8b, dream-7b or qwen2.5-7b")
-    task: str | None = _option(None, "embedded task or task file; default arith, unless prompt_tokens is given")
-    prompt_tokens: int | None = _option(None, "decode synthetic prompts of this many tokens, to full length")
-    requests: int = _option(32, "prompts decoded in each measurement")
-    decoders: tuple[str, ...] = _option((), "presets; default: the one that the model is made for")
-    suffixes: tuple[str, ...] = _option((), "suffix modes, for the decoders that have them; default: the preset's own")
-    batch_sizes: tuple[int, ...] = _option((1, 8, 32), "requests decoded together")
-    max_tokens: tuple[int, ...] = _option((64,), "canvas lengths in tokens")
+    model: str | None = option(None, "zoo name or checkpoint folder; default tiny-llada, unless a shape is given")
+    shape: str | None = option(None, "random weights of a published shape: llada-8b, dream-7b or qwen2.5-7b")
+    task: str | None = option(None, "embedded task or task file; default arith, unless prompt_tokens is given")
+    prompt_tokens: int | None = option(None, "decode synthetic prompts of this many tokens, to full length")
+    count: int = option(32, "prompts decoded in each measurement")
+    decoders: tuple[str, ...] = option((), "presets; default: the one that the model is made for")
+    suffixes: tuple[str, ...] = option((), "suffix modes, for the decoders that have them; default: the preset's own")
+    batch_sizes: tuple[int, ...] = option((1, 8, 32), "requests decoded together")
+    max_tokens: tuple[int, ...] = option((64,), "canvas lengths in tokens")
     decoder_settings: dict[str, Any] = field(
         default_factory=dict, metadata={"description": "settings that override those of the presets that have them"}
     )
-    scripted_tpf: float | None = _option(None, "reveal this many tokens a forward on average, whatever the model says")
-    repeats: int = _option(3, "rounds over all measurements; every figure is the median of its rounds")
-    machine: str = _option(MEASURED, "roofline: measured here, or the data sheet of a100, h100, h200 or b200")
-    dtype: str = _option("float32", "precision of the weights: float32, bfloat16 or float16")
-    device: str = _option("cpu", "cpu, cuda or cuda:N")
-    seed: int = _option(0, "seed of random weights and prompts")
+    scripted_tpf: float | None = option(None, "reveal this many tokens a forward on average, whatever the model says")
+    rounds: int = option(3, "rounds over all measurements; every figure is the median of its rounds")
+    machine: str = option(MEASURED, "roofline: measured here, or the data sheet of a100, h100, h200 or b200")
+    dtype: str = option("float32", "precision of the weights: float32, bfloat16 or float16")
+    device: str = option("cpu", "cpu, cuda or cuda:N")
+    seed: int = option(0, "seed of random weights and prompts")
 
     def __post_init__(self) -> None:
-        for name in ("requests", "repeats"):
+        for name in ("count", "rounds"):
             require_count(name, getattr(self, name))
         for name in ("batch_sizes", "max_tokens"):
             values = getattr(self, name)
@@ -59,7 +59,7 @@ class Plan:
         if self.prompt_tokens is not None:
             require_count("prompt_tokens", self.prompt_tokens)
         largest = max(self.batch_sizes)
-        require(self.requests >= largest, "requests", self.requests, f"at least the largest batch size, {largest}")
+        require(self.count >= largest, "count", self.count, f"at least the largest batch size, {largest}")
         scripted = self.scripted_tpf is None or 1 <= self.scripted_tpf < float("inf")
         require(scripted, "scripted_tpf", self.scripted_tpf, "a number of tokens, 1 or more")
         if self.dtype not in DTYPES:

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from d3llm_ray.benchmark.report import Report
+from d3llm_ray.benchmark.report import BenchmarkReport
+from d3llm_ray.benchmark.rows import BenchmarkRow
 from d3llm_ray.report import save_figure
 
 
-def plot_report(report: Report, path: Path) -> None:
+def plot_report(report: BenchmarkReport[BenchmarkRow], path: Path) -> None:
     """One line for each decoder, suffix mode and canvas, its ceiling dashed; bars are the extremes of the rounds."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    assert report.roofline is not None  # decoding has one
     curves = list(dict.fromkeys((row.label, row.max_tokens) for row in report.rows))
     for index, curve in enumerate(curves):
         rows = [row for row in report.rows if (row.label, row.max_tokens) == curve]
@@ -31,7 +33,7 @@ def plot_report(report: Report, path: Path) -> None:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     first = report.rows[0]
     axes.set(
-        title=f"{first.model}, {first.task} (dashed: roofline, {report.machine.name})",
+        title=f"{first.model}, {first.task} (dashed: roofline, {report.roofline.name})",
         xlabel="batch size",
         ylabel="tokens a second",
     )

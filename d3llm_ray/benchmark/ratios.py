@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from d3llm_ray.benchmark.rows import Row, spread
+from d3llm_ray.benchmark.rows import BenchmarkRow, spread
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Ratio:
     high: float
 
 
-def ratios(rows: Sequence[Row], full_length: bool) -> list[Ratio]:
+def decoding_ratios(rows: Sequence[BenchmarkRow], full_length: bool) -> list[Ratio]:
     """Every ratio that the rows allow.
 
     overhead: time of an engine step over the bare model's on the same windows, for every row.
@@ -29,17 +29,17 @@ def ratios(rows: Sequence[Row], full_length: bool) -> list[Ratio]:
         with `full_length`: it asks what a longer canvas costs an answer that does not use it.
     """
     spoken = [row for row in rows if row.tokens]  # no speed can be set against that of empty answers
-    found = [*_overheads(rows), *_cache(spoken), *_batching(spoken)]
-    return found if full_length else [*found, *_canvas(spoken)]
+    gains = [*_overheads(rows), *_cache(spoken), *_batching(spoken)]
+    return gains if full_length else [*gains, *_canvas(spoken)]
 
 
-def _overheads(rows: Sequence[Row]) -> Iterator[Ratio]:
+def _overheads(rows: Sequence[BenchmarkRow]) -> Iterator[Ratio]:
     for row in rows:
         what = f"{_where(row)}: engine / bare model"
         yield Ratio("overhead", what, row.overhead, row.overhead_low, row.overhead_high)
 
 
-def _cache(rows: Sequence[Row]) -> Iterator[Ratio]:
+def _cache(rows: Sequence[BenchmarkRow]) -> Iterator[Ratio]:
     for plain in rows:
         for cached in rows:
             same = (plain.batch_size, plain.max_tokens) == (cached.batch_size, cached.max_tokens)
@@ -47,7 +47,7 @@ def _cache(rows: Sequence[Row]) -> Iterator[Ratio]:
                 yield _speedup("cache", f"{_where(cached)}: tokens/s / those of d3llm-nocache", cached, plain)
 
 
-def _batching(rows: Sequence[Row]) -> Iterator[Ratio]:
+def _batching(rows: Sequence[BenchmarkRow]) -> Iterator[Ratio]:
     smallest = min((row.batch_size for row in rows), default=0)
     for large in rows:
         for small in rows:
@@ -55,23 +55,23 @@ def _batching(rows: Sequence[Row]) -> Iterator[Ratio]:
                 yield _speedup("batching", f"{_where(large)}: tokens/s / those of batch {smallest}", large, small)
 
 
-def _canvas(rows: Sequence[Row]) -> Iterator[Ratio]:
+def _canvas(rows: Sequence[BenchmarkRow]) -> Iterator[Ratio]:
     for long in rows:
         for short in rows:
             if long.max_tokens == 2 * short.max_tokens and _alike(short, long, "batch_size"):
-                answers = f"answers of {short.tokens / short.requests:.1f} and {long.tokens / long.requests:.1f} tokens"
+                answers = f"answers of {short.tokens / short.count:.1f} and {long.tokens / long.count:.1f} tokens"
                 what = f"{_where(long)}: tokens/s / those of canvas {short.max_tokens} ({answers})"
                 yield _speedup("canvas", what, long, short)
 
 
-def _alike(one: Row, other: Row, field: str) -> bool:
-    return one.settings == other.settings and getattr(one, field) == getattr(other, field)
+def _alike(left: BenchmarkRow, right: BenchmarkRow, field: str) -> bool:
+    return left.settings == right.settings and getattr(left, field) == getattr(right, field)
 
 
-def _where(row: Row) -> str:
+def _where(row: BenchmarkRow) -> str:
     return f"{row.label}, batch {row.batch_size}, canvas {row.max_tokens}"
 
 
-def _speedup(name: str, what: str, upper: Row, lower: Row) -> Ratio:
+def _speedup(name: str, what: str, upper: BenchmarkRow, lower: BenchmarkRow) -> Ratio:
     pairs = zip(upper.rounds, lower.rounds, strict=True)
     return Ratio(name, what, *spread([over.tps / under.tps for over, under in pairs]))

@@ -1,4 +1,4 @@
-"""One line of the table: what a decoder reached at one batch size and canvas length."""
+"""Rows of decoding: what a decoder reached at one batch size and canvas length."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Figures of one cell; counting rules in `report.COUNTING`.
+class BenchmarkRow:
+    """Figures of one cell; counting rules in `decoding_report.COUNTING`.
 
     Figures per forward are means over `steps`, the batched forwards; `forwards` adds up over requests.
     `tps`, `seconds` and `ms` are medians of the rounds, `tps_low` and `tps_high` their extremes; `overhead` is the
@@ -36,7 +36,7 @@ class Row:
     batch_size: int
     max_tokens: int
     prompt_tokens: float  # mean
-    requests: int
+    count: int  # prompts
     tokens: int
     forwards: int
     steps: int

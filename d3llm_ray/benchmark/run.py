@@ -1,32 +1,49 @@
-"""The verb `benchmark`: measure, then write the report and its plot."""
+"""The verbs `benchmark`, `benchmark step` and `benchmark host`: measure, then write the report."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
+from d3llm_ray.benchmark.files import keep
+from d3llm_ray.benchmark.host import HostRow, measure_host
 from d3llm_ray.benchmark.measure import benchmark
-from d3llm_ray.benchmark.report import Report
-from d3llm_ray.benchmark.settings import BenchmarkSettings
-from d3llm_ray.config import to_yaml
+from d3llm_ray.benchmark.report import BenchmarkReport
+from d3llm_ray.benchmark.rows import BenchmarkRow
+from d3llm_ray.benchmark.settings import BenchmarkSettings, HostBenchmarkSettings, StepBenchmarkSettings
+from d3llm_ray.benchmark.step import measure_step
+from d3llm_ray.benchmark.step_rows import StepRow
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import write_text
 
 
-def run(settings: BenchmarkSettings, progress: Progress | None = None) -> Report:
-    """Measure and write; returns the report.
-
-    Files in `settings.output`: `benchmark.yaml` (these settings), `report.md`, `tokens_per_second.png` (where
-    matplotlib is installed) and, last of all, `report.json`.
+def run(settings: BenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[BenchmarkRow]:
+    """Measure decoding, and write the report, with a plot beside it where matplotlib is installed.
 
     Raises:
         InputError: a plan that cannot be carried out, before any weight is read or made.
     """
     report = benchmark(settings.plan(), progress)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    write_text(settings.output / "benchmark.yaml", to_yaml(settings))
     if find_spec("matplotlib") is not None:  # not needed to measure, and seldom on a machine rented for its GPU
         from d3llm_ray.benchmark.plots import plot_report
 
+        settings.output.mkdir(parents=True, exist_ok=True)
         plot_report(report, settings.output / "tokens_per_second.png")
-    report.write(settings.output)
-    return report
+    return keep(report, settings, settings.output)
+
+
+def run_step(settings: StepBenchmarkSettings) -> BenchmarkReport[StepRow]:
+    """Measure an optimizer step, and write the report.
+
+    Raises:
+        InputError: a plan that cannot be carried out, before any weight is read or made.
+        RuntimeError: a loss that is not finite.
+    """
+    return keep(measure_step(settings.plan()), settings, settings.output)
+
+
+def run_host(settings: HostBenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[HostRow]:
+    """Measure the host's share of a step, and write the report.
+
+    Raises:
+        InputError: a plan that cannot be carried out.
+    """
+    return keep(measure_host(settings.plan(), progress), settings, settings.output)

@@ -1,55 +1,75 @@
-"""Settings of the verb `benchmark`: the fields of `Plan`, and where the files go."""
+"""Settings of the verbs whose benchmarks a bare machine runs too: the fields of their plan, and where the files go."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from d3llm_ray.benchmark.plan import Plan
+from d3llm_ray.benchmark.host_plan import HostPlan
+from d3llm_ray.benchmark.plan import BenchmarkPlan
+from d3llm_ray.benchmark.step_plan import StepPlan
 from d3llm_ray.config import Settings
 
-_OPTIONS = {option.name: option for option in fields(Plan)}
 
+class PlanSettings(Settings):
+    """Settings that are a plan of `plan_class`, and an output folder."""
 
-def _of_plan(name: str) -> Any:
-    """The default and description that `Plan` has for this field."""
-    option = _OPTIONS[name]
-    if option.default_factory is not MISSING:
-        return Field(default_factory=option.default_factory, **option.metadata)
-    return Field(option.default, **option.metadata)
-
-
-class BenchmarkSettings(Settings):
-    """Measure decoding speed against what the machine allows, on a model, a checkpoint or a shape."""
-
-    verb: ClassVar[str] = "benchmark"
-
-    model: str | None = _of_plan("model")
-    shape: str | None = _of_plan("shape")
-    task: str | None = _of_plan("task")
-    prompt_tokens: int | None = _of_plan("prompt_tokens")
-    requests: int = _of_plan("requests")
-    decoders: tuple[str, ...] = _of_plan("decoders")
-    suffixes: tuple[str, ...] = _of_plan("suffixes")
-    batch_sizes: tuple[int, ...] = _of_plan("batch_sizes")
-    max_tokens: tuple[int, ...] = _of_plan("max_tokens")
-    decoder_settings: dict[str, Any] = _of_plan("decoder_settings")
-    scripted_tpf: float | None = _of_plan("scripted_tpf")
-    repeats: int = _of_plan("repeats")
-    machine: str = _of_plan("machine")
-    dtype: str = _of_plan("dtype")
-    device: str = _of_plan("device")
-    seed: int = _of_plan("seed")
-    output: Path = Field(Path("runs/benchmark"), description="folder of the report")
+    plan_class: ClassVar[Any]
 
     @model_validator(mode="after")
-    def _check(self) -> BenchmarkSettings:
+    def _check(self) -> PlanSettings:
         self.plan()
         return self
 
-    def plan(self) -> Plan:
+    def plan(self) -> Any:
         """What to measure."""
-        return Plan(**{name: getattr(self, name) for name in _OPTIONS})
+        return self.plan_class(**{field.name: getattr(self, field.name) for field in fields(self.plan_class)})
+
+
+def _fields_of(plan_class: Any) -> Any:
+    """A base class with the plan's fields: one place for their types, defaults and descriptions."""
+    hints: dict[str, Any] = get_type_hints(plan_class)
+    columns: dict[str, Any] = {}
+    for option in fields(plan_class):
+        factory = option.default_factory
+        default: dict[str, Any] = (
+            {"default_factory": factory} if factory is not MISSING else {"default": option.default}
+        )
+        columns[option.name] = (hints[option.name], Field(**default, **option.metadata))
+    return create_model(f"{plan_class.__name__}Fields", __base__=PlanSettings, **columns)
+
+
+_DECODING: Any = _fields_of(BenchmarkPlan)
+_STEP: Any = _fields_of(StepPlan)
+_HOST: Any = _fields_of(HostPlan)
+
+
+class BenchmarkSettings(_DECODING):  # type: ignore[misc]
+    """Measure decoding speed against what the machine allows, on a model, a checkpoint or a shape."""
+
+    verb: ClassVar[str] = "benchmark"
+    renamed: ClassVar[dict[str, str]] = {"requests": "count", "repeats": "rounds"}
+    plan_class: ClassVar[Any] = BenchmarkPlan
+
+    output: Path = Field(Path("runs/benchmark"), description="folder of the report")
+
+
+class StepBenchmarkSettings(_STEP):  # type: ignore[misc]
+    """Measure one optimizer step of a distillation: tokens a second, share of the device's peak, memory."""
+
+    verb: ClassVar[str] = "benchmark step"
+    plan_class: ClassVar[Any] = StepPlan
+
+    output: Path = Field(Path("runs/benchmark-step"), description="folder of the report")
+
+
+class HostBenchmarkSettings(_HOST):  # type: ignore[misc]
+    """Measure the host's share of a decoding step: all but the model, on the processor alone."""
+
+    verb: ClassVar[str] = "benchmark host"
+    plan_class: ClassVar[Any] = HostPlan
+
+    output: Path = Field(Path("runs/benchmark-host"), description="folder of the report")

@@ -1,39 +1,38 @@
-"""What an optimizer step costs: tokens/s, share of the device's peak, memory. No Ray, DeepSpeed or pydantic.
+"""What an optimizer step costs: tokens/s, share of the device's peak, memory.
 
-A machine with torch, transformers and peft alone measures a published shape, with random weights made on the device:
-
-    python -c "import d3llm_ray.benchmark.step as b; \
-        print(b.measure_step(b.StepPlan(shape='llada-8b', device='cuda', machine='h200')))"
+Needs torch, transformers and peft alone. A published shape gets random weights, made on the device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial, reduce
 from operator import add
-from typing import Any, Protocol, TypeVar, get_args
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from d3llm_ray.benchmark.machine import check_machine, find_machine
-from d3llm_ray.benchmark.plan import MEASURED, require_count
+from d3llm_ray.benchmark.machine import find_machine
+from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
 from d3llm_ray.benchmark.step_flops import step_flops
-from d3llm_ray.benchmark.step_report import StepReport
+from d3llm_ray.benchmark.step_plan import StepPlan
+from d3llm_ray.benchmark.step_rows import COLUMNS, COUNTING, PHASES, StepRow
 from d3llm_ray.benchmark.workload import DEFAULT_MODEL, synthetic_prompts
-from d3llm_ray.device import check_device, peak_memory, timed
+from d3llm_ray.device import peak_memory, timed
 from d3llm_ray.distillation.lora import add_lora, coverage
 from d3llm_ray.distillation.memory import MemoryPlan, plan_memory
-from d3llm_ray.distillation.objectives import LossModule, LossWeights, MaskedWindows, Scheduled
+from d3llm_ray.distillation.objectives import LossModule, Scheduled
 from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, pack
 from d3llm_ray.distillation.objectives.corruption import draws
 from d3llm_ray.distillation.student import recompute_layers
-from d3llm_ray.distillation.training.engines import EngineOptions, Precision, torch_engine
+from d3llm_ray.distillation.training.engines import EngineOptions, torch_engine
 from d3llm_ray.distillation.training.loop import attention_kernel
 from d3llm_ray.errors import require, unknown
 from d3llm_ray.models import Family, ModelConfig, Transformer, Work, load_model, read_configs
@@ -41,68 +40,6 @@ from d3llm_ray.models.families import read_family
 
 LR = 2e-5
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What to measure; by default a micro-batch of the published LLaDA recipe (arXiv:2601.07568).
-
-    A row has `prompt_tokens` + `answer_tokens` tokens. With `complement` each is forwarded twice, as both views of its
-    window, as in the published step; otherwise once. A step is `accumulation` forwards of `rows` rows.
-
-    Raises:
-        InputError: a value out of range, or options that exclude each other.
-    """
-
-    model: str | None = None  # zoo name or checkpoint folder; tiny-llada, unless a shape is given
-    shape: str | None = None  # random weights of a published shape: llada-8b or dream-7b
-    rows: int = 4
-    prompt_tokens: int = 128
-    answer_tokens: int = 256
-    window: int = 32
-    mask_ratio: float = 0.5
-    complement: bool = True
-    lora_rank: int = 256  # of adapters on every projection; 0 trains every weight
-    precision: Precision = "bfloat16"
-    activation_checkpointing: bool = True
-    head_rows: int = 1024
-    accumulation: int = 1
-    warmup_steps: int = 3
-    steps: int = 10
-    machine: str = MEASURED  # or the data sheet of a100, h100, h200 or b200
-    device: str = "cpu"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "prompt_tokens", "answer_tokens", "window", "head_rows", "accumulation"):
-            require_count(name, getattr(self, name))
-        for name in ("warmup_steps", "steps"):
-            require_count(name, getattr(self, name))
-        require(self.answer_tokens % self.window == 0, "window", self.window, "a divisor of answer_tokens")
-        require(0 < self.mask_ratio <= 1, "mask_ratio", self.mask_ratio, "a number in (0, 1]")
-        require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or a rank")
-        if self.precision not in get_args(Precision):
-            raise unknown("precision", self.precision, get_args(Precision))
-        check_machine(self.machine)
-        data_sheet = "measured, or a precision with bfloat16 (data sheets give the peak of that)"
-        require(self.machine == MEASURED or self.precision != "float32", "machine", self.machine, data_sheet)
-        check_device(self.device)
-        require(self.model is None or self.shape is None, "shape", self.shape, "a model or a shape, not both")
-
-    @property
-    def length(self) -> int:
-        """Tokens of a row."""
-        return self.prompt_tokens + self.answer_tokens
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-
-    @property
-    def objective(self) -> MaskedWindows:
-        """d3LLM's, at one mask ratio."""
-        return MaskedWindows(LossWeights(0.25, 0.25 * self.complement, 0.5, "a", 0.5), noise_max=self.mask_ratio)
 
 
 class Stepping(Protocol):
@@ -129,7 +66,7 @@ def optimizer_step(
     return torch.stack(losses).mean()
 
 
-def measure_step(plan: StepPlan) -> StepReport:
+def measure_step(plan: StepPlan) -> BenchmarkReport[StepRow]:
     """Time `plan.steps` optimizer steps, one by one, after `plan.warmup_steps` others.
 
     Raises:
@@ -147,7 +84,7 @@ def measure_step(plan: StepPlan) -> StepReport:
         weight_decay=0.01,
         betas=(0.9, 0.999),
         clip=1.0,
-        micro_batch_size=plan.rows,
+        micro_batch_size=plan.micro_batch_size,
         accumulation=plan.accumulation,
         bfloat16=plan.precision == "bfloat16",
     )
@@ -163,7 +100,7 @@ def measure_step(plan: StepPlan) -> StepReport:
         elapsed, loss = timed(device, partial(take, engine, share=share))
         seconds.append(elapsed)
         losses.append(loss)
-    peak = peak_memory(device) / 2**30
+    peak = peak_memory(device)
     clocked = Clocked(engine, device)
     losses.append(take(clocked, share=steps[-1]))
     values = torch.stack(losses).tolist()
@@ -177,17 +114,28 @@ def measure_step(plan: StepPlan) -> StepReport:
         checkpointing=plan.activation_checkpointing,
         recomputed_head=steps[0][0].labels.size > plan.head_rows,
     )
-    return StepReport(
-        plan=plan,
-        machine=machine,
+    row = StepRow(
+        model=plan.shape or Path(plan.model or DEFAULT_MODEL).name,
+        samples=plan.micro_batch_size * plan.accumulation,
+        peak_flops=machine.flops,
         coverage=covered,
-        memory_plan=_memory_plan(plan, config, steps[0][0]),
-        peak_gib=peak,
         work=work,
         flops=flops,
         seconds=tuple(seconds),
         phases=clocked.seconds,
         losses=tuple(values),
+    )
+    memory = _memory_plan(plan, config, steps[0][0])
+    return BenchmarkReport(
+        benchmark="step",
+        plan=asdict(plan),
+        rows=(row,),
+        ratios=(),
+        columns=COLUMNS,
+        counting=COUNTING,
+        roofline=machine,
+        memory={"planned": memory.total, "peak": peak},
+        lines=(str(covered), str(memory)),
     )
 
 
@@ -196,7 +144,7 @@ class Clocked:
 
     def __init__(self, engine: Stepping, device: torch.device) -> None:
         self.engine, self.device = engine, device
-        self.seconds = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         return self._timed("forward", partial(self.engine.forward, batch))
@@ -243,7 +191,7 @@ def _student(plan: StepPlan, config: ModelConfig, device: torch.device) -> Trans
 
 def _steps(plan: StepPlan, config: ModelConfig, family: Family, count: int) -> list[list[MicroBatch]]:
     """Micro-batches of random tokens revealed in random order, all of the same lengths and mask counts."""
-    number = count * plan.accumulation * plan.rows
+    number = count * plan.accumulation * plan.micro_batch_size
     rows = np.array(synthetic_prompts(family, config.vocab_size, number, plan.length, plan.seed), dtype=np.int32)
     rng = np.random.default_rng(plan.seed)
     scheduled = Scheduled(epoch=0, window=plan.window, noise_floor=plan.mask_ratio, lr=LR)
@@ -261,11 +209,11 @@ def _steps(plan: StepPlan, config: ModelConfig, family: Family, count: int) -> l
     ]
     micro_batches = [
         pack(
-            [sample.prompt_id for sample in samples[first : first + plan.rows]],
-            [plan.prompt_tokens] * plan.rows,
-            views[first : first + plan.rows],
+            [sample.prompt_id for sample in samples[first : first + plan.micro_batch_size]],
+            [plan.prompt_tokens] * plan.micro_batch_size,
+            views[first : first + plan.micro_batch_size],
         )
-        for first in range(0, number, plan.rows)
+        for first in range(0, number, plan.micro_batch_size)
     ]
     return [
         micro_batches[first : first + plan.accumulation] for first in range(0, len(micro_batches), plan.accumulation)
@@ -285,7 +233,7 @@ def _memory_plan(plan: StepPlan, config: ModelConfig, micro: MicroBatch) -> Memo
         zero_stage=0,
         workers=1,
         offload="none",
-        micro_batch_size=plan.rows,
+        micro_batch_size=plan.micro_batch_size,
         longest_row=plan.length,
         views=1 + plan.complement,
         supervised_rows=micro.labels.size,

@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from d3llm_ray.benchmark.machine import check_machine
-from d3llm_ray.benchmark.plan import Plan
+from d3llm_ray.benchmark.plan import BenchmarkPlan
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
 from d3llm_ray.decoding import Decoder, Request, decoder
+from d3llm_ray.decoding.presets import default_decoder
 from d3llm_ray.device import check_device
 from d3llm_ray.errors import InputError, require, unknown
 from d3llm_ray.models import Family, ModelConfig, Transformer, encode_chat, load_model, load_tokenizer, read_configs
@@ -22,7 +23,6 @@ from d3llm_ray.tasks import load_task
 
 DEFAULT_MODEL = "tiny-llada"
 DEFAULT_TASK = "arith"
-DEFAULT_DECODERS = {"full": "d3llm", "block-causal": "fast-dllm-v2", "causal": "autoregressive"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Cell:
 class Workload:
     """What is decoded: the same prompts in every cell."""
 
-    plan: Plan
+    plan: BenchmarkPlan
     model_name: str
     task_name: str
     config: ModelConfig
@@ -85,7 +85,7 @@ class Workload:
         ]
 
 
-def prepare(plan: Plan) -> Workload:
+def prepare(plan: BenchmarkPlan) -> Workload:
     """Resolve every name of the plan.
 
     Raises:
@@ -104,7 +104,7 @@ def prepare(plan: Plan) -> Workload:
         raise unknown("shape", plan.shape, SHAPES)
     vocabulary = config.vocab_size if tokenizer is None else min(len(tokenizer), config.vocab_size)
     if plan.prompt_tokens is not None:
-        drawn = synthetic_prompts(family, vocabulary, plan.requests, plan.prompt_tokens, plan.seed)
+        drawn = synthetic_prompts(family, vocabulary, plan.count, plan.prompt_tokens, plan.seed)
         task, prompts = "synthetic", drawn
     else:
         task, prompts = task_prompts(plan, tokenizer)
@@ -129,19 +129,19 @@ def synthetic_prompts(family: Family, vocabulary: int, count: int, length: int, 
     return prompts
 
 
-def task_prompts(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, list[list[int]]]:
+def task_prompts(plan: BenchmarkPlan, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, list[list[int]]]:
     """(name, encoded prompts) of the first test problems."""
     task = load_task(plan.task or DEFAULT_TASK)
-    problems = task.problems("test", plan.requests)
-    require(len(problems) == plan.requests, "requests", plan.requests, f"at most the task's {len(problems)} problems")
+    problems = task.problems("test", plan.count)
+    require(len(problems) == plan.count, "count", plan.count, f"at most the task's {len(problems)} problems")
     if tokenizer is None:
         raise InputError("task: this checkpoint has no tokenizer; accepted: synthetic prompts of prompt_tokens tokens")
     return task.name, [encode_chat(tokenizer, problem.messages) for problem in problems]
 
 
-def choose_decoders(plan: Plan, family: Family) -> list[Decoder]:
+def choose_decoders(plan: BenchmarkPlan, family: Family) -> list[Decoder]:
     """Every decoder in every suffix mode; a decoder that lacks a setting of the plan goes without it."""
-    presets = [decoder(name) for name in plan.decoders or (DEFAULT_DECODERS[family.layout.attention],)]
+    presets = [decoder(name) for name in plan.decoders or (default_decoder(family),)]
     for preset in presets:
         preset.check(family)
     _check_settings(plan, presets)
@@ -153,10 +153,10 @@ def choose_decoders(plan: Plan, family: Family) -> list[Decoder]:
         chosen += [base.override(**mode) for mode in modes or [{}]]
     if plan.scripted_tpf is None or family.layout.attention == "causal":  # one token a forward already
         return chosen
-    return [one.scripted(plan.scripted_tpf) for one in chosen]
+    return [variant.scripted(plan.scripted_tpf) for variant in chosen]
 
 
-def _check_settings(plan: Plan, presets: Sequence[Decoder]) -> None:
+def _check_settings(plan: BenchmarkPlan, presets: Sequence[Decoder]) -> None:
     accepted = {name for preset in presets for name in preset.settings()}
     for name in plan.decoder_settings:
         if name not in accepted:

@@ -2,8 +2,16 @@
 
 from d3llm_ray.decoding.api import DiffusionLLM, Output
 from d3llm_ray.decoding.engine import Engine
-from d3llm_ray.decoding.presets import PRESETS, Decoder, decoder
+from d3llm_ray.decoding.presets import PRESETS, Decoder, decoder, default_decoder
 from d3llm_ray.decoding.request import Completion, Event, Request, Reveal
+from d3llm_ray.decoding.settings_file import (
+    choose_decoder,
+    decoding_settings,
+    is_settings_file,
+    override_known,
+    read_decoder,
+    written_settings,
+)
 
 __all__ = [
     "PRESETS",
@@ -15,5 +23,12 @@ __all__ = [
     "Output",
     "Request",
     "Reveal",
+    "choose_decoder",
     "decoder",
+    "decoding_settings",
+    "default_decoder",
+    "is_settings_file",
+    "override_known",
+    "read_decoder",
+    "written_settings",
 ]

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from d3llm_ray.decoding.engine import Engine
-from d3llm_ray.decoding.presets import Decoder, decoder
+from d3llm_ray.decoding.presets import Decoder
 from d3llm_ray.decoding.request import Completion, Request
+from d3llm_ray.decoding.settings_file import choose_decoder
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import DecodingError, InputError, require
 from d3llm_ray.models import Family, Transformer, encode_chat, load_model, load_tokenizer, read_configs
@@ -49,6 +50,7 @@ class DiffusionLLM:
 
     llm = DiffusionLLM.from_pretrained("tiny-llada", decoder="d3llm")
     outputs = llm.generate(["Tom has 5 apples. ..."], max_tokens=64)
+    slower = llm.generate(["Tom has 5 apples. ..."], max_tokens=64, decoder="vanilla")
     """
 
     def __init__(self, model: Transformer, family: Family, tokenizer: PreTrainedTokenizerBase | None, engine: Engine):
@@ -58,7 +60,7 @@ class DiffusionLLM:
     def from_pretrained(
         cls,
         name_or_path: str | Path,
-        decoder: str | Decoder = "d3llm",
+        decoder: str | Path | Decoder | None = None,
         dtype: str = "float32",
         device: str = "cpu",
         max_batch_size: int = 32,
@@ -66,15 +68,18 @@ class DiffusionLLM:
         cuda_graphs: bool | None = None,
         **settings: Any,
     ) -> DiffusionLLM:
-        """Load a zoo model or checkpoint folder; `settings` override the decoder preset's.
+        """Load a zoo model or checkpoint folder.
 
+        `decoder`: a preset's name, a decoding settings file or a `Decoder`, None for `default_decoder` of the model's
+        family; `settings` override its own.
         `attention`: "auto" takes flash-attn where it is installed on CUDA, "sdpa" or "flash-attn" say which.
         `cuda_graphs` None replays steady-state steps as graphs on CUDA, False never.
 
         Raises `InputError` for an unknown model, decoder or setting, before any weight is read where possible.
         """
-        chosen = _resolve(decoder, settings)
-        chosen.check(read_configs(name_or_path)[1])
+        family = read_configs(name_or_path)[1]
+        chosen = choose_decoder(decoder, family, **settings)
+        chosen.check(family)
         backend = choose_attention(attention, torch.device(device))
         model, family = load_model(name_or_path, dtype, device)
         model.use_attention(backend)
@@ -84,6 +89,10 @@ class DiffusionLLM:
             model, family, chosen, max_batch_size=max_batch_size, vocabulary_size=size, cuda_graphs=cuda_graphs
         )
         return cls(model, family, tokenizer, engine)
+
+    def decoder(self, chosen: str | Path | Decoder | None = None, /, **settings: Any) -> Decoder:
+        """The decoder that `generate` takes when it is called with these."""
+        return choose_decoder(self.engine.decoder if chosen is None else chosen, self.family, **settings)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text becomes one user message, messages go through the chat template, ids stay."""
@@ -120,17 +129,19 @@ class DiffusionLLM:
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
+        decoder: str | Path | Decoder | None = None,
         **settings: Any,
     ) -> list[Output]:
         """Decode every prompt; answers come in the order of `prompts` and do not depend on each other.
 
         Sampling and stopping are those of `Request`; a `stop` string ends the answer before it, and its text is
-        left out. `settings` override the decoder's for this call. Raises `InputError` before any forward, and
+        left out. `decoder` (as in `from_pretrained`; None: the one of this object) and `settings` that override its
+        own hold for this call, in the same engine and memory. Raises `InputError` before any forward, and
         `DecodingError` for a prompt whose logits are not finite.
         """
         stops = _check_stops(stop)
         require(not stops or self.tokenizer is not None, "stop", stops, "none: this checkpoint has no tokenizer")
-        chosen = self.engine.decoder.override(**settings)
+        chosen = self.decoder(decoder, **settings)
         encoded = [self.encode(prompt) for prompt in prompts]
         requests = [
             Request(ids, max_tokens, temperature, seed, chosen, top_p, top_k, stop_token_ids, ignore_eos)
@@ -170,12 +181,6 @@ class DiffusionLLM:
                     self.engine.cancel(request_id)
         return [outputs[index] for index in range(len(requests))]
 
-    def with_decoder(self, decoder: Decoder) -> DiffusionLLM:
-        """The same loaded model behind an engine with another decoder and a cache of its own."""
-        size, vocabulary = self.engine.max_batch_size, self.engine.vocabulary_size
-        engine = Engine(self.model, self.family, decoder, max_batch_size=size, vocabulary_size=vocabulary)
-        return DiffusionLLM(self.model, self.family, self.tokenizer, engine)
-
     def _output(self, prompt_ids: list[int], completion: Completion) -> Output:
         return Output(
             text=self.decode(completion.token_ids),
@@ -209,9 +214,3 @@ def _check_stops(stop: Sequence[str]) -> tuple[str, ...]:
     for text in stops:
         require(isinstance(text, str) and bool(text), "stop", text, "strings of one character or more")
     return stops
-
-
-def _resolve(name_or_decoder: str | Decoder, settings: dict[str, Any]) -> Decoder:
-    if isinstance(name_or_decoder, Decoder):
-        return name_or_decoder.override(**settings)
-    return decoder(name_or_decoder, **settings)

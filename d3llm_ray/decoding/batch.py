@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,11 +16,22 @@ from d3llm_ray.decoding.contracts import Window
 from d3llm_ray.decoding.sampling import Sampling
 from d3llm_ray.models import KVCache, Ragged
 
-# On a CPU a group of similar windows that fits its caches beats one large padded rectangle.
-CPU_GROUP_TOKENS = 512
-CPU_LONGEST_OVER_SHORTEST = 1.5
-CPU_SLACK_TOKENS = 8
-CUDA_GROUP_TOKENS = 16384
+
+@dataclass(frozen=True)
+class Grouping:
+    """How a step's sequences share model calls.
+
+    On a CPU a group of similar windows that fits its caches beats one large padded rectangle.
+    """
+
+    most_tokens: int  # packed, of one model call
+    longest_over_shortest: float = math.inf  # window of a group, above `slack` tokens
+    slack: int = 0
+
+    @staticmethod
+    def on(device: torch.device) -> Grouping:
+        """What suits a device."""
+        return Grouping(16384) if device.type == "cuda" else Grouping(512, longest_over_shortest=1.5, slack=8)
 
 
 @dataclass(slots=True)  # not frozen: made for every request in every forward
@@ -36,7 +48,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class StepBatch:
     """What a step computes: groups of sequences that share a model call, and how their scored rows are read."""
 
     groups: list[list[Span]]
@@ -99,16 +111,8 @@ class ModelCall(NamedTuple):
         )
 
 
-def max_group_tokens(device: torch.device) -> int:
-    """Most packed tokens of one model call."""
-    return CUDA_GROUP_TOKENS if device.type == "cuda" else CPU_GROUP_TOKENS
-
-
-def grouped(spans: Sequence[Span], device: torch.device, limit: int) -> Iterator[list[Span]]:
-    """Split a step's sequences into model calls of at most `limit` tokens (or one sequence).
-
-    Those with and without a cache are kept apart, and on a CPU also windows of different lengths.
-    """
+def grouped(spans: Sequence[Span], grouping: Grouping) -> Iterator[list[Span]]:
+    """Split a step's sequences into model calls; those with and without a cache are kept apart."""
     if len(spans) == 1:
         yield list(spans)
         return
@@ -118,8 +122,8 @@ def grouped(spans: Sequence[Span], device: torch.device, limit: int) -> Iterator
         length = len(span.tokens)
         if group:
             first = group[0]
-            uneven = device.type == "cpu" and length > CPU_LONGEST_OVER_SHORTEST * len(first.tokens) + CPU_SLACK_TOKENS
-            if uneven or tokens + length > limit or (first.base is None) != (span.base is None):
+            uneven = length > grouping.longest_over_shortest * len(first.tokens) + grouping.slack
+            if uneven or tokens + length > grouping.most_tokens or (first.base is None) != (span.base is None):
                 yield group
                 group, tokens = [], 0
         group.append(span)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from d3llm_ray.decoding.batch import Batch, Span, grouped, max_group_tokens
+from d3llm_ray.decoding.batch import Grouping, Span, StepBatch, grouped
 from d3llm_ray.decoding.memory import MemoryPlan, PositionPool, plan_memory
 from d3llm_ray.decoding.presets import Decoder
 from d3llm_ray.decoding.request import ActiveRequest, Completion, Event, Request
@@ -58,13 +58,13 @@ class Engine:
         self.steps = 0  # so far; a step is one forward of every active request
         self.device = model.embed_tokens.weight.device
         self._rules = family_rules(family)
-        self._max_tokens = max_group_tokens(self.device)
+        self.grouping = Grouping.on(self.device)
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: list[ActiveRequest] = []
         self._next_id = 0
         static = self.device.type == "cuda" if cuda_graphs is None else cuda_graphs
         self._memory = plan_memory(
-            model, self.vocabulary_size, self.context, max_batch_size, self._max_tokens, kv_positions, static
+            model, self.vocabulary_size, self.context, max_batch_size, self.grouping.most_tokens, kv_positions, static
         )
         self._pool = PositionPool(self._memory.kv_positions)
         self._cache = KVCache(
@@ -156,7 +156,7 @@ class Engine:
         if row.base is not None:
             self._pool.give_back(row.base, row.canvas.length)
 
-    def _plan(self) -> Batch:
+    def _plan(self) -> StepBatch:
         """The next forward of every active request, in groups."""
         self.steps += 1
         spans: list[Span] = []
@@ -165,9 +165,9 @@ class Engine:
             spans.append(span)
             if row.guidance:
                 spans.append(self._twin(span, row))
-        groups = list(grouped(spans, self.device, self._max_tokens))
+        groups = list(grouped(spans, self.grouping))
         sampled = any(row.sampled for row in self._rows)
-        return Batch(
+        return StepBatch(
             groups,
             self._sampling([span for group in groups for span in group if not span.twin]) if sampled else None,
             any(row.decoder.selection.needs_margins for row in self._rows),
@@ -205,7 +205,7 @@ class Engine:
             np.concatenate(keys) if hot else np.zeros(sum(counts), dtype=np.uint64),
         )
 
-    def _update(self, batch: Batch, statistics: TokenStatistics) -> list[Event]:
+    def _update(self, batch: StepBatch, statistics: TokenStatistics) -> list[Event]:
         """Reveal what the selections choose; events of the requests for which something has changed."""
         rows, events, begin = list(self._rows), [], 0
         sound = bool(statistics.finite.all())

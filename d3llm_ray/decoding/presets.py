@@ -148,7 +148,12 @@ PRESETS: dict[str, Decoder] = {
 }
 
 
-def decoder(name: str, **overrides: Any) -> Decoder:
+def default_decoder(family: Family) -> str:
+    """The preset for a model of `family` where nobody names one."""
+    return {"full": "d3llm", "block-causal": "fast-dllm-v2", "causal": "autoregressive"}[family.layout.attention]
+
+
+def decoder(name: str, /, **overrides: Any) -> Decoder:
     """The preset `name` with `overrides`; `InputError` names the accepted decoders or settings."""
     if name not in PRESETS:
         raise unknown("decoder", name, PRESETS)

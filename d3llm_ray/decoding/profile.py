@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d3llm_ray.decoding.batch import Batch
+from d3llm_ray.decoding.batch import StepBatch
 from d3llm_ray.decoding.request import Event
 from d3llm_ray.decoding.runners import Runner
 from d3llm_ray.decoding.statistics import TokenStatistics
@@ -44,14 +44,14 @@ class StepProfile:
         self._lap("update")
         return events
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: StepBatch) -> Tensor:
         self._lap("plan")
         computed = self._runner.forward(batch)
         self._lap("forward")
         self._count(batch)
         return computed
 
-    def statistics(self, batch: Batch, computed: Tensor) -> TokenStatistics:
+    def statistics(self, batch: StepBatch, computed: Tensor) -> TokenStatistics:
         statistics = self._runner.statistics(batch, computed)
         self._lap("statistics")
         return statistics
@@ -62,7 +62,7 @@ class StepProfile:
         self.seconds[phase] += now - self._since
         self._since = now
 
-    def _count(self, batch: Batch) -> None:
+    def _count(self, batch: StepBatch) -> None:
         self.forwards += len(batch.groups)
         for span in (span for group in batch.groups for span in group):
             length, keys = len(span.tokens), span.window.key_length

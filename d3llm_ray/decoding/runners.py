@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from d3llm_ray.decoding.batch import Batch, ModelCall
+from d3llm_ray.decoding.batch import ModelCall, StepBatch
 from d3llm_ray.decoding.statistics import TokenStatistics, token_statistics
 from d3llm_ray.models import KVCache, Transformer
 
@@ -16,15 +16,15 @@ from d3llm_ray.models import KVCache, Transformer
 class Runner(Protocol):
     """Runs what a step has planned. The two halves are called one after the other, for the same batch."""
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: StepBatch) -> Tensor:
         """All model calls of the batch; a tensor that `statistics` understands."""
 
-    def statistics(self, batch: Batch, computed: Tensor) -> TokenStatistics:
+    def statistics(self, batch: StepBatch, computed: Tensor) -> TokenStatistics:
         """Figures of the scored rows, on the host, in the order of `batch.spans`."""
 
 
 @torch.inference_mode()
-def run(runner: Runner, batch: Batch) -> TokenStatistics:
+def run(runner: Runner, batch: StepBatch) -> TokenStatistics:
     """Both halves of a runner."""
     return runner.statistics(batch, runner.forward(batch))
 
@@ -38,7 +38,7 @@ class EagerRunner:
     def __init__(self, model: Transformer, cache: KVCache, vocabulary: int, mask_id: int | None) -> None:
         self.model, self.cache, self.vocabulary, self.mask_id = model, cache, vocabulary, mask_id
 
-    def calls(self, batch: Batch) -> list[ModelCall]:
+    def calls(self, batch: StepBatch) -> list[ModelCall]:
         """The batch's model calls, on the device."""
         return [ModelCall.of(group, self.cache, self.cache.device) for group in batch.groups]
 
@@ -47,10 +47,10 @@ class EagerRunner:
         hidden = [self.model(*call) for call in calls]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: StepBatch) -> Tensor:
         return self.compute(self.calls(batch))
 
-    def statistics(self, batch: Batch, computed: Tensor) -> TokenStatistics:
+    def statistics(self, batch: StepBatch, computed: Tensor) -> TokenStatistics:
         guidance, hidden, unconditional = batch.guidance(), computed, None
         if guidance is not None:
             conditional, twins, scales = guidance
@@ -73,10 +73,10 @@ class CapturingRunner:
         self._runner = runner
         self.calls: list[ModelCall] = []
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: StepBatch) -> Tensor:
         calls = self._runner.calls(batch)
         self.calls += calls
         return self._runner.compute(calls)
 
-    def statistics(self, batch: Batch, computed: Tensor) -> TokenStatistics:
+    def statistics(self, batch: StepBatch, computed: Tensor) -> TokenStatistics:
         return self._runner.statistics(batch, computed)

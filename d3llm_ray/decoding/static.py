@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d3llm_ray.decoding.batch import Batch, Span
+from d3llm_ray.decoding.batch import Span, StepBatch
 from d3llm_ray.decoding.canvas import IntArray
 from d3llm_ray.decoding.runners import EagerRunner
 from d3llm_ray.decoding.scoring import score
@@ -150,21 +150,21 @@ class StaticRunner:
         # Graphs share their memory: they never overlap, and each one's result is copied before the next runs.
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._failed = False
-        self._padded = False  # whether the forward in hand was run in static shapes
+        self.padded = False  # whether the forward in hand was run in static shapes
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: StepBatch) -> Tensor:
         """Packed statistics on the host, [GREEDY_STATS, N]; as of `EagerRunner` for a batch that does not fit."""
         shapes = self._shapes(batch)
-        self._padded = shapes is not None
+        self.padded = shapes is not None
         if shapes is None:
             return self._eager.forward(batch)
         packed = [self._run(group, shape) for group, shape in zip(batch.groups, shapes, strict=True)]
         return packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
 
-    def statistics(self, batch: Batch, computed: Tensor) -> TokenStatistics:
-        return unpack(computed.numpy()) if self._padded else self._eager.statistics(batch, computed)
+    def statistics(self, batch: StepBatch, computed: Tensor) -> TokenStatistics:
+        return unpack(computed.numpy()) if self.padded else self._eager.statistics(batch, computed)
 
-    def _shapes(self, batch: Batch) -> list[Shape] | None:
+    def _shapes(self, batch: StepBatch) -> list[Shape] | None:
         """The buckets of all model calls; None where one of them cannot, or should not, run in a static shape."""
         if self._failed or batch.sampling is not None:
             return None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from d3llm_ray.config import build, read_yaml, to_yaml
-from d3llm_ray.decoder_settings import read_decoder
+from d3llm_ray.decoding import read_decoder
 from d3llm_ray.distillation.data import TrajectorySet, read_rows
 from d3llm_ray.distillation.lora import coverage
 from d3llm_ray.distillation.memory import plan_of

@@ -6,8 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from d3llm_ray.decoder_settings import is_settings_file
-from d3llm_ray.decoding import Decoder
+from d3llm_ray.decoding import Decoder, is_settings_file
 
 
 def sweep_decoder(base: Decoder, sweep: dict[str, list[Any]]) -> list[Decoder]:

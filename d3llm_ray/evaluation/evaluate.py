@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from d3llm_ray.decoder_settings import decoding_settings
-from d3llm_ray.decoding import DiffusionLLM, Output
+from d3llm_ray.decoding import Decoder, DiffusionLLM, Output, decoding_settings
 from d3llm_ray.device import timed
 from d3llm_ray.errors import require
-from d3llm_ray.evaluation.rows import Row, Sample, summarise
+from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Problem, Task
 
@@ -23,12 +23,14 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
     warmup: int = 1,
+    decoder: str | Path | Decoder | None = None,
     **overrides: Any,
-) -> Row:
+) -> EvaluationRow:
     """Measure `llm` on `problems` of `task`; no Ray, no files.
 
     All problems are decoded in one call, `max_batch_size` of `llm` at a time. The first `warmup` of them are decoded
-    once before the clock starts, so that compilation and allocation are not timed. `overrides` are decoder settings.
+    once before the clock starts, so that compilation and allocation are not timed. `decoder` and `overrides`, its
+    settings, are those of `generate`.
     The row's `model` is the family's name; callers that know a better label replace it.
 
     Raises:
@@ -38,24 +40,23 @@ def evaluate(
     require(bool(problems), "problems", 0, "at least one problem")
     for problem in problems:
         require(problem.reference is not None, f"problem {problem.id}: reference", None, "the expected answer")
-    decoder = llm.engine.decoder.override(**overrides)
+    chosen = llm.decoder(decoder, **overrides)
     progress = progress or Progress()
     prompts = [problem.messages for problem in problems]
-    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, **overrides}
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "decoder": chosen}
     if warmup:
         llm.generate(prompts[:warmup], **options)
-    progress.start(f"evaluate {decoder.name}", len(prompts), "problem")
     device = llm.model.embed_tokens.weight.device
-    seconds, outputs = timed(device, lambda: llm.generate(prompts, progress=progress, **options))
-    progress.finish()
+    with progress.stage(f"evaluate {chosen.name}", len(prompts), "problem"):
+        seconds, outputs = timed(device, lambda: llm.generate(prompts, progress=progress, **options))
     samples = [_sample(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
     return summarise(
         samples,
         seconds,
         model=llm.family.name,
-        decoder=decoder.name,
+        decoder=chosen.name,
         task=task.name,
-        settings=decoding_settings(decoder),
+        settings=decoding_settings(chosen),
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
@@ -64,9 +65,9 @@ def evaluate(
     )
 
 
-def _sample(task: Task, problem: Problem, output: Output) -> Sample:
+def _sample(task: Task, problem: Problem, output: Output) -> EvaluatedSample:
     assert problem.reference is not None
-    return Sample(
+    return EvaluatedSample(
         problem_id=problem.id,
         text=output.text,
         answer=task.extract(output.text),

@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from d3llm_ray.config import Settings
+from d3llm_ray.config import DecoderSettings, Settings, SettingsGroup
 
 Value = bool | int | float | str | None
 
 
-class Pair(BaseModel):
+class Pair(SettingsGroup):
     """One line of the table: a model with a decoder, and the names to show for them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     model: str = Field(description="zoo name or checkpoint folder")
-    decoder: str = Field(description="preset, or the path of a decoding settings file (.yaml)")
+    decoder: str = Field(description="preset or decoding settings file (.yaml)")
+    decoder_settings: DecoderSettings = Field(default={}, description="settings that override the decoder's")
     model_label: str | None = Field(
         default=None, description="name in the report; default: the zoo name or the folder's name"
     )
@@ -38,6 +37,7 @@ class EvaluateSettings(Settings):
         min_length=1,
         description="presets or decoding settings files (.yaml), each with every model",
     )
+    decoder_settings: DecoderSettings = Field({}, description="override those of every decoder that has them")
     pairs: list[Pair] = Field([], description="measure these (model, decoder) pairs instead of models x decoders")
     sweep: dict[str, list[Value]] = Field(
         {}, description="decoder settings and the values to measure each at, for decoders that have them all"

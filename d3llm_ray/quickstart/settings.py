@@ -21,11 +21,12 @@ class QuickstartSettings(Settings):
     """Run every stage in order: teacher trajectories, distillation, tuning, evaluation, serving."""
 
     verb: ClassVar[str] = "quickstart"
+    renamed: ClassVar[dict[str, str]] = {"problems": "count"}
 
     teacher: str = Field("tiny-llada", description="zoo name or checkpoint folder of the model to make faster")
     task: str = Field("arith", description="embedded task, or a prompts file with references")
     rows: int = Field(1400, gt=0, description="trajectories to generate")
-    problems: int = Field(500, gt=0, description="test problems of the final table")
+    count: int = Field(500, gt=0, description="test problems of the final table")
     trials: int = Field(8, gt=0, description="decoding settings that tuning tries")
     max_tokens: int = Field(64, gt=0, description="canvas in tokens")
     seed: int = Field(0, ge=0, description="seed of every stage")
@@ -100,7 +101,7 @@ class QuickstartSettings(Settings):
             ],
             "anchors": {"student": Path(teacher).name},
             "tasks": [self.task],
-            "count": self.problems,
+            "count": self.count,
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "output": self.output,
@@ -110,7 +111,7 @@ class QuickstartSettings(Settings):
     def serve_settings(self) -> ServeSettings:
         values: Overrides = {
             "model": str(self.student),
-            "decoder_config": self.decoding,
+            "decoder": str(self.decoding),
             "max_tokens": self.max_tokens,
             "port": 0,
         }

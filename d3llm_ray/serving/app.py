@@ -50,10 +50,11 @@ class DecoderReplica:
 def application(settings: ReplicaSettings, **options: Any) -> Application:
     """Bind the deployment to checked settings; `options` are Serve's, as in a config's `deployments:`."""
     settings = settings.checked()
+    gpus = float(settings.device != "cpu") if settings.gpus_per_actor is None else settings.gpus_per_actor
     in_flight = settings.max_batch_size + settings.max_queue
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 0 if settings.device == "cpu" else 1},
+        ray_actor_options={"num_cpus": settings.cpus_per_actor, "num_gpus": gpus},
         max_ongoing_requests=in_flight + SPARE_REQUESTS,
         max_queued_requests=in_flight + SPARE_REQUESTS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),

@@ -8,30 +8,30 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from d3llm_ray.config import Settings
+from d3llm_ray.config import DecoderSettings, Settings
 from d3llm_ray.errors import require
 
 if TYPE_CHECKING:
     from d3llm_ray.decoding import Decoder
 
-DEFAULT_DECODER = "d3llm"
-
 
 class ReplicaSettings(Settings):
     """Settings of one decoder replica: the `args:` of an application in `serve_configs/*.yaml`."""
+
+    renamed: ClassVar[dict[str, str]] = {"decoder_config": "decoder"}
 
     model: str = Field("tiny-llada", description="zoo name or checkpoint folder, readable on every node")
     served_model_name: str | None = Field(
         None, min_length=1, description="model id that clients send; default: the zoo name or the folder's name"
     )
     decoder: str | None = Field(
-        None, description=f"decoder preset; default: that of decoder_config, else {DEFAULT_DECODER}"
+        None, description="preset or decoding settings file (.yaml); null: the one for the model's family"
     )
-    decoder_config: Path | None = Field(
-        None, description="YAML of decoding settings: {decoder: NAME, SETTING: VALUE, ...}"
-    )
+    decoder_settings: DecoderSettings = Field({}, description="settings that override the decoder's")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of weights and activations")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    cpus_per_actor: int = Field(1, ge=0, description="CPUs of each replica")
+    gpus_per_actor: float | None = Field(None, ge=0.0, description="GPUs of each replica; null: one where it uses CUDA")
     max_batch_size: int = Field(16, gt=0, description="requests decoded in one forward")
     max_queue: int = Field(64, ge=0, description="requests that may wait for a slot; beyond that a request gets 429")
     max_tokens: int = Field(64, gt=0, description="answer length in tokens when a request names none")
@@ -59,15 +59,13 @@ class ReplicaSettings(Settings):
         return self.served_model_name or Path(self.model).name
 
     def decoding(self) -> Decoder:
-        """Build the decoder of `decoder` and `decoder_config`; `InputError` names the setting at fault."""
-        from d3llm_ray.decoder_settings import read_settings_file  # torch is slow to import: --help should not wait
-        from d3llm_ray.decoding import decoder
+        """Build the decoder of `decoder` and `decoder_settings`; `InputError` names the setting at fault."""
+        from d3llm_ray.decoding import choose_decoder  # torch is slow to import: --help should not wait
+        from d3llm_ray.models import read_configs
 
-        if self.decoder_config is None:
-            return decoder(self.decoder or DEFAULT_DECODER)
-        chosen = read_settings_file(self.decoder_config)
-        accepted = f"{chosen.name}, as decoder_config says, or nothing"
-        require(self.decoder in (None, chosen.name), "decoder", self.decoder, accepted)
+        family = read_configs(self.model)[1]
+        chosen = choose_decoder(self.decoder, family, **self.decoder_settings)
+        chosen.check(family)
         return chosen
 
     def checked(self) -> ReplicaSettings:
@@ -75,15 +73,14 @@ class ReplicaSettings(Settings):
 
         A replica's working directory is not that of the process that deploys it.
         """
-        from d3llm_ray.models import resolve_model
+        from d3llm_ray.decoding import is_settings_file
 
-        resolve_model(self.model)
         self.decoding()
         paths: dict[str, Any] = {}
         if os.path.isdir(self.model):
             paths["model"] = os.path.abspath(self.model)
-        if self.decoder_config is not None:
-            paths["decoder_config"] = self.decoder_config.absolute()
+        if self.decoder is not None and is_settings_file(self.decoder):
+            paths["decoder"] = os.path.abspath(self.decoder)
         return self.model_copy(update=paths)
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from d3llm_ray.decoder_settings import decoding_settings, read_decoder
-from d3llm_ray.decoding import Decoder, decoder
+from d3llm_ray.decoding import Decoder, decoder, decoding_settings, read_decoder, written_settings
 from d3llm_ray.decoding.rules import family_rules
 from d3llm_ray.errors import require
 from d3llm_ray.models import ZOO_NAMES, Family, read_configs, resolve_model
@@ -19,7 +18,7 @@ from d3llm_ray.trajectories.storage import Location
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrajectoryPlan:
     """A checked run. `staging` holds what is half done: prompts and committed parts."""
 
     settings: TrajectorySettings
@@ -53,7 +52,7 @@ class Plan:
         return distinct_prompts(self.source.problems(), self.generation)
 
 
-def make_plan(settings: TrajectorySettings) -> Plan:
+def make_plan(settings: TrajectorySettings) -> TrajectoryPlan:
     """Open the prompts and read the teacher's configuration. `InputError` for what could not be decoded at all."""
     config, family = read_configs(settings.teacher)
     chosen = teacher_decoder(settings, family)
@@ -66,22 +65,21 @@ def make_plan(settings: TrajectorySettings) -> Plan:
     source = open_source(settings.prompts, settings.texts, settings.split, settings.count)
     generation = generation_settings(settings, chosen, block_size)
     metadata = file_metadata(family.name, generation)
-    return Plan(settings, source, generation, metadata, Location.of(settings.output, "output"))
+    return TrajectoryPlan(settings, source, generation, metadata, Location.of(settings.output, "output"))
 
 
 def teacher_decoder(settings: TrajectorySettings, family: Family) -> Decoder:
     """The decoder of `settings.decoder`, by default the finest order of reveals that the family has.
 
     That is one token a forward, block by block: the most probable one of LLaDA, that of lowest entropy of Dream
-    (d3LLM's data preparation). Raises `InputError` for one that does not fit the family or lacks a setting.
+    (d3LLM's data preparation). A row ends at its first stop token unless settings or
+    file say otherwise. Raises `InputError` for one that does not fit the family or lacks a setting.
     """
     chosen = read_decoder(settings.decoder) if settings.decoder is not None else _finest(family)
     chosen.check(family)
-    given = {"block_size": settings.block_size, "steps": settings.steps}
-    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if "early_stop" in chosen.settings():
-        overrides["early_stop"] = settings.early_stop
-    return chosen.override(**overrides)
+    said = settings.decoder is not None and "early_stop" in written_settings(settings.decoder)
+    default = {"early_stop": True} if "early_stop" in chosen.settings() and not said else {}
+    return chosen.override(**(default | settings.decoder_settings))
 
 
 def _finest(family: Family) -> Decoder:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from d3llm_ray.config import Settings
+from d3llm_ray.config import DecoderSettings, Settings
 from d3llm_ray.tasks import Split
 
 
@@ -14,6 +14,12 @@ class TrajectorySettings(Settings):
     """Let a teacher decode prompts, and keep the order in which it revealed every token."""
 
     verb: ClassVar[str] = "trajectories"
+    renamed: ClassVar[dict[str, str]] = {
+        "batch_size": "max_batch_size",
+        "steps": "decoder_settings.steps",
+        "block_size": "decoder_settings.block_size",
+        "early_stop": "decoder_settings.early_stop",
+    }
 
     teacher: str = Field("tiny-llada", description="zoo name or checkpoint folder of the teacher")
     prompts: str = Field(
@@ -32,12 +38,12 @@ class TrajectorySettings(Settings):
     decoder: str | None = Field(
         None, description="preset or decoding settings file; null: one token a forward, in the family's own order"
     )
-    steps: int | None = Field(
-        None, ge=1, description="forwards of a canvas, for `vanilla`; fewer than max_tokens reveal several at a time"
+    decoder_settings: DecoderSettings = Field(
+        {},
+        description="settings that override the decoder's, such as steps of `vanilla`: forwards of a canvas; "
+        "early_stop (a row ends at its first stop token) is true unless it is said here or in the file",
     )
     max_tokens: int = Field(64, ge=1, description="response positions; a multiple of the block size")
-    block_size: int | None = Field(None, ge=1, description="positions a block; null: the model's own")
-    early_stop: bool = Field(True, description="end a row at its first stop token; false fills the whole canvas")
     attempts: int = Field(5, ge=1, description="decodings of a prompt at most, until one equals the reference")
     temperatures: tuple[float, ...] = Field(
         (0.0, 0.1, 0.2, 0.3, 0.4), validate_default=True, description="temperature of each attempt"
@@ -45,13 +51,13 @@ class TrajectorySettings(Settings):
     seed: int = Field(0, ge=0, description="seeds every row, together with its prompt_id")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="weights of the teacher")
-    device: str = Field("cpu", description="torch device of a teacher actor: cpu or cuda")
+    device: str = Field("cpu", description="of a teacher actor: cpu, cuda or cuda:N")
     actors: int = Field(2, ge=1, description="teacher actors; each takes one CPU, or gpus_per_actor GPUs as well")
     min_actors: int | None = Field(
         None, ge=1, validate_default=True, description="actors to begin with, up to `actors` as the cluster has room"
     )
     gpus_per_actor: float = Field(0.0, ge=0.0, validate_default=True, description="GPUs a teacher actor takes")
-    batch_size: int = Field(32, ge=1, description="rows that one actor decodes at a time")
+    max_batch_size: int = Field(32, ge=1, description="rows that one actor decodes at a time")
     rows_per_block: int = Field(64, ge=2, description="rows an actor works on: what its crash costs at most")
     rows_per_file: int = Field(50_000, ge=1, description="rows of one output file")
     max_error_fraction: float = Field(0.05, ge=0.0, le=1.0, description="stop when more prompts than this fail")

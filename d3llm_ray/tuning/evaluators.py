@@ -10,10 +10,10 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
-from d3llm_ray.decoding import DiffusionLLM, decoder
+from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import load_task
 from d3llm_ray.tuning.settings import TuneSettings
@@ -37,13 +37,11 @@ class Evaluator:
     def ready(self) -> bool:
         return True
 
-    def measure(self, decoding_settings: dict[str, Any]) -> Row:
+    def measure(self, decoding_settings: dict[str, Any]) -> EvaluationRow:
         """Decode this actor's problems; safe to repeat."""
-        overrides = dict(decoding_settings)
-        chosen = decoder(overrides.pop("decoder"), **overrides)
         settings = self._settings
         return evaluate(
-            self._llm.with_decoder(chosen),
+            self._llm,
             self._task,
             self._problems,
             settings.max_tokens,
@@ -51,6 +49,7 @@ class Evaluator:
             settings.seed,
             Progress(quiet=True),
             warmup=1 if settings.metric == "tps" else 0,  # nothing else depends on time
+            **decoding_settings,
         )
 
 
@@ -65,7 +64,7 @@ def evaluator_pool(settings: TuneSettings) -> Iterator[Pool]:
     pool = [Evaluator.options(**options).remote(settings, part) for part in range(settings.actors)]  # type: ignore[attr-defined]
     try:
         try:
-            ray.get([actor.ready.remote() for actor in pool], timeout=settings.start_timeout_s)
+            ray.get([actor.ready.remote() for actor in pool], timeout=settings.resource_timeout_s)
         except GetTimeoutError as error:
             raise InputError(_too_few(settings)) from error
         yield pool
@@ -78,6 +77,6 @@ def _too_few(settings: TuneSettings) -> str:
     free = ray.available_resources()  # type: ignore[no-untyped-call]
     return (
         f"actors: {settings.actors} of {settings.cpus_per_actor} CPUs and {settings.gpus_per_actor:g} GPUs did not "
-        f"start in {settings.start_timeout_s:g} s (start_timeout_s); free in the cluster: {free.get('CPU', 0):g} CPUs, "
-        f"{free.get('GPU', 0):g} GPUs"
+        f"start in {settings.resource_timeout_s:g} s (resource_timeout_s); free in the cluster: "
+        f"{free.get('CPU', 0):g} CPUs, {free.get('GPU', 0):g} GPUs"
     )

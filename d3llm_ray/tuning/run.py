@@ -16,7 +16,7 @@ from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task
 from d3llm_ray.tuning.evaluators import evaluator_pool
-from d3llm_ray.tuning.objective import Objective
+from d3llm_ray.tuning.objective import SearchObjective
 from d3llm_ray.tuning.records import write_records
 from d3llm_ray.tuning.search import search
 from d3llm_ray.tuning.settings import TuneSettings
@@ -43,9 +43,9 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     resolve_model(settings.model)
     if settings.anchor_model is not None:
         resolve_model(settings.anchor_model)
-    found = len(load_task(settings.task).problems(settings.split, settings.count))
-    if found < settings.actors:
-        raise InputError(f"actors: got {settings.actors} for {found} problems; accepted: at most one a problem")
+    problems = len(load_task(settings.task).problems(settings.split, settings.count))
+    if problems < settings.actors:
+        raise InputError(f"actors: got {settings.actors} for {problems} problems; accepted: at most one a problem")
     settings.output.mkdir(parents=True, exist_ok=True)
     _claim(settings, space)
     chosen = settings.output / "settings.yaml"
@@ -59,7 +59,7 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     with evaluator_pool(settings) as pool:
         if anchor is None:
             anchor = _measure_anchor(settings, pool, progress)
-        objective = Objective(settings.metric, anchor, settings.max_accuracy_drop)
+        objective = SearchObjective(settings.metric, anchor, settings.max_accuracy_drop)
         trials = search(settings, space, objective, pool, progress)
     return write_records(settings.output, space, objective, trials)
 
@@ -87,9 +87,8 @@ def _known_anchor(settings: TuneSettings) -> Point | None:
 
 
 def _measure_anchor(settings: TuneSettings, pool: Pool, progress: Progress) -> Point:
-    progress.start("anchor", settings.count, "problem")
-    row = measure(pool, {"decoder": ANCHOR_DECODER})
-    progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
-    progress.finish()
+    with progress.stage("anchor", settings.count, "problem"):
+        row = measure(pool, {"decoder": ANCHOR_DECODER})
+        progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
     write_text(settings.output / ANCHOR_FILE, f"tpf: {row.tpf!r}\naccuracy: {row.accuracy!r}\n")
     return row.tpf, row.accuracy

@@ -14,6 +14,7 @@ class TuneSettings(Settings):
     """Search decoding settings for a model on a task's validation problems."""
 
     verb: ClassVar[str] = "tune"
+    renamed: ClassVar[dict[str, str]] = {"start_timeout_s": "resource_timeout_s"}
 
     model: str = Field("tiny-llada", description="zoo name or checkpoint folder")
     space: Path = Field(Path("tune_spaces/tiny.yaml"), description="search space (YAML)")
@@ -42,6 +43,6 @@ class TuneSettings(Settings):
     )
     max_batch_size: int = Field(32, gt=0, description="requests decoded together by each evaluator")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="precision of the weights")
-    device: str = Field("cpu", description="cpu or cuda")
-    start_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the evaluators to load the model")
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    resource_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the evaluators to load the model")
     output: Path = Field(Path("runs/tune"), description="folder of settings.yaml and of the search's records")

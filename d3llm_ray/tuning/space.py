@@ -1,24 +1,22 @@
-"""The search space: which decoder, which of its settings are searched and where, which are fixed."""
+"""The search space: which decoder, which of its settings are searched and where, which are overridden."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from d3llm_ray.config import Settings, build, read_yaml
-from d3llm_ray.decoding import decoder
+from d3llm_ray.config import DecoderSettings, Settings, SettingsGroup, build, read_yaml
+from d3llm_ray.decoding import Decoder, read_decoder, written_settings
 from d3llm_ray.errors import InputError, require
 
 Value = bool | int | float | str | None
 
 
-class Range(BaseModel):
+class Range(SettingsGroup):
     """Numbers from `low` to `high`, both included; `log_float` is searched on a logarithmic scale."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["float", "log_float", "int"]
     low: float
@@ -43,10 +41,8 @@ class Range(BaseModel):
             require(whole, field, (self.low, self.high), "whole bounds for type int")
 
 
-class Choice(BaseModel):
+class ValueChoice(SettingsGroup):
     """One of `values`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["choice"]
     values: tuple[Value, ...]
@@ -65,35 +61,43 @@ class Choice(BaseModel):
 class SearchSpace(Settings):
     """A file of `tune_spaces/`."""
 
-    decoder: str = Field(description="the preset whose settings are searched")
-    parameters: dict[str, Annotated[Range | Choice, Field(discriminator="type")]] = Field(
+    renamed: ClassVar[dict[str, str]] = {"fixed": "decoder_settings"}
+
+    decoder: str = Field(description="preset or decoding settings file (.yaml) whose settings are searched")
+    parameters: dict[str, Annotated[Range | ValueChoice, Field(discriminator="type")]] = Field(
         min_length=1, description="setting -> where to search it"
     )
-    fixed: dict[str, Value] = Field({}, description="settings that differ from the preset's, but are not searched")
+    decoder_settings: DecoderSettings = Field(
+        {}, description="settings that override the decoder's, but are not searched"
+    )
+
+    def base(self) -> Decoder:
+        """The decoder before anything is searched. `InputError` as of `read_decoder`."""
+        return read_decoder(self.decoder, **self.decoder_settings)
 
     def check(self) -> None:
         """Build the decoder at every bound and choice, so that no trial can meet a setting it does not accept.
 
         Raises:
-            InputError: an unknown preset or setting, a value that is not accepted, or a fixed setting that is searched.
+            InputError: an unknown preset or setting, a value that is not accepted, or one of `decoder_settings` that is
+                searched as well.
         """
-        decoder(self.decoder, **self.fixed)
+        base = self.base()
         for name, parameter in self.parameters.items():
-            require(
-                name not in self.fixed, f"parameters.{name}", "a fixed setting", "settings that are not under fixed"
-            )
+            searched_only = name not in self.decoder_settings
+            require(searched_only, f"parameters.{name}", parameter.type, "settings that are not in decoder_settings")
             parameter.check(f"parameters.{name}")
             for value in parameter.probes():
-                decoder(self.decoder, **self.fixed, **{name: value})
+                base.override(**{name: value})
 
     def decoding_settings(self, values: dict[str, Any]) -> dict[str, Any]:
         """The content of a decoding settings file with these values of the parameters."""
-        return {"decoder": self.decoder, **self.fixed, **values}
+        return {**written_settings(self.decoder), **self.decoder_settings, **values}
 
     def default_point(self) -> dict[str, Any] | None:
-        """The preset's own values of the parameters; None where one of them lies outside the space."""
-        own = decoder(self.decoder, **self.fixed).settings()
-        point = {name: own[name] for name in self.parameters}
+        """The decoder's own values of the parameters; None where one of them lies outside the space."""
+        settings = self.base().settings()
+        point = {name: settings[name] for name in self.parameters}
         inside = all(parameter.contains(point[name]) for name, parameter in self.parameters.items())
         return point if inside else None
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from d3llm_ray.benchmark.plan import Plan
+from d3llm_ray.benchmark.plan import BenchmarkPlan
 from d3llm_ray.benchmark.settings import BenchmarkSettings
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
 from d3llm_ray.benchmark.workload import prepare
@@ -39,8 +39,8 @@ SHAPE = ["--shape", "llada-8b", "--prompt-tokens", "144"]
         (["--decoder-settings", '{"speed": 3}'], ["decoder_settings", "speed", "entropy_threshold"]),
         (["--batch-sizes", "0"], ["batch_sizes", "0", "positive"]),
         (["--batch-sizes", "8,8"], ["batch_sizes", "once"]),
-        (["--batch-sizes", "64", "--requests", "32"], ["requests", "32", "64"]),
-        (["--repeats", "0"], ["repeats", "positive"]),
+        (["--batch-sizes", "64", "--count", "32"], ["count", "32", "64"]),
+        (["--rounds", "0"], ["rounds", "positive"]),
         (["--dtype", "int8"], ["dtype", "int8", "bfloat16"]),
         (["--machine", "h200"], ["machine", "h200", "measured"]),
         (["--machine", "tpu", "--dtype", "bfloat16"], ["machine", "tpu", "a100, b200, h100, h200, measured"]),
@@ -65,15 +65,15 @@ def test_bad_input_is_one_line_before_any_weight(
 
 
 def test_settings_are_the_plan_and_an_output() -> None:
-    assert list(BenchmarkSettings.model_fields) == [*(field.name for field in fields(Plan)), "output"]
-    assert build(BenchmarkSettings, {}).plan() == Plan()
+    assert list(BenchmarkSettings.model_fields) == [*(field.name for field in fields(BenchmarkPlan)), "output"]
+    assert build(BenchmarkSettings, {}).plan() == BenchmarkPlan()
     command = (
         "--shape llada-8b --device cpu --dtype bfloat16 --prompt-tokens 144 --max-tokens 256 --scripted-tpf 9.11 "
         "--batch-sizes 1,8 --machine h200"
     )
     settings = parse(BenchmarkSettings, command.split())[0]
     assert build(BenchmarkSettings, yaml.safe_load(to_yaml(settings))) == settings
-    assert settings.plan() == Plan(
+    assert settings.plan() == BenchmarkPlan(
         shape="llada-8b",
         dtype="bfloat16",
         prompt_tokens=144,
@@ -86,7 +86,7 @@ def test_settings_are_the_plan_and_an_output() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_published_shapes_are_prepared_without_weights(shape: str) -> None:
-    workload = prepare(Plan(shape=shape, prompt_tokens=144, max_tokens=(256,), requests=3, batch_sizes=(1, 2)))
+    workload = prepare(BenchmarkPlan(shape=shape, prompt_tokens=144, max_tokens=(256,), count=3, batch_sizes=(1, 2)))
     assert [len(prompt) for prompt in workload.prompts] == [144] * 3
     special = {workload.family.mask_token_id, *workload.family.stop_token_ids}
     assert not special & {token for prompt in workload.prompts for token in prompt}
@@ -97,20 +97,20 @@ def test_published_shapes_are_prepared_without_weights(shape: str) -> None:
 
 
 def test_every_combination_is_a_cell() -> None:
-    plan = Plan(
+    plan = BenchmarkPlan(
         decoders=("d3llm-nocache", "d3llm"),
         suffixes=("cached", "none"),
         batch_sizes=(1, 4),
         max_tokens=(32, 64),
         decoder_settings={"cache_delay": 2},
-        requests=4,
+        count=4,
     )
     cells = prepare(plan).cells
     seen = [(c.decoder.settings().get("suffix"), c.max_tokens, c.batch_size) for c in cells]
     assert seen == [(suffix, m, b) for suffix in (None, "cached", "none") for m in (32, 64) for b in (1, 4)]
     assert {c.decoder.settings().get("cache_delay") for c in cells} == {None, 2}
     with pytest.raises(InputError, match="cache_delay"):
-        prepare(Plan(decoders=("vanilla",), decoder_settings={"cache_delay": 2}))
+        prepare(BenchmarkPlan(decoders=("vanilla",), decoder_settings={"cache_delay": 2}))
 
 
 def test_random_weights_are_made_in_their_own_precision(small_shape: str) -> None:

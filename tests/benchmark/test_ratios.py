@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from d3llm_ray.benchmark.ratios import Ratio, ratios
-from d3llm_ray.benchmark.rows import Round, Row
+from d3llm_ray.benchmark.ratios import Ratio, decoding_ratios
+from d3llm_ray.benchmark.rows import BenchmarkRow, Round
 from d3llm_ray.decoding.profile import PHASES
 
 
-def row(decoder: str, batch_size: int, max_tokens: int, rounds: list[Round], **settings: object) -> Row:
+def row(decoder: str, batch_size: int, max_tokens: int, rounds: list[Round], **settings: object) -> BenchmarkRow:
     speeds = ("tpf", "tps", "tps_low", "tps_high", "seconds", "ms")
     limits = ("window", "flops", "bytes", "compute_bound", "roofline_ms", "roofline_tps", "roofline_percent")
     figures = dict.fromkeys(speeds + limits, 1.0)
-    return Row(
+    return BenchmarkRow(
         model="m",
         decoder=decoder,
         task="t",
@@ -21,7 +21,7 @@ def row(decoder: str, batch_size: int, max_tokens: int, rounds: list[Round], **s
         batch_size=batch_size,
         max_tokens=max_tokens,
         prompt_tokens=8.0,
-        requests=4,
+        count=4,
         tokens=rounds[0].tokens,
         forwards=10,
         steps=10,
@@ -48,7 +48,7 @@ def test_ratios_pair_the_rounds() -> None:
         row("d3llm-nocache", 8, 64, rounds(60, 6.0, 12.0, 6.0)),
         row("d3llm", 8, 64, rounds(80, 8 / 3, 16 / 3, 8 / 3), suffix="cached"),
     ]
-    (cache,) = named(ratios(rows, full_length=False), "cache")
+    (cache,) = named(decoding_ratios(rows, full_length=False), "cache")
     assert (cache.value, cache.low, cache.high) == pytest.approx((3, 3, 3))
     assert "d3llm (cached), batch 8, canvas 64" in cache.what
 
@@ -61,7 +61,7 @@ def test_batching_and_canvas() -> None:
         row("d3llm", 8, 64, rounds(80, 1.0, 1.0, 1.0), suffix="none"),
         row("d3llm", 1, 256, rounds(0, 1.0, 1.0, 1.0), suffix="cached"),
     ]
-    found = ratios(rows, full_length=False)
+    found = decoding_ratios(rows, full_length=False)
     (batching,) = named(found, "batching")
     assert (batching.value, batching.low, batching.high) == (4, 2, 8)
     (canvas,) = named(found, "canvas")  # none over the empty answers of canvas 256
@@ -69,4 +69,4 @@ def test_batching_and_canvas() -> None:
     assert "20.0 and 21.0 tokens" in canvas.what
     assert not named(found, "cache")
     assert [(one.value, one.low, one.high) for one in named(found, "overhead")] == [(1.2, 1.1, 1.3)] * len(rows)
-    assert not named(ratios(rows, full_length=True), "canvas")
+    assert not named(decoding_ratios(rows, full_length=True), "canvas")

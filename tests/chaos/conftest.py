@@ -25,7 +25,7 @@ BASE = {
     "max_tokens": 32,
     "attempts": 2,
     "actors": 2,
-    "batch_size": 8,
+    "max_batch_size": 8,
     "rows_per_block": 16,
     "rows_per_file": 10,
     "resource_timeout_s": 60.0,
@@ -68,7 +68,9 @@ def base(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 @pytest.fixture(scope="session")
 def expected(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Expected:
     """Of one teacher in this process, without Ray, that decodes one prompt after another."""
-    settings = build(TrajectorySettings, {**base, "batch_size": 1, "output": str(tmp_path_factory.mktemp("unused"))})
+    settings = build(
+        TrajectorySettings, {**base, "max_batch_size": 1, "output": str(tmp_path_factory.mktemp("unused"))}
+    )
     plan = make_plan(settings)
     teacher = Teacher(settings, plan.source.task)
     rows, failing = [], []

@@ -7,13 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
+from pydantic import Field
 
 from d3llm_ray.cli import VERBS, main
-from d3llm_ray.config import Settings, build, parse
+from d3llm_ray.config import Settings, SettingsGroup, build, parse
 from d3llm_ray.errors import InputError
 from d3llm_ray.generate import GenerateSettings
 
@@ -60,6 +61,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["quickstart", "--teacher", "gpt-9"], ["model", "gpt-9"]),
         (["quickstart", "--task", "chess"], ["task", "chess"]),
         (["quickstart", "--distill", "lrr=1"], ["lrr"]),
+        (["generate", "--prompt", "x", "--decoder", "no.yaml"], ["decoder", "no.yaml"]),
+        (["generate", "--prompt", "x", "--decoder-settings", "speed=1"], ["speed", "entropy_threshold"]),
+        (["evaluate", "--decoder-settings", "speed=1"], ["decoder_settings", "speed", "entropy_threshold"]),
+        (["trajectories", "--steps", "8"], ["steps: is called decoder_settings.steps now"]),
+        (["trajectories", "--no-early-stop"], ["early_stop: is called decoder_settings.early_stop now"]),
+        (["tune", "--start-timeout-s", "8"], ["start_timeout_s: is called resource_timeout_s now"]),
+        (["serve", "--decoder-config", "x.yaml"], ["decoder_config: is called decoder now"]),
+        (["quickstart", "--problems", "8"], ["problems: is called count now"]),
+        (["quickstart", "--trajectories", "batch_size=8"], ["batch_size: is called max_batch_size now"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(
@@ -134,12 +144,86 @@ def test_shipped_recipes_go_by_name_and_a_file_goes_first(
     assert yaml.safe_load(capsys.readouterr().out)["lr"] == 0.5
 
 
+def test_decoder_settings_of_a_command_line_are_read_as_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("decoder_settings: {steps: 64, early_stop: false, remasking: null, suffix: none, cfg_scale: 0.5}\n")
+    words = ["--decoder-settings", "steps=64,early_stop=false,remasking=null,suffix=none,cfg_scale=0.5"]
+    wanted = {"steps": 64, "early_stop": False, "remasking": None, "suffix": "none", "cfg_scale": 0.5}
+    for argv in (words, ["--config", str(file)]):
+        assert parse(GenerateSettings, argv)[0].decoder_settings == wanted
+
+
 def test_broken_files_are_named(tmp_path: Path) -> None:
     for content, message in (("a: [", "not YAML"), ("- 1", "mapping"), ("speed: 3", "speed: unknown setting")):
         file = tmp_path / "bad.yaml"
         file.write_text(content)
         with pytest.raises(InputError, match=message):
             parse(GenerateSettings, ["--config", str(file)])
+
+
+class Line(SettingsGroup):
+    """A group whose setting has moved."""
+
+    renamed: ClassVar[dict[str, str]] = {"colour": "paint.colour"}
+    paint: dict[str, str] = Field({})
+
+
+class Renamed(Settings):
+    """Settings with old names."""
+
+    verb: ClassVar[str] = "renamed"
+    renamed: ClassVar[dict[str, str]] = {"batch_size": "max_batch_size", "no_gpu": "device", "use_gpu": "device"}
+    max_batch_size: int = 4
+    device: str = "cpu"
+    lines: list[Line] = Field([])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--batch-size", "8"], "batch_size: is called max_batch_size now"),
+        (["--batch_size", "8"], "batch_size: is called max_batch_size now"),
+        (["--batch-size=8"], "batch_size: is called max_batch_size now"),
+        (["--batch_size=8", "--max-batch-size", "4"], "batch_size: is called max_batch_size now"),
+        (["--use-gpu"], "use_gpu: is called device now"),
+        (["--no-use-gpu"], "use_gpu: is called device now"),
+        (["--no-use_gpu"], "use_gpu: is called device now"),
+        (["--lines", '[{"paint": {}}, {"colour": "red"}]'], "lines.1.colour: is called paint.colour now"),
+    ],
+)
+def test_flags_of_old_names_are_refused_with_the_new_ones(words: list[str], line: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        parse(Renamed, words)
+    assert str(refusal.value) == line
+
+
+def test_keys_of_old_names_are_refused_with_the_new_ones(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text("batch_size: 8\nuse_gpu: true\n")
+    both = "batch_size: is called max_batch_size now; use_gpu: is called device now"
+    for refuse in (
+        lambda: parse(Renamed, ["--config", str(file)]),
+        lambda: build(Renamed, yaml.safe_load(file.open())),
+    ):
+        with pytest.raises(InputError) as refusal:
+            refuse()
+        assert str(refusal.value) == both
+    with pytest.raises(InputError, match=r"^lines\.0\.colour: is called paint\.colour now$"):
+        build(Renamed, {"lines": [{"colour": "red"}]})
+    with pytest.raises(ValueError, match="max_batch_size"):
+        Renamed(batch_size=8)  # type: ignore[call-arg]
+    kept = build(Renamed, {"max_batch_size": 8, "lines": [{"paint": {"colour": "red"}}]})
+    assert (kept.max_batch_size, kept.lines[0].paint) == (8, {"colour": "red"})
+    with pytest.raises(InputError, match="^size: unknown setting"):
+        build(Renamed, {"size": 8})
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_old_names_of_verbs_lead_to_names_that_exist(verb: str) -> None:
+    module, _, name = VERBS[verb].settings.partition(":")
+    cls: type[Settings] = getattr(importlib.import_module(module), name)
+    for old, new in cls.renamed.items():
+        assert old not in cls.model_fields and new.partition(".")[0] in cls.model_fields
 
 
 def test_environment_variables_do_not_leak_into_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from d3llm_ray.trajectories.schema import read_trajectories
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "--rows", "64", "--problems", "24", "--trials", "2",
+    "--rows", "64", "--count", "24", "--trials", "2",
     "--trajectories", "attempts=1", "--distill", "max_steps=4", "--tune", "count=8",
 ]  # fmt: skip
 

@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from d3llm_ray.config import build, parse
-from d3llm_ray.decoding import DiffusionLLM, Output, decoder
+from d3llm_ray.decoding import DiffusionLLM, Engine, Output, api, decoder, engine
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation import run as verb
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.evaluation.settings import EvaluateSettings
+from d3llm_ray.models import KVCache
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Problem, load_task
 
 QUIET = Progress(quiet=True)
 
 
-class FakeLLM:
+class FakeLLM(DiffusionLLM):
     """Answers from a table: prompt -> (text, tokens, forwards). Remembers what it was asked."""
 
     def __init__(self, answers: dict[str, tuple[str, int, int]]) -> None:
@@ -67,7 +68,7 @@ def test_figures_are_those_of_the_outputs_and_warmup_is_not_counted():
     assert (
         llm.calls[0][1]
         == llm.calls[1][1]
-        == {"max_tokens": 64, "temperature": 0.0, "seed": 3, "entropy_threshold": 0.3}
+        == {"max_tokens": 64, "temperature": 0.0, "seed": 3, "decoder": decoder("d3llm", entropy_threshold=0.3)}
     )
     assert row.settings["decoder"] == "d3llm" and row.settings["entropy_threshold"] == 0.3
     assert (row.warmup, row.task, row.model) == (2, "arith", "fake")
@@ -96,6 +97,35 @@ def test_a_checkpoint_counts_as_its_outputs_say(tiny_checkpoint):
     assert row.correct == sum(task.is_correct(o.text, p.reference) for o, p in zip(outputs, problems, strict=True))
 
 
+def test_a_decoder_may_be_a_name_a_file_or_an_object_and_holds_for_one_call(tiny_checkpoint, tmp_path):
+    file = tmp_path / "fast.yaml"
+    file.write_text("decoder: dparallel\nentropy_threshold: 3.0\n")
+    llm, prompts = DiffusionLLM.from_pretrained(tiny_checkpoint), ["Tom has 5 apples.", "Ann has 3 pens."]
+    assert llm.engine.decoder == decoder("d3llm")
+    alone = DiffusionLLM.from_pretrained(tiny_checkpoint, file).generate(prompts, 32)
+    for chosen in (str(file), file, decoder("dparallel", entropy_threshold=3.0)):
+        assert llm.generate(prompts, 32, decoder=chosen) == alone
+    assert llm.generate(prompts, 32, decoder="dparallel", entropy_threshold=3.0) == alone
+    assert llm.generate(prompts, 32) == DiffusionLLM.from_pretrained(tiny_checkpoint, "d3llm").generate(prompts, 32)
+    with pytest.raises(InputError, match="'autoregressive' cannot decode a 'llada' model"):
+        llm.generate(prompts, 32, decoder="autoregressive")
+
+
+def test_many_decoders_are_measured_by_one_engine_with_one_pool(settings, tiny_checkpoint, monkeypatch):
+    engines, pools = [], []
+    monkeypatch.setattr(api, "Engine", lambda *rest, **options: engines.append(1) or Engine(*rest, **options))
+    monkeypatch.setattr(engine, "KVCache", lambda *rest, **options: pools.append(1) or KVCache(*rest, **options))
+    names = ["vanilla", "d3llm", "fast-dllm-dual", "d2f", "dparallel"]
+    report = verb.run(settings.model_copy(update={"decoders": names}), QUIET)
+    assert (len(engines), len(pools)) == (1, 1)
+    prompts = [problem.messages for problem in load_task("arith").problems("test", 6)]
+    for name, row in zip(names, report.rows, strict=True):
+        outputs = DiffusionLLM.from_pretrained(tiny_checkpoint, decoder=name).generate(prompts, max_tokens=32)
+        assert [(sample.text, sample.tokens, sample.forwards) for sample in row.samples] == [
+            (output.text, len(output.token_ids), output.forwards) for output in outputs
+        ]
+
+
 @pytest.fixture
 def settings(tiny_checkpoint, tmp_path) -> EvaluateSettings:
     return EvaluateSettings(
@@ -122,9 +152,7 @@ def test_the_verb_writes_a_complete_report(settings):
 def test_what_was_measured_is_not_measured_again(settings, monkeypatch):
     first = verb.run(settings, QUIET)
     calls = []
-    monkeypatch.setattr(
-        verb, "evaluate", lambda llm, *rest: calls.append(llm.engine.decoder.name) or evaluate(llm, *rest)
-    )
+    monkeypatch.setattr(verb, "evaluate", lambda llm, *rest: calls.append(rest[-1].name) or evaluate(llm, *rest))
     wider = settings.model_copy(update={"decoders": ["dparallel", "d3llm", "vanilla"]})
     report = verb.run(wider, QUIET)
     assert calls == ["dparallel"]
@@ -160,9 +188,33 @@ def test_pairs_files_labels_and_sweeps(settings, tiny_checkpoint, tmp_path):
     assert {row.settings["entropy_threshold"] for row in report.rows[1:]} == {2.5}
 
 
+def test_decoder_settings_override_those_that_have_them_and_a_pairs_own_go_last(settings, tiny_checkpoint, tmp_path):
+    file = tmp_path / "tuned.yaml"
+    file.write_text("decoder: d3llm\nentropy_threshold: 2.5\n")
+    pairs = [
+        {"model": str(tiny_checkpoint), "decoder": name, "decoder_settings": pair}
+        for name, pair in (("vanilla", {"steps": 8}), (str(file), {}), ("d3llm", {"entropy_threshold": 3.5}))
+    ]
+    common = {"entropy_threshold": 1.5, "block_size": 8}
+    report = verb.run(
+        build(EvaluateSettings, settings.model_dump() | {"pairs": pairs, "decoder_settings": common}), QUIET
+    )
+    names = ("decoder", "block_size", "steps", "entropy_threshold")
+    assert [tuple(row.settings.get(name) for name in names) for row in report.rows] == [
+        ("vanilla", 8, 8, None),
+        ("d3llm", 8, None, 1.5),
+        ("d3llm", 8, None, 3.5),
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"decoder_settings": {"speed": 1}}, "decoder_settings: unknown value 'speed'; accepted: .*entropy_threshold"),
+        (
+            {"pairs": [{"model": "tiny-llada", "decoder": "vanilla", "decoder_settings": {"speed": 1}}]},
+            "^speed: no sett",
+        ),
         ({"models": ["no-such-model"]}, "no-such-model.*accepted.*tiny-llada"),
         ({"decoders": ["fastest"]}, "decoder.*fastest.*accepted.*vanilla"),
         ({"decoders": ["missing.yaml"]}, "missing.yaml"),

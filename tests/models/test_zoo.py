@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,13 +24,11 @@ SCRIPT = ROOT / "jobs" / "pretrain_tiny.py"
 
 
 @pytest.fixture(scope="module")
-def pretrain() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pretrain_tiny", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pretrain_tiny"] = module
-    spec.loader.exec_module(module)
-    return module
+def losses() -> Iterator[ModuleType]:
+    """The losses of the script, which finds its modules beside itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        yield importlib.import_module("pretraining.losses")
 
 
 @pytest.mark.parametrize("name", ZOO_NAMES)
@@ -120,15 +119,15 @@ def test_tiny_ar_continues_a_solution() -> None:
         assert tokenizer.decode(model.logits(hidden[-1:]).argmax(-1)).strip() == str(a + b)
 
 
-def test_targeted_masks_leave_their_target_predictable(pretrain: ModuleType) -> None:
-    corpus = pretrain.Corpus(0, 3)
+def test_targeted_masks_leave_their_target_predictable(losses: ModuleType) -> None:
+    corpus = importlib.import_module("pretraining.corpus").Corpus(0, 3)
     kinds = set()
     for _ in range(300):
         example = corpus.example(0)
-        mask, target = pretrain.targeted_mask(example, 64, corpus.equals)
+        mask, target = losses.targeted_mask(example, 64, corpus.equals)
         assert mask[target]
         if target in example.sums(corpus.equals):
-            equation = slice(target - pretrain.OPERANDS, target)
+            equation = slice(target - losses.OPERANDS, target)
             assert not mask[equation].any()
             assert example.response[target - 1] == corpus.equals
         after_only = bool(mask[target:].all()) and not mask[:target].any()
@@ -136,26 +135,26 @@ def test_targeted_masks_leave_their_target_predictable(pretrain: ModuleType) -> 
     assert kinds == {True, False}
 
 
-def test_losses_are_means_of_cross_entropies(pretrain: ModuleType) -> None:
+def test_losses_are_means_of_cross_entropies(losses: ModuleType) -> None:
     """A model with a zero LM head is uniform: every mean is ln V; the SFT weighting keeps that on average."""
-    corpus = pretrain.Corpus(0, 3)
+    corpus = importlib.import_module("pretraining.corpus").Corpus(0, 3)
     model, family = load_model("tiny-llada")
     with torch.no_grad():
         model.lm_head.weight.zero_()
     examples = [corpus.example(0) for _ in range(64)]
     uniform = torch.tensor(model.config.vocab_size).log().item()
     with torch.no_grad():
-        facts = pretrain.fact_loss(model, family, [corpus.fact() for _ in range(4)], "cpu").item()
+        facts = losses.fact_loss(model, family, [corpus.fact() for _ in range(4)], "cpu").item()
         given = (model, family, examples, 64, corpus.equals)
-        adapt = pretrain.diffusion_loss(*given, "adapt", "cpu").item()
-        sft = [pretrain.diffusion_loss(*given, "sft", "cpu").item() for _ in range(4)]
+        adapt = losses.diffusion_loss(*given, "adapt", "cpu").item()
+        sft = [losses.diffusion_loss(*given, "sft", "cpu").item() for _ in range(4)]
     assert facts == pytest.approx(uniform, rel=1e-4)
     assert adapt == pytest.approx(2 * uniform, rel=1e-4)  # mean over the masked, and mean over the targets
     assert sum(sft) / 4 == pytest.approx(uniform, rel=0.1)  # 1 / p makes every ratio count alike
 
 
 @pytest.mark.parametrize(("name", "expected"), [("tiny-llada", [8.0, 3.0]), ("tiny-dream", [2.0, 5.0])])
-def test_masked_losses_by_hand(pretrain: ModuleType, name: str, expected: list[float]) -> None:
+def test_masked_losses_by_hand(losses: ModuleType, name: str, expected: list[float]) -> None:
     """Packed sequences (0, 1, 2) and (1, 0), each with its last token masked, over a vocabulary of three.
 
     LLaDA reads a token from its own row: probabilities 1 / 8 and 1 / 3; Dream from the row before: 2 / 4 and 1 / 5.
@@ -172,8 +171,8 @@ def test_masked_losses_by_hand(pretrain: ModuleType, name: str, expected: list[f
             return hidden
 
     ids, masked = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([False, False, True, False, True])
-    losses = pretrain.masked_losses(Given(), family, ids, masked, Ragged.build([3, 2]))
-    torch.testing.assert_close(losses, torch.tensor(expected).log())
+    found = losses.masked_losses(Given(), family, ids, masked, Ragged.build([3, 2]))
+    torch.testing.assert_close(found, torch.tensor(expected).log())
 
 
 def test_the_script_trains_resumes_and_exports(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from d3llm_ray import config
+from d3llm_ray.decoding import read_decoder
 from d3llm_ray.errors import InputError
 from d3llm_ray.serving.app import DEPLOYMENT, build
 from d3llm_ray.serving.server import serve_in_background
@@ -129,7 +130,7 @@ def test_yaml_is_what_serve_and_the_builder_accept(name: str) -> None:
     module, _, attribute = application.import_path.partition(":")
     assert getattr(import_module(module), attribute) is build
     settings = config.build(ReplicaSettings, application.args)
-    settings.decoding()
+    read_decoder(settings.decoder or "", **settings.decoder_settings)  # the model is elsewhere
     (deployment,) = application.deployments
     assert deployment.name == DEPLOYMENT
     scaling = deployment.autoscaling_config
@@ -148,7 +149,10 @@ def test_yaml_is_what_serve_and_the_builder_accept(name: str) -> None:
         ({"model": "nothing-here"}, "model: "),
         ({"decoder": "d4llm"}, "decoder: unknown value 'd4llm'; accepted: autoregressive, d2f, d3llm, "),
         ({"max_tokens": 512}, "max_tokens_limit: got 256; accepted: at least max_tokens, 512"),
-        ({"decoder_config": "missing.yaml"}, "config: cannot read 'missing.yaml'"),
+        ({"decoder": "missing.yaml"}, "decoder: cannot read 'missing.yaml'"),
+        ({"decoder_settings": {"speed": 3}}, "speed: no setting of decoder 'd3llm'; accepted: "),
+        ({"decoder": "autoregressive"}, "decoder: 'autoregressive' cannot decode a 'llada' model"),
+        ({"decoder_config": "tuned.yaml"}, "decoder_config: is called decoder now"),
         ({"device": "tpu"}, "device: got 'tpu'"),
     ],
 )
@@ -159,23 +163,25 @@ def test_bad_arguments_stop_the_builder(tiny_checkpoint: Path, args: dict[str, A
     assert "\n" not in str(error.value)
 
 
-def test_decoder_config_names_preset_and_overrides(tmp_path: Path) -> None:
+def test_a_decoder_is_a_preset_a_file_or_the_familys_own_and_single_settings_go_on_top(tmp_path: Path) -> None:
     tuned = tmp_path / "tuned.yaml"
     tuned.write_text("decoder: d3llm\nentropy_threshold: 0.7\n")
-    decoder = ReplicaSettings(decoder_config=tuned).decoding()
+    decoder = ReplicaSettings(decoder=str(tuned)).decoding()
     assert (decoder.name, decoder.settings()["entropy_threshold"]) == ("d3llm", 0.7)
-    assert ReplicaSettings(decoder_config=tuned, decoder="d3llm").decoding() == decoder
-    with pytest.raises(InputError, match=r"^decoder: got 'vanilla'; accepted: d3llm, as decoder_config says"):
-        ReplicaSettings(decoder_config=tuned, decoder="vanilla").decoding()
+    over = ReplicaSettings(decoder=str(tuned), decoder_settings={"cache_delay": 2}).decoding().settings()
+    assert over == decoder.settings() | {"cache_delay": 2} != decoder.settings()
+    for model, name in (("tiny-llada", "d3llm"), ("tiny-fast-dllm-v2", "fast-dllm-v2"), ("tiny-ar", "autoregressive")):
+        assert ReplicaSettings(model=model).decoding().name == name
     tuned.write_text("entropy_threshold: 0.7\n")
     with pytest.raises(InputError, match="tuned.yaml: decoder: got None; accepted: the name of a preset"):
-        ReplicaSettings(decoder_config=tuned).decoding()
+        ReplicaSettings(decoder=str(tuned)).decoding()
 
 
 def test_relative_paths_become_absolute(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_checkpoint.parent)
-    settings = ReplicaSettings(model=tiny_checkpoint.name).checked()
-    assert settings.model == str(tiny_checkpoint)
+    (tiny_checkpoint.parent / "tuned.yaml").write_text("decoder: d3llm\n")
+    settings = ReplicaSettings(model=tiny_checkpoint.name, decoder="tuned.yaml").checked()
+    assert (settings.model, settings.decoder) == (str(tiny_checkpoint), str(tiny_checkpoint.parent / "tuned.yaml"))
     assert settings.model_id == tiny_checkpoint.name
 
 

@@ -41,7 +41,7 @@ class SleepingTeacher:
     """Completes its whole batch after a tenth of a second; rows are random but a function of their prompt."""
 
     def __init__(self, settings: TrajectorySettings, task: Task) -> None:
-        self._size, self._mark = settings.batch_size, Path(settings.output).parent / FIRST_WORK
+        self._size, self._mark = settings.max_batch_size, Path(settings.output).parent / FIRST_WORK
         self._queue: list[Prompt] = []
 
     @property
@@ -114,7 +114,7 @@ def write_prompts(file: Path, count: int) -> None:
 def drive(folder: Path, actors: int, rows_per_block: int) -> None:
     """One driver: run the job to its end and print what it took."""
     values = {"prompts": str(folder / "prompts.parquet"), "output": str(folder / "out"), "actors": actors}
-    values |= {"rows_per_block": rows_per_block, "batch_size": rows_per_block // 2}
+    values |= {"rows_per_block": rows_per_block, "max_batch_size": rows_per_block // 2}
     stopwatch = Stopwatch()
     run(build(TrajectorySettings, values), stopwatch, SleepingTeacher)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -21,7 +21,7 @@ from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.teacher import Teacher
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-BASE = {"count": 40, "max_tokens": 32, "attempts": 2, "rows_per_block": 16, "batch_size": 5}
+BASE = {"count": 40, "max_tokens": 32, "attempts": 2, "rows_per_block": 16, "max_batch_size": 5}
 
 
 def settings(checkpoint: Path, output: Path, **values: Any) -> TrajectorySettings:
@@ -45,7 +45,7 @@ class Recorder(Progress):
 
 def expected_rows(chosen: TrajectorySettings) -> list[dict[str, Any]]:
     """The rows of one teacher in this process that decodes one prompt after another, as Parquet keeps them."""
-    single = chosen.model_copy(update={"batch_size": 1})
+    single = chosen.model_copy(update={"max_batch_size": 1})
     plan = make_plan(single)
     teacher = Teacher(single, plan.source.task)
     rows = [row for prompt in plan.prompts() for row in teacher.rows([prompt])]

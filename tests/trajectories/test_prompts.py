@@ -46,18 +46,18 @@ def test_every_generation_setting_changes_the_id_and_no_machine_setting_does() -
     different = [
         {"teacher": "other"},
         {"max_tokens": 32},
-        {"early_stop": False},
+        {"decoder_settings": {"early_stop": False}},
         {"attempts": 2},
         {"temperatures": [0.0, 0.1, 0.2, 0.3, 0.5]},
         {"seed": 1},
         {"dtype": "bfloat16"},
-        {"block_size": 8},
-        {"steps": 32},
+        {"decoder_settings": {"block_size": 8}},
+        {"decoder_settings": {"steps": 32}},
         {"decoder": "fast-dllm-dual"},
     ]
     ids = {row_id(), *(row_id(**values) for values in different)}
     assert len(ids) == 1 + len(different)
-    assert row_id(actors=5, batch_size=3, rows_per_block=7, output="x", count=3, keep="correct") == row_id()
+    assert row_id(actors=5, max_batch_size=3, rows_per_block=7, output="x", count=3, keep="correct") == row_id()
 
 
 def test_attempt_seeds_differ_and_fit_the_column() -> None:
@@ -85,7 +85,7 @@ def test_repeated_prompts_are_one_row_in_order_of_first_appearance() -> None:
         ({"prompts": "nothing"}, "prompts: unknown value 'nothing'"),
         ({"decoder": "d9"}, "decoder: unknown value 'd9'"),
         ({"decoder": "autoregressive"}, "'autoregressive' cannot decode a 'llada' model"),
-        ({"decoder": "d3llm", "steps": 8}, "steps: no setting of decoder 'd3llm'"),
+        ({"decoder": "d3llm", "decoder_settings": {"steps": 8}}, "steps: no setting of decoder 'd3llm'"),
         ({"prompts": "missing.jsonl"}, "prompts: cannot read 'missing.jsonl'"),
         ({"prompts": "file:///missing.jsonl"}, "prompts: cannot read 'file:///missing.jsonl'"),
         ({"prompts": "{tmp}/empty.jsonl"}, "has no rows"),
@@ -118,6 +118,7 @@ def test_bad_input_is_refused_before_ray_starts(
         ({"device": "cuda"}, "gpus_per_actor: got 0"),
         ({"teachers": "x"}, "teachers: unknown setting"),
         ({"count": 0}, "count: got 0"),
+        ({"steps": 8}, "steps: is called decoder_settings.steps now"),
         ({"min_actors": 3}, "min_actors: got 3; accepted: at most `actors`, 2"),
         ({"keep": "some"}, "keep: got 'some'"),
         ({"split": "dev"}, "split: got 'dev'"),

@@ -78,7 +78,8 @@ def test_ladder_stops_at_the_first_correct_rung(seed: int) -> None:
 
 
 def test_vanilla_without_early_stop_reveals_one_position_a_forward_block_by_block(tiny_checkpoint: Path) -> None:
-    values = {"teacher": str(tiny_checkpoint), "count": 5, "attempts": 1, "early_stop": False, "max_tokens": 48}
+    values = {"teacher": str(tiny_checkpoint), "count": 5, "attempts": 1, "max_tokens": 48}
+    values |= {"decoder_settings": {"early_stop": False}}
     plan = make_plan(build(TrajectorySettings, values))
     for row in Teacher(plan.settings, plan.source.task).rows(list(plan.prompts())):
         assert sorted(row["reveal_step"]) == list(range(48)) and row["forwards"] == 48
@@ -137,7 +138,8 @@ def tiny_family(model_type: str, folder: Path) -> tuple[Transformer, Family]:
 )
 def test_every_family_teaches_one_token_a_forward_in_its_own_order(model_type: str, name: str, tmp_path: Path) -> None:
     model, family = tiny_family(model_type, tmp_path)
-    chosen = teacher_decoder(TrajectorySettings(teacher=str(tmp_path), early_stop=False), family)
+    whole = {} if model_type == "qwen2" else {"early_stop": False}
+    chosen = teacher_decoder(TrajectorySettings(teacher=str(tmp_path), decoder_settings=whole), family)
     assert chosen.name == name
     engine = Engine(model, family, chosen)
     engine.submit(Request([3, 4, 5, 6, 7, 8, 9, 10], 16, ignore_eos=True))
@@ -150,20 +152,46 @@ def test_every_family_teaches_one_token_a_forward_in_its_own_order(model_type: s
 
 def test_teacher_may_reveal_several_tokens_a_forward_or_use_a_cached_decoder(tmp_path: Path) -> None:
     _, family = tiny_family("llada", tmp_path)
-    few = teacher_decoder(TrajectorySettings(steps=4, block_size=8), family)
+    few = teacher_decoder(TrajectorySettings(decoder_settings={"steps": 4, "block_size": 8}), family)
     assert (few.name, few.settings()["steps"], few.block_size) == ("vanilla", 4, 8)
     assert teacher_decoder(TrajectorySettings(decoder="fast-dllm-dual"), family).caching.uses_cache
     (tmp_path / "mine.yaml").write_text("decoder: d3llm\nentropy_threshold: 0.1\n")
-    mine = teacher_decoder(TrajectorySettings(decoder=str(tmp_path / "mine.yaml"), early_stop=False), family)
+    mine = teacher_decoder(
+        TrajectorySettings(decoder=str(tmp_path / "mine.yaml"), decoder_settings={"early_stop": False}), family
+    )
     assert (mine.name, mine.settings()["entropy_threshold"], mine.early_stop) == ("d3llm", 0.1, False)
     with pytest.raises(InputError, match="steps: no setting of decoder 'fast-dllm-dual'"):
-        teacher_decoder(TrajectorySettings(decoder="fast-dllm-dual", steps=4), family)
+        teacher_decoder(TrajectorySettings(decoder="fast-dllm-dual", decoder_settings={"steps": 4}), family)
     with pytest.raises(InputError, match="'autoregressive' cannot decode a 'llada' model"):
         teacher_decoder(TrajectorySettings(decoder="autoregressive"), family)
 
 
+@pytest.mark.parametrize(
+    ("written", "given", "early_stop"),
+    [
+        ("decoder: vanilla", {}, True),
+        ("decoder: vanilla\nearly_stop: false", {}, False),
+        ("decoder: vanilla\nearly_stop: false", {"early_stop": True}, True),
+        ("decoder: vanilla\nearly_stop: true", {"early_stop": False}, False),
+        (None, {}, True),
+        (None, {"early_stop": False}, False),
+    ],
+)
+def test_a_row_ends_at_its_stop_token_unless_settings_or_file_say_otherwise(
+    written: str | None, given: dict[str, bool], early_stop: bool, tmp_path: Path
+) -> None:
+    _, family = tiny_family("llada", tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text(written or "")
+    for name in ["vanilla", "d3llm"] if written is None else [str(file)]:
+        assert (
+            teacher_decoder(TrajectorySettings(decoder=name, decoder_settings=given), family).early_stop == early_stop
+        )
+
+
 def test_cheap_teacher_reveals_as_many_a_forward_as_it_was_told(tiny_checkpoint: Path) -> None:
-    values = {"teacher": str(tiny_checkpoint), "count": 3, "attempts": 1, "early_stop": False, "steps": 8}
+    values = {"teacher": str(tiny_checkpoint), "count": 3, "attempts": 1}
+    values |= {"decoder_settings": {"early_stop": False, "steps": 8}}
     plan = make_plan(build(TrajectorySettings, {**values, "max_tokens": 32}))
     assert plan.metadata["decoder"]["steps"] == 8
     for row in Teacher(plan.settings, plan.source.task).rows(list(plan.prompts())):

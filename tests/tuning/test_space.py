@@ -18,7 +18,7 @@ GOOD = {
         "refresh_interval": {"type": "choice", "values": [4, 10000]},
         "cache_delay": {"type": "int", "low": 1, "high": 3},
     },
-    "fixed": {"block_size": 16},
+    "decoder_settings": {"block_size": 16},
 }
 
 
@@ -40,6 +40,15 @@ def test_the_default_point_and_the_settings_file_it_makes(tmp_path):
     point = {"entropy_threshold": 0.45, "refresh_interval": 10000, "cache_delay": 1}
     assert space.default_point() == point
     assert space.decoding_settings(point) == {"decoder": "d3llm", "block_size": 16, **point}
+
+
+def test_a_search_may_begin_at_a_settings_file(tmp_path):
+    (tmp_path / "tuned.yaml").write_text("decoder: d3llm\nentropy_threshold: 0.3\ncache_delay: 2\nsuffix: cached\n")
+    space = read_space(_write(tmp_path, decoder=str(tmp_path / "tuned.yaml")))
+    point = {"entropy_threshold": 0.3, "refresh_interval": 10000, "cache_delay": 2}
+    assert space.default_point() == point
+    made = space.decoding_settings(point | {"cache_delay": 3})
+    assert made == {"decoder": "d3llm", "suffix": "cached", "block_size": 16, **point, "cache_delay": 3}
 
 
 def test_a_space_may_leave_the_presets_own_settings_out(tmp_path):
@@ -72,8 +81,9 @@ def test_a_space_may_leave_the_presets_own_settings_out(tmp_path):
         ({"parameters": {"refresh_interval": {"type": "choice", "values": []}}}, "refresh_interval.values"),
         ({"parameters": {"refresh_interval": {"type": "choice", "values": [4, "often"]}}}, "refresh_interval"),
         ({"parameters": {"refresh_interval": {"type": "choice", "values": [4], "low": 1}}}, "low"),
-        ({"fixed": {"cache_delay": 1}}, "cache_delay.*fixed"),
-        ({"fixed": {"temperatur": 1}}, "temperatur"),
+        ({"decoder_settings": {"cache_delay": 1}}, "cache_delay.*decoder_settings"),
+        ({"decoder_settings": {"temperatur": 1}}, "temperatur"),
+        ({"fixed": {"block_size": 16}}, "fixed: is called decoder_settings now$"),
         ({"trials": 3}, "trials.*unknown"),
     ],
 )

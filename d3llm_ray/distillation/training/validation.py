@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from d3llm_ray.decoder_settings import read_decoder
-from d3llm_ray.decoding import DiffusionLLM
+from d3llm_ray.decoding import DiffusionLLM, read_decoder
 from d3llm_ray.decoding.engine import Engine as DecodingEngine
 from d3llm_ray.distillation.lora import transformer_of
 from d3llm_ray.distillation.objectives import LossModule

@@ -9,16 +9,18 @@ from functools import reduce
 from itertools import chain
 from operator import add
 from pathlib import Path
+from statistics import median
 from time import sleep
 
 import pytest
 import torch
 import yaml
 
-from d3llm_ray.benchmark.machine import Machine
+from d3llm_ray.benchmark.decoding_report import COUNTING
 from d3llm_ray.benchmark.measure import benchmark, decode, measure, replay
-from d3llm_ray.benchmark.plan import Plan
-from d3llm_ray.benchmark.report import COUNTING, Report
+from d3llm_ray.benchmark.plan import BenchmarkPlan
+from d3llm_ray.benchmark.report import BenchmarkReport
+from d3llm_ray.benchmark.rows import BenchmarkRow
 from d3llm_ray.benchmark.shapes import SHAPES
 from d3llm_ray.benchmark.workload import prepare
 from d3llm_ray.cli import main
@@ -27,20 +29,30 @@ from d3llm_ray.decoding.profile import profiled
 from d3llm_ray.decoding.runners import CapturingRunner
 from d3llm_ray.progress import Progress
 
-SMALL_PLAN = {"prompt_tokens": 20, "max_tokens": (64,), "requests": 4, "batch_sizes": (1, 4), "repeats": 2}
+SMALL_PLAN = {"prompt_tokens": 20, "max_tokens": (64,), "count": 4, "batch_sizes": (1, 4), "rounds": 2}
 
 
 @pytest.fixture
-def report(small_shape: str) -> Report:
-    plan = Plan(
+def report(small_shape: str) -> BenchmarkReport[BenchmarkRow]:
+    plan = BenchmarkPlan(
         shape=small_shape, scripted_tpf=8.0, decoders=("d3llm-nocache", "d3llm"), suffixes=("cached",), **SMALL_PLAN
     )
     return benchmark(plan, Progress(quiet=True))
 
 
-def test_the_last_line_is_json_with_every_figure(report: Report) -> None:
+def test_the_last_line_is_json_with_every_figure(report: BenchmarkReport[BenchmarkRow]) -> None:
     found = json.loads(str(report).splitlines()[-1])
-    assert set(found) == {"rows", "ratios", "roofline", "memory", "plan", "machine", "versions", "counting"}
+    assert set(found) == {
+        "benchmark",
+        "rows",
+        "ratios",
+        "roofline",
+        "memory",
+        "plan",
+        "machine",
+        "versions",
+        "counting",
+    }
     assert found["counting"] == COUNTING and found["versions"]["torch"] == torch.__version__
     assert found["plan"]["scripted_tpf"] == 8.0
     assert {"weights", "kv_pool", "activations", "peak"} <= set(found["memory"])
@@ -61,7 +73,7 @@ def test_the_last_line_is_json_with_every_figure(report: Report) -> None:
     assert {name: names.count(name) for name in names} == {"overhead": 4, "cache": 2, "batching": 2}
 
 
-def test_the_tables_show_every_row_and_ratio(report: Report) -> None:
+def test_the_tables_show_every_row_and_ratio(report: BenchmarkReport[BenchmarkRow]) -> None:
     text = report.to_markdown()
     for expected in ("memory plan on cpu", "roofline (measured)", "| d3llm (cached) | 4 | 64 |", "| d3llm-nocache | 1"):
         assert expected in text
@@ -69,7 +81,7 @@ def test_the_tables_show_every_row_and_ratio(report: Report) -> None:
     assert len(tables) == 2 + 4 + 2 + 8
 
 
-def test_a_script_sets_the_pace_and_the_cache_the_window(report: Report) -> None:
+def test_a_script_sets_the_pace_and_the_cache_the_window(report: BenchmarkReport[BenchmarkRow]) -> None:
     rows = {(row.decoder, row.batch_size): row for row in report.rows}
     for row in report.rows:
         assert row.tpf == pytest.approx(8.0, rel=0.1)
@@ -79,7 +91,7 @@ def test_a_script_sets_the_pace_and_the_cache_the_window(report: Report) -> None
 
 
 def test_what_is_captured_is_what_the_engine_counted(small_shape: str) -> None:
-    workload = prepare(Plan(shape=small_shape, **SMALL_PLAN))
+    workload = prepare(BenchmarkPlan(shape=small_shape, **SMALL_PLAN))
     engine = Engine(workload.load(), workload.family, workload.cells[0].decoder, max_batch_size=4)
     engine.runner = captured = CapturingRunner(engine.eager)
     with profiled(engine) as profile:
@@ -98,19 +110,19 @@ def test_what_is_captured_is_what_the_engine_counted(small_shape: str) -> None:
 
 
 def test_overhead_is_the_time_outside_the_model(small_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = Plan(shape=small_shape, scripted_tpf=8.0, **{**SMALL_PLAN, "batch_sizes": (4,), "repeats": 1})
+    plan = BenchmarkPlan(shape=small_shape, scripted_tpf=8.0, **{**SMALL_PLAN, "batch_sizes": (4,), "rounds": 1})
     workload = prepare(plan)
     engine = Engine(workload.load(), workload.family, workload.cells[0].decoder, max_batch_size=4)
-    machine, progress = Machine("m", 1e12, 1e12), Progress(quiet=True)
-    (quick,) = measure(workload, engine, machine, progress)
+    progress = Progress(quiet=True)
+    (quick,) = measure(workload, engine, progress)
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: (sleep(0.02), step())[1])
-    (slow,) = measure(workload, engine, machine, progress)
-    assert slow.overhead > 2 * quick.overhead > 1
+    (slow,) = measure(workload, engine, progress)
+    assert median(slow.trial.overheads) > 2 * median(quick.trial.overheads) > 1
 
 
 def test_a_failed_request_ends_the_measurement(small_shape: str) -> None:
-    workload = prepare(Plan(shape=small_shape, **SMALL_PLAN))
+    workload = prepare(BenchmarkPlan(shape=small_shape, **SMALL_PLAN))
     model = workload.load()
     model.norm.weight.fill_(float("nan"))
     engine = Engine(model, workload.family, workload.cells[0].decoder, max_batch_size=4)
@@ -121,7 +133,7 @@ def test_a_failed_request_ends_the_measurement(small_shape: str) -> None:
 def test_the_verb_on_a_checkpoint_and_a_task(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = f"benchmark --model {tiny_checkpoint} --requests 4 --batch-sizes 2,4 --max-tokens 16,32 --repeats 1"
+    command = f"benchmark --model {tiny_checkpoint} --count 4 --batch-sizes 2,4 --max-tokens 16,32 --rounds 1"
     assert main([*command.split(), "--output", str(tmp_path / "out")]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {(row["batch_size"], row["max_tokens"]) for row in found["rows"]} == {(2, 16), (4, 16), (2, 32), (4, 32)}
@@ -136,7 +148,7 @@ def test_the_verb_on_a_checkpoint_and_a_task(
 def test_a_causal_shape_decodes_one_token_a_forward(small_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 128, "eos_token_id": 127}
     monkeypatch.setitem(SHAPES, "causal", {**SHAPES["qwen2.5-7b"], **sizes, "num_attention_heads": 4})
-    plan = Plan(shape="causal", prompt_tokens=9, max_tokens=(12,), requests=2, batch_sizes=(2,), repeats=1)
+    plan = BenchmarkPlan(shape="causal", prompt_tokens=9, max_tokens=(12,), count=2, batch_sizes=(2,), rounds=1)
     (row,) = benchmark(plan, Progress(quiet=True)).rows
     assert (row.decoder, row.tokens, row.forwards, row.tpf) == ("autoregressive", 24, 24, 1.0)
     assert row.window == pytest.approx((9 + 11) / 12)  # the prompt at once, then a token at a time
@@ -146,10 +158,9 @@ BARE = """
 import sys
 for name in ("pydantic", "pydantic_settings", "ray", "matplotlib", "psutil"):
     sys.modules[name] = None  # not installed
-from d3llm_ray.benchmark.machine import Machine
 from d3llm_ray.benchmark.measure import benchmark
-from d3llm_ray.benchmark.plan import Plan
-print(benchmark(Plan(prompt_tokens=8, max_tokens=[16], requests=1, batch_sizes=[1], scripted_tpf=4, repeats=1)))
+from d3llm_ray.benchmark.plan import BenchmarkPlan
+print(benchmark(BenchmarkPlan(prompt_tokens=8, max_tokens=[16], count=1, batch_sizes=[1], scripted_tpf=4, rounds=1)))
 """
 
 

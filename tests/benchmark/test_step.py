@@ -1,4 +1,4 @@
-"""What a step costs: its arithmetic against torch's own counter, the bare machine, and loop against job."""
+"""What a step costs: its arithmetic against torch's own counter, and the bare machine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,23 +13,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d3llm_ray.benchmark import distill as benchmark
-from d3llm_ray.benchmark.distill import BenchmarkSettings, Run, bare_loop, of_metrics, ratios
-from d3llm_ray.benchmark.machine import Machine
 from d3llm_ray.benchmark.shapes import SHAPES
-from d3llm_ray.benchmark.step import StepPlan, measure_step
+from d3llm_ray.benchmark.step import measure_step
 from d3llm_ray.benchmark.step_flops import StepFlops, step_flops
-from d3llm_ray.benchmark.step_report import COUNTING, StepReport
-from d3llm_ray.config import build
-from d3llm_ray.distillation.local import distil_here
+from d3llm_ray.benchmark.step_plan import StepPlan
+from d3llm_ray.benchmark.step_rows import COUNTING
 from d3llm_ray.distillation.lora import add_lora
-from d3llm_ray.distillation.plan import Plan
 from d3llm_ray.distillation.settings import PROJECTIONS
 from d3llm_ray.distillation.student import recompute_layers
-from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.errors import InputError
-from d3llm_ray.models import ModelConfig, Ragged, Transformer, Work, read_configs
-from d3llm_ray.progress import Progress
+from d3llm_ray.models import ModelConfig, Ragged, Transformer, Work
 from tests.distillation.toys import CONFIGS
 
 CONFIG = ModelConfig(
@@ -102,8 +93,9 @@ def toy_shape(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def toy_plan(shape: str, **values: Any) -> StepPlan:
-    sizes = {"rows": 3, "prompt_tokens": 6, "answer_tokens": 16, "window": 8, "lora_rank": 2}
-    return StepPlan(shape=shape, warmup_steps=1, steps=3, **{**sizes, **values})
+    sizes = {"micro_batch_size": 3, "prompt_tokens": 6, "answer_tokens": 16, "window": 8, "lora_rank": 2}
+    sheet = {} if values.get("precision") == "float32" else {"machine": "h200"}  # measuring it takes a while
+    return StepPlan(shape=shape, warmup_steps=1, steps=3, **{**sizes, **sheet, **values})
 
 
 @pytest.mark.parametrize(
@@ -117,7 +109,8 @@ def toy_plan(shape: str, **values: Any) -> StepPlan:
 )
 def test_a_step_of_a_toy_shape(toy_shape: str, values: dict[str, Any]) -> None:
     plan = toy_plan(toy_shape, **values)
-    found = json.loads(str(measure_step(plan)).splitlines()[-1])
+    report = json.loads(str(measure_step(plan)).splitlines()[-1])
+    (found,) = report["rows"]
     views = 2 if plan.complement else 1
     assert found["tokens"] == plan.accumulation * 3 * views * 22
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["seconds"])
@@ -136,27 +129,29 @@ def test_a_step_of_a_toy_shape(toy_shape: str, values: dict[str, Any]) -> None:
     recomputed = layers * plan.activation_checkpointing + head * (plan.head_rows == 7)
     assert found["flops"]["recomputed"] == recomputed
     assert found["trained"]["trained"] == (adapters if plan.lora_rank else found["trained"]["parameters"])
-    assert found["hfu"] >= found["mfu"] > 0 and found["memory"]["peak"] > found["memory"]["planned"] > 0
-    assert found["counting"] == COUNTING and found["plan"]["precision"] == plan.precision
+    assert found["hfu"] >= found["mfu"] > 0 and report["memory"]["peak"] > report["memory"]["planned"] > 0
+    assert report["counting"] == COUNTING and report["plan"]["precision"] == plan.precision
 
 
 def test_utilisation_by_hand(toy_shape: str) -> None:
-    report: StepReport = dataclasses.replace(
-        measure_step(toy_plan(toy_shape)),
-        machine=Machine("m", 1e12, 1e12),
+    report = measure_step(toy_plan(toy_shape))
+    (row,) = report.rows
+    row = dataclasses.replace(
+        row,
+        peak_flops=1e12,
         flops=StepFlops(10**10, 2 * 10**10, 5 * 10**9),
         work=Work(600, 0, 0, 0),
         seconds=(0.4, 0.1, 0.2),
     )
-    assert (report.mfu, report.hfu) == pytest.approx((0.15, 0.175))  # 30 and 35 GFLOP in 0.2 s of 1 TFLOP/s
-    cells = "| 200.0 (100.0 - 400.0) | 600 | 3000 | 15.00 | 0.035 | 15.0 % | 17.5 % |"
-    assert cells in report.to_markdown()
+    assert (row.mfu, row.hfu) == pytest.approx((0.15, 0.175))  # 30 and 35 GFLOP in 0.2 s of 1 TFLOP/s
+    cells = "| toy | 200.0 (100.0 - 400.0) | 600 | 3000 | 15.00 | 0.035 | 15.0 % | 17.5 % |"
+    assert cells in dataclasses.replace(report, rows=(row,)).to_markdown()
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rows": 0}, "rows: got 0; accepted: a positive whole number"),
+        ({"micro_batch_size": 0}, "micro_batch_size: got 0; accepted: a positive whole number"),
         ({"window": 5}, "window: got 5; accepted: a divisor of answer_tokens"),
         ({"mask_ratio": 0.0}, "mask_ratio: got 0.0"),
         ({"lora_rank": -1}, "lora_rank: got -1"),
@@ -180,107 +175,14 @@ import sys
 for name in ("pydantic", "pydantic_settings", "ray", "pyarrow", "deepspeed", "matplotlib", "tensorboardX"):
     sys.modules[name] = None  # not installed
 import d3llm_ray.distillation.objectives.curriculum, d3llm_ray.distillation.training.loop
-from d3llm_ray.benchmark.step import StepPlan, measure_step
-print(measure_step(StepPlan(rows=1, prompt_tokens=4, answer_tokens=8, window=4, lora_rank=2, warmup_steps=1, steps=1)))
+from d3llm_ray.benchmark.step import measure_step
+from d3llm_ray.benchmark.step_plan import StepPlan
+sizes = {"micro_batch_size": 1, "prompt_tokens": 4, "answer_tokens": 8, "window": 4, "lora_rank": 2}
+print(measure_step(StepPlan(**sizes, warmup_steps=1, steps=1, machine="h200")))
 """
 
 
 def test_a_bare_machine_needs_no_edge_packages() -> None:
     done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 2 * 12
-
-
-def runs_of(*named: tuple[str, float]) -> list[Run]:
-    return [Run(name, 80, seconds, 2.5) for name, seconds in named]
-
-
-def test_a_job_is_set_against_the_loops_beside_it() -> None:
-    runs = runs_of(
-        ("loop", 8.0), ("job of 1", 10.0), ("loop", 10.0), ("job of 2", 5.0), ("loop", 12.0),
-        ("job of 1", 16.0), ("loop", 12.0), ("job of 2", 4.0), ("loop", 8.0),
-    )  # fmt: skip
-    found = {(ratio.name, ratio.what): (ratio.value, ratio.low, ratio.high) for ratio in ratios(runs)}
-    assert found == {
-        ("over_loop", "job of 1"): pytest.approx(((0.9 + 0.75) / 2, 0.75, 0.9)),
-        ("over_loop", "job of 2"): pytest.approx(((2.2 + 2.5) / 2, 2.2, 2.5)),
-        ("over_one", "job of 2"): pytest.approx((3.0, 2.0, 4.0)),
-    }
-
-
-def test_a_job_is_read_from_its_lines_behind_the_warm_up() -> None:
-    lines = [
-        {"step": 4, "loss": 2.5, "steps_per_second": 0.01},
-        {"step": 8, "loss": 2.0, "steps_per_second": 2.0},  # 2 s
-        {"step": 10, "loss": 1.5, "steps_per_second": 0.5},  # 4 s
-    ]
-    assert of_metrics("job of 1", lines, batch_size=32, warmup_steps=4) == Run("job of 1", 6 * 32, 6.0, 2.5)
-
-
-@pytest.fixture(scope="module")
-def values(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, write_trajectories: Callable[..., Path]
-) -> dict[str, Any]:
-    _, family = read_configs(tiny_checkpoint)
-    folder = tmp_path_factory.mktemp("benchmark")
-    rows = write_trajectories(folder, rows=40, canvas=32, vocab_size=4, mask_token_id=family.mask_token_id)
-    sizes = {"window_sizes": [8], "batch_size": 8, "micro_batch_size": 4, "lora_rank": 4, "lora_alpha": 4}
-    return {"teacher": str(tiny_checkpoint), "trajectories": str(rows), "precision": "float32", **sizes}
-
-
-def test_the_bare_loop_computes_what_the_run_computes(values: dict[str, Any], tmp_path: Path) -> None:
-    settings = build(BenchmarkSettings, {**values, "max_steps": 4, "warmup_steps": 1})
-    alone = settings.of_job(settings.trajectories, str(tmp_path / "student"), workers=1)
-    student = distil_here(alone, Progress(quiet=True))
-    rows, _ = benchmark.load(alone, *benchmark.student_family(alone))
-    found = bare_loop(Plan(alone, rows, benchmark.student_family(alone)[1]), warmup_steps=1)
-    assert (found.name, found.samples) == ("loop", 3 * 8) and found.seconds > 0
-    assert found.loss == pytest.approx(read_metrics(student / METRICS_FILE)[0]["loss"], rel=1e-5)
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names in the order of their measurement; loops take 9 s for 72 samples, jobs 10 and 6 s."""
-    order: list[str] = []
-
-    def loop(plan: Plan, warmup_steps: int) -> tuple[int, Run]:
-        order.append("loop")
-        return 15, Run("loop", 72, 9.0, 2.5)
-
-    def job(settings: Any, warmup_steps: int, progress: Progress) -> Run:
-        order.append(f"job of {settings.workers}")
-        return Run(order[-1], 72, {1: 10.0, 2: 6.0}[settings.workers], 2.50001)
-
-    monkeypatch.setattr(benchmark, "_loop", loop)
-    monkeypatch.setattr(benchmark, "_job", job)
-    monkeypatch.setattr(benchmark.cluster, "connect", lambda **_: None)
-    return order
-
-
-def test_the_report_of_loop_and_jobs(values: dict[str, Any], measured: list[str]) -> None:
-    settings = build(BenchmarkSettings, {**values, "max_steps": 10, "warmup_steps": 1, "rounds": 2})
-    text = str(benchmark.run(settings, Progress(quiet=True)))
-    assert measured == ["loop", "job of 1", "loop", "job of 2"] * 2 + ["loop"]
-    found = json.loads(text.splitlines()[-1])
-    assert found["samples_per_second"] == pytest.approx({"loop": 8.0, "job of 1": 7.2, "job of 2": 12.0})
-    assert [ratio["value"] for ratio in found["ratios"]] == pytest.approx([0.9, 1.5, 10 / 6])
-    assert found["machine"]["nice"] == 15 and len(found["runs"]) == 9
-    assert "| over_loop | job of 1 | 0.900 | 0.900 | 0.900 |" in text
-
-
-def test_runs_that_do_not_compute_the_same_have_no_ratio(
-    values: dict[str, Any], measured: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(benchmark, "_job", lambda settings, *_: Run("job of 1", 72, 10.0, 2.6))
-    settings = build(BenchmarkSettings, {**values, "max_steps": 10, "warmup_steps": 1, "workers": 1})
-    with pytest.raises(RuntimeError, match=r"first losses that differ: loop 2.5, job of 1 2.6, loop 2.5"):
-        benchmark.run(settings, Progress(quiet=True))
-
-
-def test_bad_input(values: dict[str, Any], measured: list[str]) -> None:
-    with pytest.raises(InputError, match="warmup_steps: got 20; accepted: a multiple of log_every"):
-        build(BenchmarkSettings, {**values, "log_every": 3})
-    settings = build(BenchmarkSettings, {**values, "max_steps": 20, "warmup_steps": 20})
-    with pytest.raises(InputError, match="warmup_steps: got 20; accepted: fewer than the run's 20 steps"):
-        benchmark.run(settings, Progress(quiet=True))
-    assert measured == []
+    assert json.loads(done.stdout.splitlines()[-1])["rows"][0]["tokens"] == 2 * 12

@@ -1,0 +1,1 @@
+"""Training: engines, checkpoints, the loop, one worker's work, validation and trackers."""

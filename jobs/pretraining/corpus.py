@@ -1,0 +1,89 @@
+"""The embedded task as training text: whole problems, worked examples before them, and bare sums."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from d3llm_ray.tasks.arith import STEPS, ArithProblem, problems, vocabulary_texts
+from d3llm_ray.tasks.tokenizer import build_tokenizer
+
+FEW_SHOT_EVERY = 20  # one batch in so many carries worked examples, so that `arith-long` is in distribution
+FEW_SHOT_SHRINK = 4  # and has fewer rows, for its prompts are that much longer
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: list[int]
+    response: list[int]  # ends with the stop token
+
+    def sums(self, equals: int) -> list[int]:
+        """Response positions of the results, each behind an equals sign."""
+        return [position + 1 for position, token in enumerate(self.response) if token == equals]
+
+
+def prompt_length(example: Example) -> int:
+    return len(example.prompt)
+
+
+def row_length(example: Example) -> int:
+    return len(example.prompt) + len(example.response)
+
+
+class Corpus:
+    """An endless source of tokenised training examples in random phrasings."""
+
+    def __init__(self, seed: int, max_steps: int) -> None:
+        self.rng = random.Random(seed)
+        self.tokenizer = build_tokenizer(vocabulary_texts())
+        self.stream = problems("train", seed=seed, max_steps=max_steps)
+        (self.equals,) = self.encode(" =")
+        self.waiting: dict[int, list[Example]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _turns(self, problem: ArithProblem) -> tuple[dict[str, str], dict[str, str]]:
+        return (
+            {"role": "user", "content": problem.question},
+            {"role": "assistant", "content": problem.solution(self.rng)},
+        )
+
+    def example(self, shots: int) -> Example:
+        """One problem behind `shots` worked examples."""
+        messages: list[dict[str, str]] = []
+        for _ in range(shots):
+            messages += self._turns(next(self.stream))
+        question, answer = self._turns(next(self.stream))
+        text = str(self.tokenizer.apply_chat_template([*messages, question], tokenize=False))
+        return Example(self.encode(text), [*self.encode(answer["content"]), self.tokenizer.eos_token_id])
+
+    def groups(self, step: int, count: int, size: int, length: Callable[[Example], int]) -> list[list[Example]]:
+        """`count` micro-batches of `size` examples, each of one `length`, so that attention needs no padding.
+
+        Examples of other lengths wait for their turn: over time the stream is unbiased.
+        """
+        if step % FEW_SHOT_EVERY == 0:
+            return [
+                [self.example(self.rng.randint(1, 5)) for _ in range(size // FEW_SHOT_SHRINK)] for _ in range(count)
+            ]
+        groups: list[list[Example]] = []
+        while len(groups) < count:
+            example = self.example(0)
+            bucket = self.waiting.setdefault(length(example), [])
+            bucket.append(example)
+            if len(bucket) == size:
+                groups.append(self.waiting.pop(length(example)))
+        return groups
+
+    def fact(self) -> list[int]:
+        """One step without its story, such as ` Adding 7 gives 12 + 7 = 19`; ends in the sum."""
+        problem = next(self.stream)
+        before = [problem.start, *problem.totals]
+        step = self.rng.randrange(len(problem.steps))
+        operation, n = problem.steps[step]
+        words = {"name": problem.name, "items": problem.items, "a": before[step], "n": n, "b": ""}
+        sentence = self.rng.choice(STEPS[operation]).format(**words)
+        return self.encode(sentence[: sentence.index("=") + 1] + f" {before[step + 1]}")
