@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test chaos lint bench gpu-check clean
+.PHONY: quickstart test slow chaos lint bench results gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,8 +15,21 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	$(BIN)/d3llm-ray quickstart
 
+# Those tables of docs/results.md that take minutes.
+results: $(READY)
+	$(BIN)/d3llm-ray evaluate --config docs/decoders.yaml
+	$(BIN)/d3llm-ray evaluate --config docs/students.yaml
+	$(BIN)/d3llm-ray benchmark --config docs/benchmark.yaml
+	$(BIN)/d3llm-ray benchmark --config docs/benchmark-long.yaml
+	@echo "written in runs/results/: decoders, students, benchmark, benchmark-long; left out, as they take longer: the"
+	@echo "quickstart (make quickstart), the ablation (d3llm-ray ablate) and the rest of docs/results.md"
+
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not chaos"
+	$(BIN)/python -m pytest -q -m "not slow and not chaos"
+
+# Whole runs from the command line: the quickstart, submitted jobs, an interrupted distillation.
+slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
 
 # Faults on a local multi-node cluster: processes, nodes and drivers are killed on purpose.
 chaos: $(READY)

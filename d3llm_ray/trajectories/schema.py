@@ -1,8 +1,8 @@
 """The trajectory row: how a teacher decoded one prompt, in about one kilobyte.
 
-The published layout stores the whole sequence after every step (0.4 MB a row). All it says about the order is
-one number per response position, the step that revealed it; that is what a row holds here. Positions are relative
-to the start of the response, so the row stays valid under any chat template.
+The published layout stores the whole sequence after every step (0.4 MB a row). All it says about the order, the
+pseudo-trajectory of arXiv:2601.07568, is one number per response position, the step that revealed it; that is what a
+row holds here. Positions are relative to the start of the response, so the row stays valid under any chat template.
 """
 
 from __future__ import annotations

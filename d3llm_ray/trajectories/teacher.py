@@ -1,4 +1,7 @@
-"""The teacher: decodes prompts in a continuous batch, retrying wrong answers at rising temperatures."""
+"""The teacher: decodes prompts in a continuous batch, retrying wrong answers at rising temperatures.
+
+A teacher trajectory is what it leaves: tokens, and the forward that revealed each of them (d3LLM, arXiv:2601.07568).
+"""
 
 from __future__ import annotations
 

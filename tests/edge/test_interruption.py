@@ -17,7 +17,7 @@ from tests.distillation.rows import SMALL_RUN, write_rows
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240.0
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_sigterm_ends_a_run_with_one_line_and_keeps_what_is_finished(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.distillation.rows import SMALL_RUN, write_rows
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240.0
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
