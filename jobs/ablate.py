@@ -1,4 +1,4 @@
-"""Distil with and without each part of a recipe on a Ray cluster.
+r"""Distil with and without each part of a recipe on a Ray cluster.
 
     ray job submit --working-dir . -- python jobs/ablate.py --recipe llada \
         --teacher DIR --trajectories DIR --reference-trajectories DIR --device cuda --gpus-per-actor 1 --output DIR

@@ -1,4 +1,4 @@
-"""Distil a student on a Ray cluster.
+r"""Distil a student on a Ray cluster.
 
     ray job submit --working-dir . -- python jobs/distill.py --config llada \
         --teacher DIR --trajectories DIR --output DIR

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from d3llm_ray.benchmark import gpu_check_attention, gpu_check_engine, gpu_check_kernel, gpu_check_speed
-from d3llm_ray.benchmark.gpu_check_base import CheckFailed, Part, Target, Unavailable
+from d3llm_ray.benchmark.gpu_check_base import CheckFailed, CheckPart, Target, Unavailable
 from d3llm_ray.benchmark.gpu_check_report import GpuCheckReport, facts_of
 from d3llm_ray.device import check_device, synchronise
 from d3llm_ray.errors import require
@@ -30,7 +30,7 @@ PASSED, SKIPPED, BROKEN = "passed", "skipped", "failed"
 MOST_TRIES = 2  # of a part that takes the process with it, or never ends
 
 
-def all_parts(target: Target) -> list[Part]:
+def all_parts(target: Target) -> list[CheckPart]:
     """What is proven first comes first: a wrong figure makes a fast one worthless."""
     return [
         *gpu_check_kernel.parts(),
@@ -55,29 +55,29 @@ class Records:
     folder: Path
     key: str
 
-    def read(self, part: Part) -> dict[str, Any] | None:
+    def read(self, part: CheckPart) -> dict[str, Any] | None:
         """The record of a part that has ended; what was skipped is tried again, as it may have been installed."""
         record = self._load(self.folder / f"{part.name}.json")
         return record if record is not None and record["status"] != SKIPPED else None
 
-    def keep(self, part: Part, record: dict[str, Any]) -> None:
+    def keep(self, part: CheckPart, record: dict[str, Any]) -> None:
         content = {"part": part.name, "section": part.section, "key": self.key, **record}
         write_text(self.folder / f"{part.name}.json", json.dumps(content, indent=1) + "\n")
         self._started(part).unlink(missing_ok=True)
 
-    def tries(self, part: Part) -> int:
+    def tries(self, part: CheckPart) -> int:
         """Calls that have begun the part and not ended it."""
         return int((self._load(self._started(part)) or {"tries": 0})["tries"])
 
-    def begin(self, part: Part) -> None:
+    def begin(self, part: CheckPart) -> None:
         write_text(self._started(part), json.dumps({"key": self.key, "tries": self.tries(part) + 1}))
 
-    def of(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
+    def of(self, parts: Sequence[CheckPart]) -> list[dict[str, Any]]:
         """Every record of today's key, in the parts' order."""
         loaded = (self._load(self.folder / f"{part.name}.json") for part in parts)
         return [record for record in loaded if record is not None]
 
-    def _started(self, part: Part) -> Path:
+    def _started(self, part: CheckPart) -> Path:
         return self.folder / f"{part.name}.started"
 
     def _load(self, path: Path) -> dict[str, Any] | None:
@@ -89,14 +89,14 @@ class Records:
 
 
 def run_parts(
-    parts: Sequence[Part],
+    parts: Sequence[CheckPart],
     target: Target,
     records: Records,
     limit_s: float,
     *,
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
-) -> list[Part]:
+) -> list[CheckPart]:
     """Run what is missing, as far as it fits into `limit_s` seconds; returns what is left.
 
     What has ended a process before comes last, and has failed after `MOST_TRIES`. A device that no longer answers ends
@@ -104,7 +104,7 @@ def run_parts(
     """
     began, ran = clock(), 0
     missing = sorted((part for part in parts if records.read(part) is None), key=records.tries)
-    left: list[Part] = []
+    left: list[CheckPart] = []
     for number, part in enumerate(missing):
         if ran and clock() - began + part.estimate_s > limit_s:
             left.append(part)
@@ -151,7 +151,7 @@ def check(device: str, *, quick: bool, output: Path, limit_s: float, again: bool
     return FAILED if failed else DONE
 
 
-def _run(part: Part, target: Target, clock: Callable[[], float]) -> dict[str, Any]:
+def _run(part: CheckPart, target: Target, clock: Callable[[], float]) -> dict[str, Any]:
     """The part's record. Whatever goes wrong in it is a finding, and stops no other part."""
     began = clock()
     try:

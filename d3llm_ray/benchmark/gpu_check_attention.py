@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from d3llm_ray.benchmark.gpu_check_base import Figures, Part, Target, Unavailable, expect
+from d3llm_ray.benchmark.gpu_check_base import CheckPart, Figures, Target, Unavailable, expect
 from d3llm_ray.benchmark.shapes import SHAPES
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import Ragged
@@ -22,8 +22,8 @@ LAYOUTS = (
 )
 
 
-def parts() -> Iterator[Part]:
-    yield Part("flash-attn", "flash-attn against sdpa", 20.0, check_flash)
+def parts() -> Iterator[CheckPart]:
+    yield CheckPart("flash-attn", "flash-attn against sdpa", 20.0, check_flash)
 
 
 def check_flash(target: Target) -> Figures:

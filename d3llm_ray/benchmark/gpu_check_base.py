@@ -24,7 +24,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckPart:
     """A piece of the check that is run, and kept, on its own. `estimate_s` is generous, for an H100."""
 
     name: str  # of its file

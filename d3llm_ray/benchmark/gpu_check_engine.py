@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from d3llm_ray.benchmark.gpu_check_base import Figures, Part, Target, Unavailable, expect
+from d3llm_ray.benchmark.gpu_check_base import CheckPart, Figures, Target, Unavailable, expect
 from d3llm_ray.benchmark.gpu_check_switches import static_shapes, switched
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
 from d3llm_ray.benchmark.workload import synthetic_prompts
@@ -48,14 +48,16 @@ class Subject:
         return Engine(self.model, self.family, chosen, kv_positions=4096, cuda_graphs=static, **options)
 
 
-def parts(quick: bool) -> Iterator[Part]:
+def parts(quick: bool) -> Iterator[CheckPart]:
     names = ("tiny-llada", "random-llada") if quick else (*ZOO, *RANDOM)
     for name in names:
         checks = (("static", "static shapes against eager", False), ("graphs", "CUDA graphs against eager", True))
         for kind, section, capture in checks:
-            yield Part(f"{kind}-{name}", section, 60.0, partial(check_static, name, capture))
+            yield CheckPart(f"{kind}-{name}", section, 60.0, partial(check_static, name, capture))
     for name in names:
-        yield Part(f"bfloat16-{name}", "bfloat16 beside float32 (report only)", 30.0, partial(compare_bfloat16, name))
+        yield CheckPart(
+            f"bfloat16-{name}", "bfloat16 beside float32 (report only)", 30.0, partial(compare_bfloat16, name)
+        )
 
 
 def check_static(name: str, capture: bool, target: Target) -> Figures:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d3llm_ray.benchmark.gpu_check_base import Figures, Part, Target, Unavailable, expect
+from d3llm_ray.benchmark.gpu_check_base import CheckPart, Figures, Target, Unavailable, expect
 from d3llm_ray.benchmark.shapes import SHAPES
 from d3llm_ray.decoding.sampling import Sampling, row_keys
 
@@ -21,13 +21,13 @@ SAME_NOISE = 1e-9  # float64 logarithms of host and device differ in their last 
 SEED, FORWARD = 11, 2
 
 
-def parts() -> Iterator[Part]:
+def parts() -> Iterator[CheckPart]:
     for dtype in DTYPES:
 
         def run(target: Target, dtype: str = dtype) -> Figures:
             return check_kernel(target, dtype)
 
-        yield Part(f"kernel-{dtype}", "statistics kernel against float64", 30.0, run)
+        yield CheckPart(f"kernel-{dtype}", "statistics kernel against float64", 30.0, run)
 
 
 def check_kernel(target: Target, dtype: str) -> Figures:

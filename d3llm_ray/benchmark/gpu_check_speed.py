@@ -8,7 +8,7 @@ from functools import cache, partial
 
 import torch
 
-from d3llm_ray.benchmark.gpu_check_base import Figures, Part, Target, Unavailable
+from d3llm_ray.benchmark.gpu_check_base import CheckPart, Figures, Target, Unavailable
 from d3llm_ray.benchmark.gpu_check_switches import static_shapes, switched
 from d3llm_ray.benchmark.machine import Machine, data_sheet, measure_machine
 from d3llm_ray.benchmark.measure import decoding_row, engine_for, measure
@@ -26,13 +26,13 @@ TPF = 9.11  # tokens a forward, of the paper's LLaDA student on GSM8K (arXiv:260
 SPEED, STEP = "benchmark matrix", "distillation step"
 
 
-def parts(quick: bool) -> Iterator[Part]:
+def parts(quick: bool) -> Iterator[CheckPart]:
     for shape in ("tiny-llada",) if quick else SHAPES:
         for batch in (2,) if quick else BATCHES:
             for switch in SWITCHES:
                 name = f"speed-{shape}-batch-{batch}-{switch.lower().replace(' ', '-')}"
-                yield Part(name, SPEED, 20.0 + 1.5 * batch, partial(measure_cell, shape, batch, switch))
-    yield Part("step", STEP, 120.0, measure_distillation)
+                yield CheckPart(name, SPEED, 20.0 + 1.5 * batch, partial(measure_cell, shape, batch, switch))
+    yield CheckPart("step", STEP, 120.0, measure_distillation)
 
 
 def measure_cell(shape: str, batch: int, switch: str, target: Target) -> Figures:

@@ -29,5 +29,5 @@ def switched(*, triton: bool = True, capture: bool = True) -> Iterator[None]:
 
 def static_shapes(engine: Engine) -> int:
     """Shapes that the engine has run padded so far; 0 where none was, or where a capture has failed."""
-    runner = engine._runner
-    return 0 if runner is None or runner._failed else len(runner._runs)
+    runner = engine.runner
+    return runner.shapes if isinstance(runner, static.StaticRunner) else 0

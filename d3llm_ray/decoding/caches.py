@@ -59,7 +59,7 @@ class BlockCache:
 
 @dataclass(frozen=True)
 class DelayedCache:
-    """d3LLM's cache with delay and refresh (section 4.2).
+    """d3LLM's delayed cache with refresh (section 4.2).
 
     A finished block (the prompt is the first) waits `cache_delay` forwards before its keys and values are frozen,
     and meanwhile every forward starts at position 0; with nothing waiting, every `refresh_interval`-th forward does

@@ -15,6 +15,9 @@ BoolArray = NDArray[np.bool_]
 class Canvas:
     """Prompt followed by `size` response positions, all masked at first (d3LLM, arXiv:2601.07568, section 4).
 
+    Block states, in the paper's words: a block is inactive until it is created, then semi-activated, fully activated
+    when its predecessor is decoded far enough, and completed when it has no mask left.
+
     Response positions are counted from 0 behind the prompt; `tokens` is indexed absolutely. Blocks have `block_size`
     positions; the last one is shorter where `size` is no multiple, and with `aligned` blocks, which end at absolute
     multiples of `block_size`, the first one is. `stop_ids` are the tokens that end this request's answer.

@@ -71,7 +71,7 @@ class SubBlocks(SequentialBlocks):
 
 @dataclass(frozen=True)
 class MultiBlock:
-    """Several blocks at once (d3LLM section 4.1; block states as in D2F, arXiv:2508.09192).
+    """Multi-block decoding: several blocks at once (d3LLM section 4.1; block states as in D2F, arXiv:2508.09192).
 
     A block is added when the last one's decoded fraction reaches `block_add_threshold`, and fully activated
     when its predecessor's reaches `decoded_token_threshold` (the prompt counts as fully decoded).

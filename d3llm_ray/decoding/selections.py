@@ -22,9 +22,10 @@ def _best_of(scores: np.ndarray, where: BoolArray) -> int:
 
 @dataclass(frozen=True)
 class EntropyThreshold:
-    """Every position whose entropy (nats) is at most the threshold (dParallel, arXiv:2509.26488; d3LLM).
+    """Entropy-based selection: every position whose entropy (nats) is at most the threshold (dParallel,
+    arXiv:2509.26488; d3LLM).
 
-    Progress is guaranteed: where nothing in the first active block passes, its lowest-entropy position is
+    Guaranteed progress: where nothing in the first active block passes, its lowest-entropy position is
     revealed.
     """
 

@@ -152,6 +152,11 @@ class StaticRunner:
         self._failed = False
         self.padded = False  # whether the forward in hand was run in static shapes
 
+    @property
+    def shapes(self) -> int:
+        """Shapes that have been run so far; 0 once a capture has failed."""
+        return len(self._runs)
+
     def forward(self, batch: StepBatch) -> Tensor:
         """Packed statistics on the host, [GREEDY_STATS, N]; as of `EagerRunner` for a batch that does not fit."""
         shapes = self._shapes(batch)

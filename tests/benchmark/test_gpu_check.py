@@ -16,11 +16,13 @@ import torch
 
 from d3llm_ray.benchmark import gpu_check, gpu_check_attention, gpu_check_engine, gpu_check_kernel, gpu_check_speed
 from d3llm_ray.benchmark.gpu_check import MOST_TRIES, Records, run_parts
-from d3llm_ray.benchmark.gpu_check_base import CheckFailed, Part, Target, Unavailable
+from d3llm_ray.benchmark.gpu_check_base import CheckFailed, CheckPart, Target, Unavailable
 from d3llm_ray.benchmark.gpu_check_report import GpuCheckReport, facts_of
 from d3llm_ray.benchmark.gpu_check_switches import switched
 from d3llm_ray.benchmark.machine import data_sheet
 from d3llm_ray.decoding import scoring, static, statistics
+from d3llm_ray.decoding.batch import StepBatch
+from d3llm_ray.decoding.scoring import Stat
 from d3llm_ray.errors import InputError
 from d3llm_ray.models.attention import sdpa_attention
 
@@ -44,30 +46,30 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def part(clock: Clock) -> Callable[..., Part]:
+def part(clock: Clock) -> Callable[..., CheckPart]:
     """`part(name, estimate, ends=figures or an exception)` is a part that takes as long as its estimate."""
 
-    def make(name: str, estimate: float, ends: Any = None) -> Part:
+    def make(name: str, estimate: float, ends: Any = None) -> CheckPart:
         def run(_target: Target) -> Any:
             clock.now += estimate
             if isinstance(ends, BaseException):
                 raise ends
             return ends or {"rows": 1}
 
-        return Part(name, "section", estimate, run)
+        return CheckPart(name, "section", estimate, run)
 
     return make
 
 
-def names(parts: list[Part]) -> list[str]:
+def names(parts: list[CheckPart]) -> list[str]:
     return [part.name for part in parts]
 
 
-def statuses(records: Records, parts: list[Part]) -> dict[str, str]:
+def statuses(records: Records, parts: list[CheckPart]) -> dict[str, str]:
     return {record["part"]: record["status"] for record in records.of(parts)}
 
 
-def test_calls_complete_the_check_under_a_limit(part: Callable[..., Part], clock: Clock, tmp_path: Path) -> None:
+def test_calls_complete_the_check_under_a_limit(part: Callable[..., CheckPart], clock: Clock, tmp_path: Path) -> None:
     parts = [part("a", 300.0), part("b", 200.0), part("c", 100.0), part("d", 500.0)]
     records, said = Records(tmp_path, "key"), []
     left = run_parts(parts, QUICK, records, 480.0, say=said.append, clock=clock)
@@ -81,7 +83,9 @@ def test_calls_complete_the_check_under_a_limit(part: Callable[..., Part], clock
     assert not list(tmp_path.glob("*.started"))
 
 
-def test_what_goes_wrong_is_recorded_and_stops_nothing(part: Callable[..., Part], clock: Clock, tmp_path: Path) -> None:
+def test_what_goes_wrong_is_recorded_and_stops_nothing(
+    part: Callable[..., CheckPart], clock: Clock, tmp_path: Path
+) -> None:
     ends = [CheckFailed("wrong", {"rows": 3}), torch.cuda.OutOfMemoryError("no room\nmore"), Unavailable("no flash")]
     parts = [part(f"p{number}", 1.0, end) for number, end in enumerate(ends)] + [part("sound", 1.0)]
     records = Records(tmp_path, "key")
@@ -96,7 +100,7 @@ def test_what_goes_wrong_is_recorded_and_stops_nothing(part: Callable[..., Part]
 
 
 def test_a_part_that_takes_the_process_with_it_comes_last_and_then_has_failed(
-    part: Callable[..., Part], clock: Clock, tmp_path: Path
+    part: Callable[..., CheckPart], clock: Clock, tmp_path: Path
 ) -> None:
     parts, records = [part("killer", 1.0, KeyboardInterrupt()), part("sound", 1.0)], Records(tmp_path, "key")
     with pytest.raises(KeyboardInterrupt):
@@ -109,7 +113,7 @@ def test_a_part_that_takes_the_process_with_it_comes_last_and_then_has_failed(
 
 
 def test_a_lost_device_ends_the_call(
-    part: Callable[..., Part], clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: Callable[..., CheckPart], clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lost(_device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -196,18 +200,18 @@ def test_the_kernel_check_accepts_plain_torch_and_no_error(dtype: str, monkeypat
 
 def test_static_shapes_that_change_tokens_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gpu_check_engine.check_static("random-llada", False, QUICK)["different"]
-    run = static.StaticRunner.run
+    forward = static.StaticRunner.forward
 
-    def wrong(runner: static.StaticRunner, groups: Any) -> Any:
-        packed = run(runner, groups).copy()
-        packed[0] = (packed[0] + 1) % 500
+    def wrong(runner: static.StaticRunner, batch: StepBatch) -> Any:
+        packed = forward(runner, batch).clone()
+        packed[Stat.ARGMAX] = (packed[Stat.ARGMAX] + 1) % 500
         return packed
 
-    monkeypatch.setattr(static.StaticRunner, "run", wrong)
+    monkeypatch.setattr(static.StaticRunner, "forward", wrong)
     with pytest.raises(CheckFailed, match="tokens differ") as caught:
         gpu_check_engine.check_static("random-llada", False, QUICK)
     assert caught.value.figures["cases"] == 1
-    monkeypatch.setattr(static.StaticRunner, "accepts", lambda *_: False)
+    monkeypatch.setattr(static.StaticRunner, "_shapes", lambda *_: None)
     with pytest.raises(CheckFailed, match="no step ran in a static shape"):
         gpu_check_engine.check_static("random-llada", False, QUICK)
     with pytest.raises(Unavailable, match="CUDA"):

@@ -80,7 +80,9 @@ def choose_views(
     inverted_pairs: float = 0.0,
     order_rng: np.random.Generator | None = None,
 ) -> Views:
-    """Split a window's positions between the two views. `reveal_step`: [response length], 0-based teacher steps.
+    """Split a window's positions between a view and its complementary view.
+
+    `reveal_step`: [response length], 0-based teacher steps.
 
     `rounding="exact"`: exactly `round(ratio * window)` positions, at least 1, are masked, the last ones of an order:
     the teacher's by (reveal step, position), or for comparison that order "reversed", with the share `inverted_pairs`
