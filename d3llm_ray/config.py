@@ -22,7 +22,7 @@ from pydantic_settings import (
 )
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.yaml_file import read_yaml
+from d3llm_ray.yaml_file import read_yaml as read_yaml  # for those who read settings
 
 S = TypeVar("S", bound="Settings")
 

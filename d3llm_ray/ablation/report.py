@@ -13,7 +13,7 @@ from d3llm_ray.ablation.statistics import Estimate, Verdict, differences, estima
 from d3llm_ray.ablation.trial import Record
 from d3llm_ray.ablation.variants import RECIPE, TEACHER, Variant
 from d3llm_ray.evaluation.report import COUNTING, is_anchor, score
-from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.evaluation.rows import EvaluationRow as Row
 from d3llm_ray.report import WrittenReport, machine, table, versions
 
 BySeed = dict[int, float | None]

@@ -17,7 +17,7 @@ from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.distillation.local import distil_here
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.evaluation.rows import EvaluationRow as Row
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task

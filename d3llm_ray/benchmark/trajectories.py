@@ -23,10 +23,10 @@ from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.pipeline import run as run_job
 from d3llm_ray.trajectories.plan import make_plan
 from d3llm_ray.trajectories.prompts import Prompt
-from d3llm_ray.trajectories.schema import read_trajectories
+from d3llm_ray.trajectories.schema import TrajectoryRow, read_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.sources import Source
-from d3llm_ray.trajectories.teacher import Row, Teacher
+from d3llm_ray.trajectories.teacher import Teacher
 
 # How every figure is counted, in every report: a number without its rule cannot be compared.
 COUNTING = {
@@ -108,5 +108,5 @@ def _job(
     return summary["seconds"], [_decoded(row) for row in rows]
 
 
-def _decoded(row: Row) -> tuple[list[int], list[int], int]:
+def _decoded(row: TrajectoryRow) -> tuple[list[int], list[int], int]:
     return row["response_ids"], row["reveal_step"], row["forwards"]

@@ -9,7 +9,7 @@ from typing import Any
 from d3llm_ray.decoding import Decoder, DiffusionLLM, Output, decoding_settings
 from d3llm_ray.device import timed
 from d3llm_ray.errors import require
-from d3llm_ray.evaluation.rows import Row, Sample, summarise
+from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Problem, Task
 
@@ -25,7 +25,7 @@ def evaluate(
     warmup: int = 1,
     decoder: str | Path | Decoder | None = None,
     **overrides: Any,
-) -> Row:
+) -> EvaluationRow:
     """Measure `llm` on `problems` of `task`; no Ray, no files.
 
     All problems are decoded in one call, `max_batch_size` of `llm` at a time. The first `warmup` of them are decoded
@@ -43,7 +43,7 @@ def evaluate(
     chosen = llm.decoder(decoder, **overrides)
     progress = progress or Progress()
     prompts = [problem.messages for problem in problems]
-    options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "decoder": chosen}
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "decoder": chosen}
     if warmup:
         llm.generate(prompts[:warmup], **options)
     device = llm.model.embed_tokens.weight.device
@@ -65,9 +65,9 @@ def evaluate(
     )
 
 
-def _sample(task: Task, problem: Problem, output: Output) -> Sample:
+def _sample(task: Task, problem: Problem, output: Output) -> EvaluatedSample:
     assert problem.reference is not None
-    return Sample(
+    return EvaluatedSample(
         problem_id=problem.id,
         text=output.text,
         answer=task.extract(output.text),

@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from d3llm_ray.evaluation.aup import counted_points, weighted
-from d3llm_ray.evaluation.report import Report, is_anchor, method_points
-from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.evaluation.report import EvaluationReport, is_anchor, method_points
+from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.report import save_figure
 
 _MARKERS = "osD^vP*X"
 
 
-def plot_report(report: Report, path: Path) -> None:
+def plot_report(report: EvaluationReport, path: Path) -> None:
     """Draw two panels a task and write them as a PNG.
 
     Left: every row as accuracy (percent, 95 % interval) over tokens per forward, methods joined by lines. Right:
@@ -30,16 +30,16 @@ def plot_report(report: Report, path: Path) -> None:
         rows = [row for row in report.rows if row.task == task]
         methods = list(dict.fromkeys((row.model, row.decoder) for row in rows))
         for index, (model, decoder) in enumerate(methods):
-            own = [row for row in rows if (row.model, row.decoder) == (model, decoder)]
+            points = [row for row in rows if (row.model, row.decoder) == (model, decoder)]
             style = {"color": f"C{index % 10}", "marker": _MARKERS[index % len(_MARKERS)]}
-            _draw_points(left, own, f"{model}, {decoder}", style)
-            _draw_area(right, rows, own[0], report.anchors, style)
+            _draw_points(left, points, f"{model}, {decoder}", style)
+            _draw_area(right, rows, points[0], report.anchors, style)
         _finish(left, f"{task}: accuracy against parallelism", "accuracy (%)")
         _finish(right, f"{task}: the area that AUP measures", "weighted accuracy (%)")
     save_figure(figure, path)
 
 
-def _draw_points(axes: Axes, rows: list[Row], label: str, style: Mapping[str, Any]) -> None:
+def _draw_points(axes: Axes, rows: list[EvaluationRow], label: str, style: Mapping[str, Any]) -> None:
     rows = sorted(rows, key=lambda row: row.tpf)
     accuracy = [row.accuracy for row in rows]
     below = [row.accuracy - row.accuracy_low for row in rows]
@@ -48,16 +48,18 @@ def _draw_points(axes: Axes, rows: list[Row], label: str, style: Mapping[str, An
     axes.errorbar(tpf, accuracy, yerr=[below, above], label=label, capsize=3, linewidth=1, **style)
 
 
-def _draw_area(axes: Axes, rows: list[Row], own: Row, anchors: Mapping[str, str], style: Mapping[str, Any]) -> None:
-    if own.aup is None:
+def _draw_area(
+    axes: Axes, rows: list[EvaluationRow], method: EvaluationRow, anchors: Mapping[str, str], style: Mapping[str, Any]
+) -> None:
+    if method.aup is None:
         return
     best = max(row.accuracy for row in rows)
-    points = counted_points(method_points(rows, (own.model, own.decoder, own.task), anchors))
+    points = counted_points(method_points(rows, (method.model, method.decoder, method.task), anchors))
     tpf = [0.0, points[0][0], *(rho for rho, _ in points)]
     # The first term of AUP carries no weight: from 0 to the first point the height is the plain accuracy.
     height = [points[0][1]] * 2 + [weighted(accuracy, best) for _, accuracy in points]
-    label = f"{own.model}, {own.decoder}: {own.aup:.0f}"
-    if not is_anchor(own):
+    label = f"{method.model}, {method.decoder}: {method.aup:.0f}"
+    if not is_anchor(method):
         axes.fill_between(tpf, height, alpha=0.12, color=style["color"])
     axes.plot(tpf, height, label=label, linewidth=1, markevery=range(2, len(tpf)), **style)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from d3llm_ray.evaluation.aup import ALPHA, OFFSET, Point, aup
-from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.report import WrittenReport, machine, table, versions
 
 ANCHOR_DECODER = "vanilla"
@@ -26,10 +26,10 @@ COUNTING = {
 
 
 @dataclass(frozen=True)
-class Report(WrittenReport):
+class EvaluationReport(WrittenReport):
     """Scored rows. `anchors` maps a model to the model whose vanilla run anchors it, where that is another one."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[EvaluationRow, ...]
     anchors: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,21 +49,21 @@ class Report(WrittenReport):
         return table(header, cells, left=len(header) - 4)
 
 
-def _decoder_cell(row: Row, rows: Sequence[Row]) -> str:
+def _decoder_cell(row: EvaluationRow, rows: Sequence[EvaluationRow]) -> str:
     """The decoder's label and, where it was measured at several settings, those in which its rows differ."""
     siblings = [other.settings for other in rows if _method(other) == _method(row)]
     differing = [name for name, value in row.settings.items() if any(other[name] != value for other in siblings)]
     return ", ".join([row.decoder, *(f"{name}={row.settings[name]}" for name in differing)])
 
 
-def _cells(row: Row, decoder: str, with_task: bool) -> list[str]:
+def _cells(row: EvaluationRow, decoder: str, with_task: bool) -> list[str]:
     accuracy = f"{row.accuracy:.1f} % ({row.accuracy_low:.1f} - {row.accuracy_high:.1f})"
     score = "-" if row.aup is None else f"{row.aup:.1f}"
     task = [row.task] if with_task else []
     return [row.model, decoder, *task, accuracy, f"{row.tpf:.2f}", f"{row.tps:.1f}", score]
 
 
-def score(rows: Iterable[Row], anchors: Mapping[str, str] | None = None) -> Report:
+def score(rows: Iterable[EvaluationRow], anchors: Mapping[str, str] | None = None) -> EvaluationReport:
     """Give every row its AUP, computed over all rows.
 
     A method is one model with one decoder on one task; where several settings of it were measured, all of them are
@@ -76,28 +76,32 @@ def score(rows: Iterable[Row], anchors: Mapping[str, str] | None = None) -> Repo
     """
     rows, anchors = list(rows), dict(anchors or {})
     scores = {method: _method_score(rows, method, anchors) for method in {_method(row) for row in rows}}
-    return Report(tuple(replace(row, aup=scores[_method(row)]) for row in rows), anchors)
+    return EvaluationReport(tuple(replace(row, aup=scores[_method(row)]) for row in rows), anchors)
 
 
-def _method(row: Row) -> tuple[str, str, str]:
+def _method(row: EvaluationRow) -> tuple[str, str, str]:
     return row.model, row.decoder, row.task
 
 
-def is_anchor(row: Row) -> bool:
+def is_anchor(row: EvaluationRow) -> bool:
     """Whether the row is a run of the plain decoder at one token a step, under whatever label."""
     return row.settings.get("decoder") == ANCHOR_DECODER and row.settings.get("steps") is None
 
 
-def method_points(rows: Sequence[Row], method: tuple[str, str, str], anchors: Mapping[str, str]) -> list[Point]:
+def method_points(
+    rows: Sequence[EvaluationRow], method: tuple[str, str, str], anchors: Mapping[str, str]
+) -> list[Point]:
     """The distinct points of a method, its anchor among them, by rising tokens per forward."""
     model, _, task = method
     anchor = (anchors.get(model, model), task)
-    own = {(row.tpf, row.accuracy) for row in rows if _method(row) == method}
+    measured = {(row.tpf, row.accuracy) for row in rows if _method(row) == method}
     borrowed = {(row.tpf, row.accuracy) for row in rows if is_anchor(row) and (row.model, row.task) == anchor}
-    return sorted(own | borrowed)
+    return sorted(measured | borrowed)
 
 
-def _method_score(rows: Sequence[Row], method: tuple[str, str, str], anchors: Mapping[str, str]) -> float | None:
+def _method_score(
+    rows: Sequence[EvaluationRow], method: tuple[str, str, str], anchors: Mapping[str, str]
+) -> float | None:
     best = max(row.accuracy for row in rows if row.task == method[2])
     points = method_points(rows, method, anchors)
     return aup(points, best) if best > 0 and points[0][0] > 0 else None

@@ -13,7 +13,7 @@ _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
 @dataclass(frozen=True)
-class Sample:
+class EvaluatedSample:
     """One answered problem. `tokens` are those before the first stop token; `forwards` those it took part in."""
 
     problem_id: str
@@ -28,7 +28,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Row:
+class EvaluationRow:
     """The figures of one (model, decoder, task, settings).
 
     `model` and `decoder` are labels; `settings` is the content of a decoding settings file: the preset under
@@ -58,7 +58,7 @@ class Row:
     warmup: int
     max_batch_size: int
     aup: float | None = None
-    samples: tuple[Sample, ...] = field(default=(), repr=False, compare=False)
+    samples: tuple[EvaluatedSample, ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The row of a report: everything but the samples."""
@@ -67,8 +67,8 @@ class Row:
         return values
 
 
-def summarise(samples: Sequence[Sample], seconds: float, **labels: Any) -> Row:
-    """Add up the samples of one run of `seconds`; `labels` are the remaining fields of `Row`.
+def summarise(samples: Sequence[EvaluatedSample], seconds: float, **labels: Any) -> EvaluationRow:
+    """Add up the samples of one run of `seconds`; `labels` are the remaining fields of `EvaluationRow`.
 
     Raises:
         InputError: no samples.
@@ -78,7 +78,7 @@ def summarise(samples: Sequence[Sample], seconds: float, **labels: Any) -> Row:
     tokens = sum(sample.tokens for sample in samples)
     forwards = sum(sample.forwards for sample in samples)
     low, high = wilson_interval(correct, count)
-    return Row(
+    return EvaluationRow(
         accuracy=100.0 * correct / count,
         accuracy_low=100.0 * low,
         accuracy_high=100.0 * high,

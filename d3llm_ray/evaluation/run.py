@@ -6,7 +6,6 @@ another decoder added, measures only what is missing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,13 +18,13 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.decoders import decoder_label, sweep_decoder
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.evaluation.plots import plot_report
-from d3llm_ray.evaluation.report import Report, score
-from d3llm_ray.evaluation.rows import Row, Sample
+from d3llm_ray.evaluation.report import EvaluationReport, score
+from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.models import resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import write_text
+from d3llm_ray.report import digest, write_text
 from d3llm_ray.tasks import Problem, Task, load_task
 
 
@@ -40,7 +39,7 @@ class _Measurement:
     key: str
 
 
-def run(settings: EvaluateSettings, progress: Progress | None = None) -> Report:
+def run(settings: EvaluateSettings, progress: Progress | None = None) -> EvaluationReport:
     """Measure, score and write; returns the report.
 
     Files in `settings.output`: `evaluate.yaml` (these settings), `samples/*.jsonl` (every answer, a file a row),
@@ -97,9 +96,8 @@ def _key(settings: EvaluateSettings, names: tuple[str, ...], content: list[Any])
     options = settings.model_dump(
         mode="json", include={"max_tokens", "temperature", "seed", "max_batch_size", "warmup", "dtype", "device"}
     )
-    digest = hashlib.sha256(json.dumps([content, options], sort_keys=True).encode()).hexdigest()
     slug = "".join(letter if letter.isalnum() else "-" for letter in "-".join(names))
-    return f"{slug}-{digest[:10]}"
+    return f"{slug}-{digest([content, options])}"
 
 
 def _measure_all(
@@ -108,7 +106,7 @@ def _measure_all(
     tasks: dict[str, Task],
     problems: dict[str, list[Problem]],
     progress: Progress,
-) -> Iterator[tuple[str, Row]]:
+) -> Iterator[tuple[str, EvaluationRow]]:
     """Key and row of every measurement, read back where it was made before; one model in memory at a time."""
     llm: DiffusionLLM | None = None
     loaded = ""
@@ -144,13 +142,13 @@ def _measure_all(
         yield item.key, row
 
 
-def _write(path: Path, row: Row) -> None:
+def _write(path: Path, row: EvaluationRow) -> None:
     """First line: the row; then a line a sample."""
     lines = [row.to_dict(), *(asdict(sample) for sample in row.samples)]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _read(path: Path) -> Row:
+def _read(path: Path) -> EvaluationRow:
     with path.open(encoding="utf-8") as lines:
         first, *rest = (json.loads(line) for line in lines)
-    return Row(**first, samples=tuple(Sample(**line) for line in rest))
+    return EvaluationRow(**first, samples=tuple(EvaluatedSample(**line) for line in rest))

@@ -17,7 +17,7 @@ class Pair(SettingsGroup):
 
     model: str = Field(description="zoo name or checkpoint folder")
     decoder: str = Field(description="preset or decoding settings file (.yaml)")
-    decoder_settings: DecoderSettings = Field({}, description="settings that override the decoder's")
+    decoder_settings: DecoderSettings = Field(default={}, description="settings that override the decoder's")
     model_label: str | None = Field(
         default=None, description="name in the report; default: the zoo name or the folder's name"
     )

@@ -18,7 +18,7 @@ from d3llm_ray import cluster
 from d3llm_ray.config import to_yaml
 from d3llm_ray.distillation.run import run as distill
 from d3llm_ray.errors import InputError, require
-from d3llm_ray.evaluation.report import Report
+from d3llm_ray.evaluation.report import EvaluationReport
 from d3llm_ray.evaluation.run import run as evaluate
 from d3llm_ray.models import resolve_model
 from d3llm_ray.progress import Progress
@@ -113,7 +113,7 @@ def ask(url: str, question: str) -> dict[str, Any]:
     }
 
 
-def _closing(settings: QuickstartSettings, report: Report, summary: dict[str, Any]) -> str:
+def _closing(settings: QuickstartSettings, report: EvaluationReport, summary: dict[str, Any]) -> str:
     answer, seconds = summary["answer"], summary["seconds"]
     usage = answer["usage"]
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())

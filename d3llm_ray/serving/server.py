@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import ray
 from ray import serve
@@ -51,17 +51,15 @@ def serve_in_background(settings: ServeSettings, progress: Progress | None = Non
     if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
         _free_port(settings)
     progress = progress or Progress()
-    progress.start("serve", settings.replicas, "replica")
-    try:
-        with _connected(), _http(settings) as port:
+    with ExitStack() as running:
+        with progress.stage("serve", settings.replicas, "replica"):
+            running.enter_context(_connected())
+            port = running.enter_context(_http(settings))
             serve.run(application(replica, num_replicas=settings.replicas), name=APPLICATION, route_prefix="/")
             url = f"http://{_reachable(settings.host)}:{port}"
             _wait_healthy(url)
             progress.update(settings.replicas)
-            progress.finish()
-            yield url
-    finally:
-        progress.finish()
+        yield url
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from d3llm_ray.config import Settings
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import load_tokenizer, read_configs
 from d3llm_ray.progress import Progress
-from d3llm_ray.trajectories.published import ChatTemplate, Imported, Teacher, import_answer, import_trajectory
+from d3llm_ray.trajectories.published import ChatTemplate, Imported, PublishedTeacher, import_answer, import_trajectory
 from d3llm_ray.trajectories.schema import MAX_CANVAS, build_table, file_metadata
 from d3llm_ray.trajectories.shards import ShardWriter, check_errors
 from d3llm_ray.trajectories.storage import SUCCESS, Location
@@ -56,7 +56,7 @@ class ImportSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Source:
+class ImportSource:
     """Opened input: `rows()` yields each row as a mapping of plain values and arrays, or what stands in its place."""
 
     columns: list[str]
@@ -140,22 +140,24 @@ def _converter(settings: ImportSettings, columns: list[str]) -> tuple[Callable[[
     require("question" in columns or not needs_text, "source", "no column question", "one, or retemplate: false")
     generation = {"imported": True, "teacher": settings.teacher}
     template = None if tokenizer is None else ChatTemplate(tokenizer)
-    teacher = Teacher(family, family.mask_token_id, shape.vocab_size, template, generation, settings.retemplate)
+    teacher = PublishedTeacher(
+        family, family.mask_token_id, shape.vocab_size, template, generation, settings.retemplate
+    )
     metadata = file_metadata(family.name, generation)
     if ordered:
         return partial(import_trajectory, teacher=teacher), metadata
     return partial(import_answer, teacher=teacher, max_tokens=settings.max_tokens), metadata
 
 
-def _open(name: str) -> Source:
+def _open(name: str) -> ImportSource:
     """Find the files of a source and open them by their ending."""
     location = Location.of(name, "source")
     require(location.exists, "source", name, f"a file or folder that exists: {FORMATS}")
     if location.is_folder:
-        found = {ending: files for ending in (".parquet", ".jsonl", ".arrow") if (files := location.files(ending))}
-        kinds = f"files {', '.join(found)}" if found else "no data files"
-        require(len(found) == 1, "source", f"{name} with {kinds}", f"a folder of one kind of files: {FORMATS}")
-        ((ending, files),) = found.items()
+        kinds = {ending: files for ending in (".parquet", ".jsonl", ".arrow") if (files := location.files(ending))}
+        names = f"files {', '.join(kinds)}" if kinds else "no data files"
+        require(len(kinds) == 1, "source", f"{name} with {names}", f"a folder of one kind of files: {FORMATS}")
+        ((ending, files),) = kinds.items()
     else:
         ending, files = f".{location.path.rpartition('.')[2]}", [location]
         require(ending in _OPENERS, "source", name, FORMATS)
@@ -179,7 +181,7 @@ def _readable(name: str) -> Iterator[None]:
         raise InputError(f"source: cannot read {name!r}: {reason}; accepted: {FORMATS}") from error
 
 
-def _open_parquet(files: list[Location]) -> Source:
+def _open_parquet(files: list[Location]) -> ImportSource:
     def read(file: Location) -> Iterator[Any]:
         with file.filesystem.open_input_file(file.path) as stream:
             # Buffered, else a whole row group is read at once.
@@ -189,10 +191,12 @@ def _open_parquet(files: list[Location]) -> Source:
 
     heads = [pq.read_metadata(file.path, filesystem=file.filesystem) for file in files]
     columns = heads[0].schema.to_arrow_schema().names
-    return Source(columns, sum(head.num_rows for head in heads), lambda: (row for file in files for row in read(file)))
+    return ImportSource(
+        columns, sum(head.num_rows for head in heads), lambda: (row for file in files for row in read(file))
+    )
 
 
-def _open_arrow(files: list[Location]) -> Source:
+def _open_arrow(files: list[Location]) -> ImportSource:
     """Record batches are mapped, not read: `datasets` writes 1,000 rows a batch."""
     local = all(isinstance(file.filesystem, fs.LocalFileSystem) for file in files)
     require(local, "source", files[0].name, "a local folder; Parquet and JSON Lines may be remote")
@@ -204,14 +208,14 @@ def _open_arrow(files: list[Location]) -> Source:
 
     with pa.memory_map(files[0].path) as stream:
         columns = pa.ipc.open_stream(stream).schema.names
-    return Source(
+    return ImportSource(
         columns,
         sum(batch.num_rows for batch in batches()),
         lambda: (row for batch in batches() for row in _rows(batch.select(_used(columns)))),
     )
 
 
-def _open_json_lines(files: list[Location]) -> Source:
+def _open_json_lines(files: list[Location]) -> ImportSource:
     def lines() -> Iterator[bytes]:
         for file in files:
             with file.filesystem.open_input_stream(file.path) as stream:
@@ -220,7 +224,7 @@ def _open_json_lines(files: list[Location]) -> Source:
     first = _json(next(lines(), b"{}"))
     accepted = "JSON Lines, one object a line; `jq -c '.[]'` turns an array into them"
     require(isinstance(first, dict), "source", f"{files[0].name} without an object in its first line", accepted)
-    return Source(list(first), sum(1 for _ in lines()), lambda: map(_json, lines()))
+    return ImportSource(list(first), sum(1 for _ in lines()), lambda: map(_json, lines()))
 
 
 _OPENERS = {

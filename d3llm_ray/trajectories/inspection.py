@@ -114,9 +114,9 @@ def _first(dataset: pads.Dataset, column: str, test: Callable[[pa.Array], pa.Arr
     """The number of the first row whose value in `column` passes."""
     start = 0
     for batch in dataset.to_batches(columns=[column], **SCAN):
-        found = pc.index(test(batch[column]), True).as_py()
-        if found >= 0:
-            return int(start + found)
+        index = pc.index(test(batch[column]), True).as_py()
+        if index >= 0:
+            return int(start + index)
         start += batch.num_rows
     return None
 
@@ -196,7 +196,7 @@ def _figures(figures: Mapping[str, Any], reveals: Reveals, stops: bool, block_si
     lengths = f"{min(canvases)}" if len(canvases) == 1 else f"{min(canvases)} to {max(canvases)}"
     judged, correct = figures["judged"], figures["correct"]
     attempts = ", ".join(f"{number}: {count}" for number, count in enumerate(figures["correct_at_attempt"]))
-    found = {
+    lines = {
         "canvas": f"{lengths} positions",
         "correct": f"{correct} of {judged} judged ({figures['accuracy']:.1f} %)" if judged else "no row is judged",
         "correct at attempt": attempts or "unknown",
@@ -205,16 +205,16 @@ def _figures(figures: Mapping[str, Any], reveals: Reveals, stops: bool, block_si
         rate = reveals.positions / reveals.forwards
         name = "tokens per forward" if stops else "positions per forward"
         counted = "tokens before the first stop token" if stops else "revealed positions, the stop token is unknown"
-        found["forwards"] = f"{figures['mean_forwards']:.1f} a row"
-        found[name] = f"{rate:.2f} ({counted})"
+        lines["forwards"] = f"{figures['mean_forwards']:.1f} a row"
+        lines[name] = f"{rate:.2f} ({counted})"
     if reveals.order is not None:
         where = f"blocks of {block_size}" if block_size else "the canvas, the block size is unknown"
-        found["order"] = (
+        lines["order"] = (
             f"{reveals.order:.2f}: Goodman-Kruskal gamma of position and step within {where}; 1 is left to right, "
             "0 no order, -1 right to left"
         )
     missing = ", ".join(f"{name} in {count} rows" for name, count in reveals.untold.items() if count)
-    return {**found, **({"not known": missing} if missing else {})}
+    return {**lines, **({"not known": missing} if missing else {})}
 
 
 def _errors(path: str) -> dict[str, str]:

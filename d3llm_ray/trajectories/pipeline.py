@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from d3llm_ray.cluster import connect, quieten, wait_for_resources
 from d3llm_ray.errors import InputError
 from d3llm_ray.progress import Progress
-from d3llm_ray.trajectories.plan import Plan, make_plan
+from d3llm_ray.trajectories.plan import TrajectoryPlan, make_plan
 from d3llm_ray.trajectories.publish import publish
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.shards import check_errors
@@ -67,7 +67,12 @@ def _demand(settings: TrajectorySettings) -> list[dict[str, float]]:
 
 
 def _decode(
-    plan: Plan, prompts: Location, manifest: Manifest, progress: Progress, done: int, make_teacher: MakeTeacher
+    plan: TrajectoryPlan,
+    prompts: Location,
+    manifest: Manifest,
+    progress: Progress,
+    done: int,
+    make_teacher: MakeTeacher,
 ) -> float:
     """Run the Ray Data job over staged `prompts` to its end; the parts stay in the staging folder.
 
@@ -99,7 +104,7 @@ def _decode(
     return committed - ready
 
 
-def _dataset(plan: Plan, prompts: Location, make_teacher: MakeTeacher) -> Dataset:
+def _dataset(plan: TrajectoryPlan, prompts: Location, make_teacher: MakeTeacher) -> Dataset:
     settings = plan.settings
     rows_per_call = max(1, settings.rows_per_block // CALLS_PER_ACTOR)
     # read_parquet makes one block of a small file, whatever is asked: one busy actor and one part.
@@ -151,5 +156,5 @@ def _shown(sums: dict[str, int]) -> dict[str, Any]:
 
 def _input_error(error: RayError) -> InputError | None:
     """The bad input that an actor met when it was made; of its errors Ray keeps the text only."""
-    found = re.search(rf"^{InputError.__module__}\.InputError: (.*)$", str(error), re.MULTILINE)
-    return InputError(found[1]) if found else None
+    refusal = re.search(rf"^{InputError.__module__}\.InputError: (.*)$", str(error), re.MULTILINE)
+    return InputError(refusal[1]) if refusal else None

@@ -18,7 +18,7 @@ from d3llm_ray.trajectories.storage import Location
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrajectoryPlan:
     """A checked run. `staging` holds what is half done: prompts and committed parts."""
 
     settings: TrajectorySettings
@@ -52,7 +52,7 @@ class Plan:
         return distinct_prompts(self.source.problems(), self.generation)
 
 
-def make_plan(settings: TrajectorySettings) -> Plan:
+def make_plan(settings: TrajectorySettings) -> TrajectoryPlan:
     """Open the prompts and read the teacher's configuration. `InputError` for what could not be decoded at all."""
     config, family = read_configs(settings.teacher)
     chosen = teacher_decoder(settings, family)
@@ -65,7 +65,7 @@ def make_plan(settings: TrajectorySettings) -> Plan:
     source = open_source(settings.prompts, settings.texts, settings.split, settings.count)
     generation = generation_settings(settings, chosen, block_size)
     metadata = file_metadata(family.name, generation)
-    return Plan(settings, source, generation, metadata, Location.of(settings.output, "output"))
+    return TrajectoryPlan(settings, source, generation, metadata, Location.of(settings.output, "output"))
 
 
 def teacher_decoder(settings: TrajectorySettings, family: Family) -> Decoder:

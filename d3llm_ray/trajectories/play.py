@@ -84,7 +84,9 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
 
 def legible(text: str) -> str:
     """`text` with every character that a terminal would obey, newlines aside, replaced."""
-    return "".join(one if one.isprintable() or one == "\n" else "\ufffd" for one in text.replace("\t", "    "))
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text.replace("\t", "    ")
+    )
 
 
 def play(unmasking: Unmasking, delay_s: float, stream: TextIO) -> None:

@@ -94,6 +94,6 @@ def _labels(unmasking: Unmasking) -> list[str]:
         text = text.strip(" ").replace("\n", "↵") or "␣"
         text = text if len(text) <= LABEL_LENGTH else f"{text[: LABEL_LENGTH - 1]}…"
         repeated = position > 0 and unmasking.special[position] and token == unmasking.token_ids[position - 1]
-        known = all(ord(one) in drawable for one in text)
+        known = all(ord(letter) in drawable for letter in text)
         labels.append("" if repeated else text if known else f"#{token}")
     return labels

@@ -13,7 +13,7 @@ import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from d3llm_ray.progress import Progress
-from d3llm_ray.trajectories.plan import Plan
+from d3llm_ray.trajectories.plan import TrajectoryPlan
 from d3llm_ray.trajectories.schema import ERROR_SCHEMA, SCHEMA
 from d3llm_ray.trajectories.shards import ShardWriter, check_errors
 from d3llm_ray.trajectories.staging import Manifest, rows_and_files, staged_ids
@@ -24,7 +24,7 @@ class IncompleteRun(RuntimeError):
     """The parts do not hold every prompt once: a fault of the pipeline, not of its input."""
 
 
-def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+def publish(plan: TrajectoryPlan, manifest: Manifest, figures: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Write the finished folder and return its summary. `figures` are the run's own (seconds, rows a second).
 
     Memory holds `staging.ROWS_PER_FILE` rows, and id, number and file of every row of the run. Safe to repeat: an
@@ -35,9 +35,9 @@ def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress
         InputError: more prompts failed than the settings allow.
     """
     chunks = list(staged_ids(plan))
-    found, files = rows_and_files(plan.parts)
-    repeated = audit(plan, manifest, chunks, found)
-    files_of = _files_by_chunk(chunks, found, files)
+    committed, files = rows_and_files(plan.parts)
+    repeated = audit(plan, manifest, chunks, committed)
+    files_of = _files_by_chunk(chunks, committed, files)
     settings = plan.settings
     writer = ShardWriter(plan.output, plan.metadata, settings.rows_per_file, settings.keep)
     done = 0
@@ -59,13 +59,13 @@ def publish(plan: Plan, manifest: Manifest, figures: Mapping[str, Any], progress
     return summary
 
 
-def audit(plan: Plan, manifest: Manifest, chunks: list[pa.Table], found: NDArray[np.int64]) -> int:
-    """Raise `IncompleteRun` unless the rows `found` are every staged prompt's; returns how many came more than once.
+def audit(plan: TrajectoryPlan, manifest: Manifest, chunks: list[pa.Table], committed: NDArray[np.int64]) -> int:
+    """Raise `IncompleteRun` unless the `committed` rows are every staged prompt's; returns how many came again.
 
     A row is a function of its prompt. Should a worker of a killed driver have finished a part that the next driver
     decoded again, the copies are equal and one is kept.
     """
-    distinct = np.unique(found)
+    distinct = np.unique(committed)
     expected = count = 0
     missing: list[str] = []
     for prompts in chunks:
@@ -79,7 +79,7 @@ def audit(plan: Plan, manifest: Manifest, chunks: list[pa.Table], found: NDArray
             f"{plan.parts.name}: {manifest.prompts} prompts, {expected} staged, {len(distinct)} distinct rows; "
             f"{count} without a row: {', '.join(missing) or 'none'}"
         )
-    return len(found) - len(distinct)
+    return len(committed) - len(distinct)
 
 
 def _files_by_chunk(chunks: list[pa.Table], rows: NDArray[np.int64], files: pa.ChunkedArray) -> dict[int, list[str]]:
@@ -87,13 +87,13 @@ def _files_by_chunk(chunks: list[pa.Table], rows: NDArray[np.int64], files: pa.C
     firsts = [prompts["row"][0].as_py() for prompts in chunks]
     numbers = pa.array(np.searchsorted(firsts, rows, side="right") - 1)
     pairs = pa.table({"chunk": numbers, "file": files}).group_by(["chunk", "file"]).aggregate([]).sort_by("file")
-    found: dict[int, list[str]] = defaultdict(list)
+    files_of: dict[int, list[str]] = defaultdict(list)
     for chunk, file in zip(pairs["chunk"].to_pylist(), pairs["file"].to_pylist(), strict=True):
-        found[chunk].append(file)
-    return found
+        files_of[chunk].append(file)
+    return files_of
 
 
-def _rows_of(plan: Plan, files: list[str], prompts: pa.Table) -> pa.Table:
+def _rows_of(plan: TrajectoryPlan, files: list[str], prompts: pa.Table) -> pa.Table:
     """The staged rows of one chunk of `staged_ids`, in its order."""
     wanted = prompts["row"]
     dataset = pads.dataset(files, schema=STAGED_SCHEMA, filesystem=plan.output.filesystem, format="parquet")

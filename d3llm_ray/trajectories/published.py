@@ -78,7 +78,7 @@ class ChatTemplate:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class PublishedTeacher:
     """What all rows of an import share."""
 
     family: Family
@@ -106,7 +106,7 @@ class Imported:
     inferred: bool  # the prompt's end was read from the masks
 
 
-def import_trajectory(published: Any, teacher: Teacher) -> Imported:
+def import_trajectory(published: Any, teacher: PublishedTeacher) -> Imported:
     """One row of `trajectory` (whole sequences, steps x tokens), `question`, and optionally the other columns.
 
     Our positions are relative to the response, so the templated prompt may replace the published one under them.
@@ -139,7 +139,7 @@ def import_trajectory(published: Any, teacher: Teacher) -> Imported:
     return _with_prompt(row, question, prompt.tolist(), teacher, inferred=not fits)
 
 
-def import_answer(published: Any, teacher: Teacher, max_tokens: int) -> Imported:
+def import_answer(published: Any, teacher: PublishedTeacher, max_tokens: int) -> Imported:
     """One row of `question`, `llm_response` and optionally `gt_answer`: a canvas of `max_tokens`, no order.
 
     The response ends in the stop token that it has or, as in the published training, EOS; EOS fills the canvas.
@@ -226,7 +226,7 @@ def _one_a_step(entries: Ids, mask_id: int) -> bool:
 
 
 def _with_prompt(
-    row: dict[str, Any], question: Question, published_ids: list[int], teacher: Teacher, *, inferred: bool
+    row: dict[str, Any], question: Question, published_ids: list[int], teacher: PublishedTeacher, *, inferred: bool
 ) -> Imported:
     """Complete `row` with its prompt: the templated question, or the published ids."""
     prompt_ids = published_ids

@@ -65,17 +65,17 @@ class Reveals:
 
     def histograms(self) -> list[Histogram]:
         """Of those quantities that the rows know."""
-        found = []
+        histograms = []
         if self._steps.any():
             edges = np.linspace(0.0, 1.0, self._bins + 1)
-            found.append(Histogram("reveal step / forwards of the row", "", edges, self._relative))
-            found.append(
+            histograms.append(Histogram("reveal step / forwards of the row", "", edges, self._relative))
+            histograms.append(
                 self._binned("reveal step", "0-based forward", np.arange(float(VALUES)), self._steps, least=1.0)
             )
         if self._entropies.any():
             values = np.arange(VALUES, dtype=np.uint16).view(np.float16).astype(np.float64)
-            found.append(self._binned("entropy at reveal", "nats", values, self._entropies, least=1e-3))
-        return found
+            histograms.append(self._binned("entropy at reveal", "nats", values, self._entropies, least=1e-3))
+        return histograms
 
     def _add_canvas(self, rows: pa.Table, canvas: int) -> None:
         """Rows of one canvas length, so that their lists are matrices."""

@@ -25,6 +25,7 @@ def _list(values: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", values))  # the name that Parquet gives to list items
 
 
+TrajectoryRow = dict[str, Any]  # column -> value, of a row while it is made; of a failed prompt with `error`
 MESSAGES = _list(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
 METADATA_KEY = b"d3llm_ray"
 
@@ -76,9 +77,9 @@ def check_table(table: pa.Table, source: str) -> None:
     for field in SCHEMA:
         if field.name not in table.schema.names:
             raise InputError(f"{source}: column {field.name!r} is missing; accepted: {', '.join(SCHEMA.names)}")
-        found = table.schema.field(field.name).type
-        if found != field.type:
-            raise InputError(f"{source}: column {field.name!r} is {found}; accepted: {field.type}")
+        kind = table.schema.field(field.name).type
+        if kind != field.type:
+            raise InputError(f"{source}: column {field.name!r} is {kind}; accepted: {field.type}")
         if not field.nullable and table[field.name].null_count:
             raise InputError(f"{source}: column {field.name!r} holds nulls; accepted: a value in every row")
     canvas = pc.list_value_length(table["response_ids"])

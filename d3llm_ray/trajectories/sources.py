@@ -85,8 +85,8 @@ def _open(prompts: str, split: Split, count: int | None) -> Opened:
 def _open_files(prompts: str, location: Location) -> Opened:
     files = {prompts: location}
     if location.is_folder:
-        found = [file for file in location.files() if file.path.endswith(ENDINGS) and not _is_hidden(file)]
-        files = {f"{prompts.rstrip('/')}/{file.path.rpartition('/')[2]}": file for file in found}
+        readable = [file for file in location.files() if file.path.endswith(ENDINGS) and not _is_hidden(file)]
+        files = {f"{prompts.rstrip('/')}/{file.path.rpartition('/')[2]}": file for file in readable}
         if not files:
             raise unreadable(prompts, "no prompts file directly in this folder")
     total = None

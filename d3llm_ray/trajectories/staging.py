@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from d3llm_ray.config import to_yaml
 from d3llm_ray.errors import InputError
 from d3llm_ray.progress import Progress
-from d3llm_ray.trajectories.plan import Plan
+from d3llm_ray.trajectories.plan import TrajectoryPlan
 from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.schema import MESSAGES
 from d3llm_ray.trajectories.storage import SUCCESS, Location
@@ -47,13 +47,13 @@ class Manifest:
     inputs: str | None  # of the source's files and the settings: unchanged, they spare reading a million prompts again
 
 
-def read_manifest(plan: Plan) -> Manifest | None:
+def read_manifest(plan: TrajectoryPlan) -> Manifest | None:
     """The manifest of a half-done run; None when there is none."""
     file = plan.staging / "manifest.json"
     return Manifest(**json.loads(file.read_text())) if file.exists else None
 
 
-def stage(plan: Plan, progress: Progress) -> Manifest:
+def stage(plan: TrajectoryPlan, progress: Progress) -> Manifest:
     """Number the prompts of a new run and write them; of one begun before, check that it is the same run.
 
     Raises `InputError` when the folder holds another run's work, or when the source turns out to be malformed.
@@ -73,7 +73,7 @@ def stage(plan: Plan, progress: Progress) -> Manifest:
     return manifest
 
 
-def is_finished(plan: Plan, progress: Progress) -> bool:
+def is_finished(plan: TrajectoryPlan, progress: Progress) -> bool:
     """Whether the output already holds exactly this run; `InputError` when it holds another one."""
     if not (plan.output / SUCCESS).exists:
         return False
@@ -85,14 +85,14 @@ def is_finished(plan: Plan, progress: Progress) -> bool:
     return True
 
 
-def _other_run(plan: Plan, state: str) -> InputError:
+def _other_run(plan: TrajectoryPlan, state: str) -> InputError:
     return InputError(
         f"output: {plan.settings.output!r} holds a {state} run of other prompts or settings; accepted: the "
         "settings.yaml beside it, or another folder"
     )
 
 
-def _number(plan: Plan, progress: Progress, write: bool) -> Manifest:
+def _number(plan: TrajectoryPlan, progress: Progress, write: bool) -> Manifest:
     """Go through the source once; with `write`, into the staged prompts' files."""
     digest, count, last = hashlib.sha256(plan.settings.keep.encode()), 0, -1
     prompts = plan.prompts()
@@ -107,7 +107,7 @@ def _number(plan: Plan, progress: Progress, write: bool) -> Manifest:
     return Manifest(digest.hexdigest()[:16], count, last + 1 - count, _inputs(plan))
 
 
-def _inputs(plan: Plan) -> str | None:
+def _inputs(plan: TrajectoryPlan) -> str | None:
     """A hash of all that decides which prompts there are, without reading them; None where that is not known."""
     source = plan.source
     if source.version is None:
@@ -126,14 +126,14 @@ def _write_prompts(file: Location, prompts: list[Prompt]) -> None:
     file.write_table(pa.table(columns, schema=PROMPT_SCHEMA), ROWS_PER_GROUP)
 
 
-def staged_ids(plan: Plan) -> Iterator[pa.Table]:
+def staged_ids(plan: TrajectoryPlan) -> Iterator[pa.Table]:
     """`row` and `prompt_id` of every prompt, ascending, at most `ROWS_PER_FILE` at a time."""
     for file in plan.staged_prompts.files(".parquet"):
         dataset = pads.dataset(file.path, filesystem=file.filesystem, format="parquet")
         yield dataset.to_table(columns=["row", "prompt_id"])
 
 
-def stage_remaining(plan: Plan, committed: NDArray[np.int64]) -> Location:
+def stage_remaining(plan: TrajectoryPlan, committed: NDArray[np.int64]) -> Location:
     """A folder of the staged prompts that are not among the `committed` rows."""
     if not committed.size:
         return plan.staged_prompts

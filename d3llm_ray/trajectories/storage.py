@@ -64,8 +64,8 @@ class Location:
         return [self / name for name in self._names() if name.startswith(PARTIAL)]
 
     def _names(self) -> list[str]:
-        found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted(item.base_name for item in found if item.type == fs.FileType.File)
+        entries = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(item.base_name for item in entries if item.type == fs.FileType.File)
 
     def make_folder(self) -> None:
         self.filesystem.create_dir(self.path, recursive=True)

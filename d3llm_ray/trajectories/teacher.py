@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -14,10 +14,10 @@ from d3llm_ray.models import read_configs
 from d3llm_ray.tasks import Task
 from d3llm_ray.trajectories.plan import teacher_decoder
 from d3llm_ray.trajectories.prompts import Prompt, attempt_seed
+from d3llm_ray.trajectories.schema import TrajectoryRow
 from d3llm_ray.trajectories.settings import TrajectorySettings
 
 Key = TypeVar("Key")
-Row = dict[str, Any]
 
 
 class EngineLike(Protocol):
@@ -115,7 +115,7 @@ class Teacher:
             max_batch_size=settings.max_batch_size,
         )
         self._ladders: Ladders[Prompt] = Ladders(self.llm.engine, self._judge)
-        self._refused: list[Row] = []
+        self._refused: list[TrajectoryRow] = []
 
     @property
     def active(self) -> int:
@@ -134,15 +134,15 @@ class Teacher:
             except Exception as error:  # a poison prompt costs its own row only
                 self._refused.append(_error_row(prompt, _reason(error)))
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[TrajectoryRow]:
         """One forward; the rows that are complete, none when there is nothing to decode."""
         rows, self._refused = self._refused, []
         return rows + [_row(outcome) for outcome in self._ladders.step()]
 
-    def rows(self, prompts: Sequence[Prompt]) -> list[Row]:
+    def rows(self, prompts: Sequence[Prompt]) -> list[TrajectoryRow]:
         """Decode `prompts` and nothing else; one row for each, in their order."""
         self.submit(prompts)
-        rows: dict[str, Row] = {}
+        rows: dict[str, TrajectoryRow] = {}
         while len(rows) < len(prompts):
             rows.update((row["prompt_id"], row) for row in self.step())
         return [rows[prompt.prompt_id] for prompt in prompts]
@@ -171,7 +171,7 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
-def _error_row(prompt: Prompt, reason: str | None) -> Row:
+def _error_row(prompt: Prompt, reason: str | None) -> TrajectoryRow:
     return {
         "row": prompt.row,
         "prompt_id": prompt.prompt_id,
@@ -181,7 +181,7 @@ def _error_row(prompt: Prompt, reason: str | None) -> Row:
     }
 
 
-def _row(outcome: Outcome[Prompt]) -> Row:
+def _row(outcome: Outcome[Prompt]) -> TrajectoryRow:
     prompt, attempt, verdict = outcome.key, outcome.attempt, outcome.verdict
     if attempt is None or verdict is None:
         return _error_row(prompt, outcome.error)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from d3llm_ray.metrics import TeacherMetrics
 from d3llm_ray.tasks import Task
 from d3llm_ray.trajectories.prompts import Prompt
-from d3llm_ray.trajectories.schema import SCHEMA, build_table
+from d3llm_ray.trajectories.schema import SCHEMA, TrajectoryRow, build_table
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.storage import Location
 
@@ -41,7 +41,6 @@ RECEIPT_SCHEMA = pa.schema(
         pa.field("refusal", pa.string()),
     ]
 )
-Row = dict[str, Any]
 
 
 class TeacherLike(Protocol):
@@ -55,7 +54,7 @@ class TeacherLike(Protocol):
 
     def submit(self, prompts: Sequence[Prompt]) -> None: ...
 
-    def step(self) -> list[Row]: ...
+    def step(self) -> list[TrajectoryRow]: ...
 
 
 class MakeTeacher(Protocol):
@@ -78,7 +77,7 @@ class TeacherWorker:
         self._metrics = TeacherMetrics(settings.teacher)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")  # the event loop never waits for a forward
         self._incoming: list[Prompt] = []
-        self._pending: dict[str, asyncio.Future[Row]] = {}
+        self._pending: dict[str, asyncio.Future[TrajectoryRow]] = {}
         self._loop: asyncio.Task[None] | None = None
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -90,7 +89,7 @@ class TeacherWorker:
             receipt |= {"errno": error.errno, "refusal": error.strerror or str(error)}
         yield build_table([{**receipt, "committed": time.time()}], RECEIPT_SCHEMA)
 
-    async def _decode(self, prompts: Sequence[Prompt]) -> list[Row]:
+    async def _decode(self, prompts: Sequence[Prompt]) -> list[TrajectoryRow]:
         """Add prompts to the running batch; their rows, in their order, when all are complete."""
         for prompt in prompts:
             if prompt.prompt_id not in self._pending:  # a call that Ray repeats waits for the first one's rows
@@ -117,20 +116,20 @@ class TeacherWorker:
                 self._pending.pop(row["prompt_id"]).set_result(row)
                 self._count(row)
 
-    def _step(self, incoming: list[Prompt]) -> list[Row]:
+    def _step(self, incoming: list[Prompt]) -> list[TrajectoryRow]:
         self._teacher.submit(incoming)
         rows = self._teacher.step()
         self._metrics.stepped(self._teacher.active, self._teacher.waiting)
         return rows
 
-    def _count(self, row: Row) -> None:
+    def _count(self, row: TrajectoryRow) -> None:
         if row.get("error") is not None:
             self._metrics.failed()
         else:
             self._metrics.finished(row["is_correct"], len(row["response_ids"]), row["forwards"], row["attempt"])
 
 
-def write_part(folder: Location, rows: Sequence[Row]) -> Location:
+def write_part(folder: Location, rows: Sequence[TrajectoryRow]) -> Location:
     """Commit rows as one file, whose name follows from their prompts: one that is written again replaces itself."""
     digest = hashlib.sha256("".join(row["prompt_id"] for row in rows).encode()).hexdigest()[:16]
     part = folder / f"part-{rows[0]['row']:012d}-{digest}.parquet"
@@ -138,7 +137,7 @@ def write_part(folder: Location, rows: Sequence[Row]) -> Location:
     return part
 
 
-def count_rows(rows: Sequence[Row]) -> dict[str, Any]:
+def count_rows(rows: Sequence[TrajectoryRow]) -> dict[str, Any]:
     """The `COUNTS` of a receipt, and an example of the errors."""
     good = [row for row in rows if row.get("error") is None]
     judged = [row for row in good if row["is_correct"] is not None]

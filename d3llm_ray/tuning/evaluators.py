@@ -13,7 +13,7 @@ from ray.exceptions import GetTimeoutError
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import load_task
 from d3llm_ray.tuning.settings import TuneSettings
@@ -37,7 +37,7 @@ class Evaluator:
     def ready(self) -> bool:
         return True
 
-    def measure(self, decoding_settings: dict[str, Any]) -> Row:
+    def measure(self, decoding_settings: dict[str, Any]) -> EvaluationRow:
         """Decode this actor's problems; safe to repeat."""
         settings = self._settings
         return evaluate(

@@ -11,7 +11,7 @@ from d3llm_ray.evaluation.aup import Point, aup
 
 
 @dataclass(frozen=True)
-class Objective:
+class SearchObjective:
     """Scores (TPF, accuracy, TPS) against the anchor, the point of the model or of its teacher decoded by `vanilla`.
 
     `aup`: the AUP of anchor and trial, the anchor's accuracy being the best one; settings that cost more than 5
@@ -45,7 +45,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TuneTrial:
     """One measured setting; `number` counts trials in the order in which they finished."""
 
     number: int
@@ -59,15 +59,15 @@ class Trial:
     seconds: float
 
 
-def best_trial(trials: Sequence[Trial]) -> Trial:
+def best_trial(trials: Sequence[TuneTrial]) -> TuneTrial:
     """The highest score; among equals the more accurate, then the faster, then the earlier."""
     require(bool(trials), "trials", 0, "at least one finished trial")
     return max(trials, key=lambda trial: (trial.score, trial.accuracy, trial.tpf, -trial.number))
 
 
-def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+def pareto_front(trials: Sequence[TuneTrial]) -> list[TuneTrial]:
     """The trials that no other beats in one of accuracy and TPF without losing in the other, by rising TPF."""
-    front: list[Trial] = []
+    front: list[TuneTrial] = []
     for trial in sorted(trials, key=lambda trial: (-trial.tpf, -trial.accuracy, trial.number)):
         if not front or trial.accuracy > front[-1].accuracy:
             front.append(trial)

@@ -14,11 +14,11 @@ import yaml
 from matplotlib.figure import Figure
 
 from d3llm_ray.report import machine, save_figure, versions, write_text
-from d3llm_ray.tuning.objective import Objective, Trial, best_trial, pareto_front
+from d3llm_ray.tuning.objective import SearchObjective, TuneTrial, best_trial, pareto_front
 from d3llm_ray.tuning.space import SearchSpace
 
 
-def write_records(directory: Path, space: SearchSpace, objective: Objective, trials: Sequence[Trial]) -> Path:
+def write_records(directory: Path, space: SearchSpace, objective: SearchObjective, trials: Sequence[TuneTrial]) -> Path:
     """Write `trials.csv`, `trials.json`, `pareto.png` and, last of all, `settings.yaml`; returns the latter's path.
 
     Where `settings.yaml` exists, the search is complete.
@@ -41,7 +41,7 @@ def write_records(directory: Path, space: SearchSpace, objective: Objective, tri
     return path
 
 
-def _csv(space: SearchSpace, trials: Sequence[Trial]) -> str:
+def _csv(space: SearchSpace, trials: Sequence[TuneTrial]) -> str:
     rows: list[dict[str, Any]] = [{**asdict(trial), **trial.values} for trial in trials]
     figures = [name for name in asdict(trials[0]) if name not in ("number", "values")]
     text = io.StringIO()
@@ -51,7 +51,7 @@ def _csv(space: SearchSpace, trials: Sequence[Trial]) -> str:
     return text.getvalue()
 
 
-def plot_trials(path: Path, space: SearchSpace, objective: Objective, trials: Sequence[Trial]) -> None:
+def plot_trials(path: Path, space: SearchSpace, objective: SearchObjective, trials: Sequence[TuneTrial]) -> None:
     """Accuracy (percent) over tokens per forward of every trial, with the Pareto front, the anchor and the choice."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d3llm_ray.cluster import connect
 from d3llm_ray.config import read_yaml, to_yaml
+from d3llm_ray.decoding import is_settings_file, written_settings
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import Point
 from d3llm_ray.evaluation.report import ANCHOR_DECODER
@@ -16,7 +17,7 @@ from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task
 from d3llm_ray.tuning.evaluators import evaluator_pool
-from d3llm_ray.tuning.objective import Objective
+from d3llm_ray.tuning.objective import SearchObjective
 from d3llm_ray.tuning.records import write_records
 from d3llm_ray.tuning.search import search
 from d3llm_ray.tuning.settings import TuneSettings
@@ -29,9 +30,9 @@ ANCHOR_FILE = "anchor.yaml"
 def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     """Search, write and return the path of the chosen decoding settings, `settings.output / "settings.yaml"`.
 
-    Beside it: `tune.yaml`, `space.yaml` and `model.json` (what was asked), `trials.csv`, `trials.json`, `pareto.png`
-    and Ray Tune's own folder `search`. A search that is complete is not repeated, an interrupted one goes on, and a
-    folder that holds another search is refused.
+    Beside it: `tune.yaml`, `space.yaml`, `model.json` and, for a decoder from a file, `decoder.json` (what was asked),
+    `trials.csv`, `trials.json`, `pareto.png` and Ray Tune's own folder `search`. A search that is complete is not
+    repeated, an interrupted one goes on, and a folder that holds another search is refused.
 
     Raises:
         InputError: an unknown model, task, decoder, setting or value; before Ray starts.
@@ -43,9 +44,9 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     resolve_model(settings.model)
     if settings.anchor_model is not None:
         resolve_model(settings.anchor_model)
-    found = len(load_task(settings.task).problems(settings.split, settings.count))
-    if found < settings.actors:
-        raise InputError(f"actors: got {settings.actors} for {found} problems; accepted: at most one a problem")
+    problems = len(load_task(settings.task).problems(settings.split, settings.count))
+    if problems < settings.actors:
+        raise InputError(f"actors: got {settings.actors} for {problems} problems; accepted: at most one a problem")
     settings.output.mkdir(parents=True, exist_ok=True)
     _claim(settings, space)
     chosen = settings.output / "settings.yaml"
@@ -59,7 +60,7 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     with evaluator_pool(settings) as pool:
         if anchor is None:
             anchor = _measure_anchor(settings, pool, progress)
-        objective = Objective(settings.metric, anchor, settings.max_accuracy_drop)
+        objective = SearchObjective(settings.metric, anchor, settings.max_accuracy_drop)
         trials = search(settings, space, objective, pool, progress)
     return write_records(settings.output, space, objective, trials)
 
@@ -67,7 +68,10 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
 def _claim(settings: TuneSettings, space: SearchSpace) -> None:
     """Write down what is searched, or check that the folder's earlier search is the same one."""
     model = json.dumps(fingerprint(resolve_model(settings.model)))
-    for name, text in (("space.yaml", to_yaml(space)), ("tune.yaml", to_yaml(settings)), ("model.json", model)):
+    texts = {"space.yaml": to_yaml(space), "tune.yaml": to_yaml(settings), "model.json": model}
+    if is_settings_file(space.decoder):  # the space holds its path only
+        texts["decoder.json"] = json.dumps(written_settings(space.decoder))
+    for name, text in texts.items():
         path = settings.output / name
         if not path.is_file():
             write_text(path, text)
@@ -87,9 +91,8 @@ def _known_anchor(settings: TuneSettings) -> Point | None:
 
 
 def _measure_anchor(settings: TuneSettings, pool: Pool, progress: Progress) -> Point:
-    progress.start("anchor", settings.count, "problem")
-    row = measure(pool, {"decoder": ANCHOR_DECODER})
-    progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
-    progress.finish()
+    with progress.stage("anchor", settings.count, "problem"):
+        row = measure(pool, {"decoder": ANCHOR_DECODER})
+        progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
     write_text(settings.output / ANCHOR_FILE, f"tpf: {row.tpf!r}\naccuracy: {row.accuracy!r}\n")
     return row.tpf, row.accuracy

@@ -11,7 +11,7 @@ from ray.tune import ResultGrid
 from ray.tune.search.optuna import OptunaSearch
 
 from d3llm_ray.progress import Progress
-from d3llm_ray.tuning.objective import Objective, Trial
+from d3llm_ray.tuning.objective import SearchObjective, TuneTrial
 from d3llm_ray.tuning.settings import TuneSettings
 from d3llm_ray.tuning.space import Range, SearchSpace, ValueChoice
 from d3llm_ray.tuning.trial import FIGURES, Pool, run_trial
@@ -37,8 +37,8 @@ class _ShowTrials(tune.Callback):
 
 
 def search(
-    settings: TuneSettings, space: SearchSpace, objective: Objective, pool: Pool, progress: Progress
-) -> list[Trial]:
+    settings: TuneSettings, space: SearchSpace, objective: SearchObjective, pool: Pool, progress: Progress
+) -> list[TuneTrial]:
     """Run the trials that are missing in `settings.output / "search"`; returns all of them, in order of completion.
 
     An interrupted search goes on where it stopped: finished trials are kept, failed and unfinished ones run again.
@@ -58,13 +58,12 @@ def search(
         tuner = tune.Tuner.restore(str(folder), trainable=trainable, resume_errored=True)
     else:
         tuner = _new_tuner(settings, space, trainable, folder)
-    progress.start("tune", settings.trials, "trial")
-    _ShowTrials.display = progress
-    try:
-        grid = tuner.fit()
-    finally:
-        _ShowTrials.display = None
-        progress.finish()
+    with progress.stage("tune", settings.trials, "trial"):
+        _ShowTrials.display = progress
+        try:
+            grid = tuner.fit()
+        finally:
+            _ShowTrials.display = None
     return _trials(grid, settings.trials)
 
 
@@ -101,7 +100,7 @@ def _domain(parameter: Range | ValueChoice) -> Any:
     return (tune.loguniform if parameter.type == "log_float" else tune.uniform)(parameter.low, parameter.high)
 
 
-def _trials(grid: ResultGrid, expected: int) -> list[Trial]:
+def _trials(grid: ResultGrid, expected: int) -> list[TuneTrial]:
     if grid.num_errors:
         raise RuntimeError(f"{grid.num_errors} of {expected} trials failed, the first with: {grid.errors[0]}")
     finished = [
@@ -114,7 +113,7 @@ def _trials(grid: ResultGrid, expected: int) -> list[Trial]:
     return [_trial(number, result.config or {}, result.metrics or {}) for number, result in enumerate(finished)]
 
 
-def _trial(number: int, values: dict[str, Any], metrics: dict[str, Any]) -> Trial:
-    return Trial(
+def _trial(number: int, values: dict[str, Any], metrics: dict[str, Any]) -> TuneTrial:
+    return TuneTrial(
         number=number, values=dict(values), score=metrics["score"], **{name: metrics[name] for name in FIGURES}
     )

@@ -13,7 +13,7 @@ from d3llm_ray.ablation.trial import measure, read_record, record_file, write_re
 from d3llm_ray.decoding import DiffusionLLM, decoding_settings
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.rows import Sample, summarise
+from d3llm_ray.evaluation.rows import EvaluatedSample, summarise
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import load_task
 
@@ -30,7 +30,7 @@ def pretend(trial: AblationTrial, settings: AblateSettings) -> None:
     tokens = round(1000 * (TPF[trial.variant] + trial.seed / 10))
     rows = []
     for chosen in trial.decoders:
-        sample = Sample("id", "", "1", "1", True, tokens, 1000, 1, "stop")
+        sample = EvaluatedSample("id", "", "1", "1", True, tokens, 1000, 1, "stop")
         labels = {"model": "m", "decoder": chosen.name, "task": "arith", "settings": decoding_settings(chosen)}
         labels |= {"max_tokens": 16, "temperature": 0.0, "seed": 0, "warmup": 0, "max_batch_size": 1}
         rows.append(summarise([sample], 1.0, **labels))

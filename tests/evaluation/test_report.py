@@ -9,7 +9,7 @@ import pytest
 
 from d3llm_ray.evaluation.plots import plot_report
 from d3llm_ray.evaluation.report import score
-from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.evaluation.rows import EvaluationRow
 
 REQUIRED = {
     "model",
@@ -28,10 +28,10 @@ REQUIRED = {
 }
 
 
-def _row(model: str, decoder: str, tpf: float, accuracy: float, task: str = "arith", **settings) -> Row:
+def _row(model: str, decoder: str, tpf: float, accuracy: float, task: str = "arith", **settings) -> EvaluationRow:
     preset = "vanilla" if decoder.startswith("vanilla") else "d3llm"
     own = {"steps": None} if preset == "vanilla" else {"entropy_threshold": 0.45}
-    return Row(
+    return EvaluationRow(
         model=model,
         decoder=decoder,
         task=task,
@@ -134,7 +134,7 @@ def test_the_json_has_the_promised_fields_on_one_line(tmp_path):
     content = json.loads(text)
     assert content.keys() == {"rows", "anchors", "machine", "versions", "counting"}
     assert all(row.keys() >= REQUIRED and "samples" not in row for row in content["rows"])
-    assert content["rows"][0].keys() == {field.name for field in fields(Row)} - {"samples"}
+    assert content["rows"][0].keys() == {field.name for field in fields(EvaluationRow)} - {"samples"}
     assert content["versions"]["torch"] and content["machine"]["cores"] >= 1
     assert content["counting"].keys() >= {"tokens", "forwards", "tpf", "tps", "accuracy", "aup"}
     table = (tmp_path / "report.md").read_text().splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.evaluation.rows import Sample, summarise, wilson_interval
+from d3llm_ray.evaluation.rows import EvaluatedSample, summarise, wilson_interval
 
 LABELS = {
     "model": "m",
@@ -20,8 +20,8 @@ LABELS = {
 }
 
 
-def _sample(tokens: int, forwards: int, correct: bool) -> Sample:
-    return Sample("id", "#### 4", "4", "4" if correct else "5", correct, tokens, forwards, 10, "stop")
+def _sample(tokens: int, forwards: int, correct: bool) -> EvaluatedSample:
+    return EvaluatedSample("id", "#### 4", "4", "4" if correct else "5", correct, tokens, forwards, 10, "stop")
 
 
 @pytest.mark.parametrize(

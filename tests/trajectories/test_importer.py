@@ -20,10 +20,9 @@ from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories import read_trajectories
 from d3llm_ray.trajectories.importer import ImportSettings, run
 from d3llm_ray.trajectories.published import ChatTemplate, reveal_steps
-from d3llm_ray.trajectories.schema import build_table, check_table
+from d3llm_ray.trajectories.schema import TrajectoryRow, build_table, check_table
 
 EOS, MASK = 1, 2  # of the embedded tokenizer
-Row = dict[str, Any]
 
 
 def publish(prompt: list[int], response: list[int], order: list[int], mask: int = MASK) -> list[list[int]]:
@@ -40,7 +39,7 @@ def question_of(number: int) -> str:
     return f"Tom has {number} apples. How many apples does Tom have now?"
 
 
-def published_row(number: int, prompt: list[int], canvas: int = 32) -> tuple[Row, list[int]]:
+def published_row(number: int, prompt: list[int], canvas: int = 32) -> tuple[TrajectoryRow, list[int]]:
     rng = random.Random(number)
     response = [rng.randrange(10, 90) for _ in range(canvas)]
     order = [block + i for block in range(0, canvas, 8) for i in rng.sample(range(8), 8)]
@@ -73,10 +72,10 @@ def templated(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[int]]:
 
 
 @pytest.fixture
-def imported(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., tuple[list[Row], Row]]:
+def imported(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]]:
     """`imported(rows, **settings) -> (our rows, summary)`."""
 
-    def import_rows(rows: list[Row], **settings: Any) -> tuple[list[Row], Row]:
+    def import_rows(rows: list[TrajectoryRow], **settings: Any) -> tuple[list[TrajectoryRow], TrajectoryRow]:
         source = write(tmp_path / "source.parquet", rows)
         values = {"source": str(source), "teacher": str(tiny_checkpoint), "output": str(tmp_path / "out")}
         folder = Path(run(build(ImportSettings, values | settings)))
@@ -93,12 +92,12 @@ def rendered(question: str) -> str:
     )
 
 
-def write(path: Path, rows: list[Row]) -> Path:
+def write(path: Path, rows: list[TrajectoryRow]) -> Path:
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
 
-def write_lines(path: Path, rows: list[Row]) -> Path:
+def write_lines(path: Path, rows: list[TrajectoryRow]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -155,7 +154,7 @@ def test_every_source_gives_the_published_order(
 
 
 def test_template_offset_is_found_and_rebased(
-    imported: Callable[..., tuple[list[Row], Row]],
+    imported: Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]],
     raw: Callable[[str], list[int]],
     templated: Callable[[str], list[int]],
 ) -> None:
@@ -168,7 +167,7 @@ def test_template_offset_is_found_and_rebased(
 
 
 def test_published_prompts_stay_without_retemplate(
-    imported: Callable[..., tuple[list[Row], Row]], raw: Callable[[str], list[int]]
+    imported: Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]], raw: Callable[[str], list[int]]
 ) -> None:
     prompts = [raw(question_of(0)), [50, 51, 52]]
     source = [published_row(number, prompt)[0] for number, prompt in enumerate(prompts)]
@@ -179,7 +178,7 @@ def test_published_prompts_stay_without_retemplate(
 
 @pytest.mark.parametrize("start", ["<|startoftext|>", ""])
 def test_rendered_question_is_not_templated_again(
-    imported: Callable[..., tuple[list[Row], Row]],
+    imported: Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]],
     raw: Callable[[str], list[int]],
     templated: Callable[[str], list[int]],
     start: str,
@@ -214,7 +213,7 @@ def test_published_templates_are_recognised(tiny_checkpoint: Path, model_type: s
 
 @pytest.mark.parametrize("kind", ["system", "turns", "no header"])
 def test_question_rendered_in_another_way_is_kept_as_it_is(
-    imported: Callable[..., tuple[list[Row], Row]], raw: Callable[[str], list[int]], kind: str
+    imported: Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]], raw: Callable[[str], list[int]], kind: str
 ) -> None:
     text = rendered(question_of(3))
     if kind == "system":
@@ -230,7 +229,7 @@ def test_question_rendered_in_another_way_is_kept_as_it_is(
 
 @pytest.mark.parametrize("prompt_ids", [None, [99], "short"])
 def test_wrong_prompt_ids_are_replaced_by_what_the_masks_tell(
-    imported: Callable[..., tuple[list[Row], Row]], raw: Callable[[str], list[int]], prompt_ids: Any
+    imported: Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]], raw: Callable[[str], list[int]], prompt_ids: Any
 ) -> None:
     prompt, response = raw(question_of(1)), [5, 6, 7]
     row = published_row(1, prompt)[0] | {"trajectory": publish(prompt, response, [1, 0, 2]), "final_output": None}
@@ -241,7 +240,7 @@ def test_wrong_prompt_ids_are_replaced_by_what_the_masks_tell(
 
 
 def test_first_position_revealed_first_needs_the_question_to_tell(
-    imported: Callable[..., tuple[list[Row], Row]], raw: Callable[[str], list[int]]
+    imported: Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]], raw: Callable[[str], list[int]]
 ) -> None:
     known, unknown = raw(question_of(1)), [50, 51, 52]
     rows = [
@@ -271,7 +270,7 @@ def test_first_position_revealed_first_needs_the_question_to_tell(
     ],
 )
 def test_what_is_no_order_is_refused_with_its_reason(
-    tiny_checkpoint: Path, tmp_path: Path, change: Row, reason: str
+    tiny_checkpoint: Path, tmp_path: Path, change: TrajectoryRow, reason: str
 ) -> None:
     good = {"prompt_ids": [9], "question": question_of(1), "trajectory": [[9, 5, 2], [9, 5, 6]]}
     bad = good | {"question": question_of(2)} | change
@@ -308,7 +307,7 @@ def test_too_many_refused_rows_stop_before_the_marker(tiny_checkpoint: Path, tmp
         run(build(ImportSettings, {**values, "output": str(output)}))
 
 
-def test_repeated_prompt_is_one_row(imported: Callable[..., tuple[list[Row], Row]]) -> None:
+def test_repeated_prompt_is_one_row(imported: Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]]) -> None:
     source = [published_row(number, [9])[0] for number in (1, 2, 1, 3)]
     source[3]["final_output"] = [9]
     rows, summary = imported(source, max_error_fraction=0.25)
@@ -317,7 +316,7 @@ def test_repeated_prompt_is_one_row(imported: Callable[..., tuple[list[Row], Row
 
 
 def test_answers_without_trajectories(
-    imported: Callable[..., tuple[list[Row], Row]],
+    imported: Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]],
     raw: Callable[[str], list[int]],
     templated: Callable[[str], list[int]],
 ) -> None:
@@ -346,7 +345,7 @@ def test_answers_without_trajectories(
         ({"forwards": None, "reveal_step": [0, 1]}, "has reveal_step but no forwards"),
     ],
 )
-def test_half_an_order_is_refused(change: Row, message: str) -> None:
+def test_half_an_order_is_refused(change: TrajectoryRow, message: str) -> None:
     unordered = {"prompt_id": "0" * 16, "prompt_ids": [9], "response_ids": [5, 6]}
     check_table(build_table([unordered, {**unordered, "reveal_step": [0, 1], "forwards": 2}]), "test")
     with pytest.raises(InputError, match=message):

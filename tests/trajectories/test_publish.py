@@ -13,7 +13,7 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories import publish as publishing
 from d3llm_ray.trajectories import read_metadata, read_trajectories, staging
-from d3llm_ray.trajectories.plan import Plan, make_plan
+from d3llm_ray.trajectories.plan import TrajectoryPlan, make_plan
 from d3llm_ray.trajectories.publish import IncompleteRun
 from d3llm_ray.trajectories.schema import build_table
 from d3llm_ray.trajectories.settings import TrajectorySettings
@@ -25,7 +25,7 @@ QUIET = Progress(quiet=True)
 
 
 @pytest.fixture
-def plan(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def plan(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrajectoryPlan:
     """Ten prompts, staged in chunks of three."""
     monkeypatch.setattr(staging, "ROWS_PER_FILE", 3)
     values = {"teacher": str(tiny_checkpoint), "texts": TEXTS, "output": str(tmp_path / "out"), "rows_per_file": 4}
@@ -34,17 +34,17 @@ def plan(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return plan
 
 
-def manifest(plan: Plan) -> Manifest:
+def manifest(plan: TrajectoryPlan) -> Manifest:
     found = staging.read_manifest(plan)
     assert found is not None
     return found
 
 
-def publish(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
+def publish(plan: TrajectoryPlan, figures: dict[str, Any]) -> dict[str, Any]:
     return publishing.publish(plan, manifest(plan), figures, QUIET)
 
 
-def staged(plan: Plan, number: int) -> dict[str, Any]:
+def staged(plan: TrajectoryPlan, number: int) -> dict[str, Any]:
     """The row of prompt `number`, told apart by its only token."""
     prompt = list(plan.prompts())[number]
     return {
@@ -63,17 +63,17 @@ def staged(plan: Plan, number: int) -> dict[str, Any]:
     }
 
 
-def failed(plan: Plan, number: int) -> dict[str, Any]:
+def failed(plan: TrajectoryPlan, number: int) -> dict[str, Any]:
     row = staged(plan, number)
     return {**{name: row[name] for name in ("row", "prompt_id", "messages")}, "error": "too long"}
 
 
-def write_part(plan: Plan, name: str, rows: list[dict[str, Any]]) -> None:
+def write_part(plan: TrajectoryPlan, name: str, rows: list[dict[str, Any]]) -> None:
     plan.parts.make_folder()
     (plan.parts / f"part-{name}.parquet").write_table(build_table(rows, STAGED_SCHEMA))
 
 
-def test_parts_in_any_order_become_few_files_in_the_order_of_the_prompts(plan: Plan) -> None:
+def test_parts_in_any_order_become_few_files_in_the_order_of_the_prompts(plan: TrajectoryPlan) -> None:
     write_part(plan, "a", [staged(plan, number) for number in (7, 2, 9)])
     write_part(plan, "b", [staged(plan, number) for number in (0, 1, 3, 4)])
     write_part(plan, "c", [staged(plan, number) for number in (8, 6, 5)])
@@ -97,7 +97,7 @@ def test_parts_in_any_order_become_few_files_in_the_order_of_the_prompts(plan: P
     assert names == ["_SUCCESS", "settings.yaml", "summary.json"]
 
 
-def test_keep_correct_leaves_wrong_rows_out_and_says_how_many_there_were(plan: Plan) -> None:
+def test_keep_correct_leaves_wrong_rows_out_and_says_how_many_there_were(plan: TrajectoryPlan) -> None:
     plan = make_plan(plan.settings.model_copy(update={"keep": "correct", "output": plan.settings.output + "-kept"}))
     stage(plan, QUIET)
     unjudged = {**staged(plan, 9), "is_correct": None}
@@ -107,7 +107,7 @@ def test_keep_correct_leaves_wrong_rows_out_and_says_how_many_there_were(plan: P
     assert (summary["rows"], summary["judged"], summary["correct"], summary["kept"]) == (10, 9, 5, 6)
 
 
-def test_errors_are_kept_apart(plan: Plan) -> None:
+def test_errors_are_kept_apart(plan: TrajectoryPlan) -> None:
     write_part(plan, "a", [failed(plan, 3) if number == 3 else staged(plan, number) for number in range(10)])
     summary = publish(plan, {})
     assert (summary["rows"], summary["errors"]) == (9, 1)
@@ -117,14 +117,14 @@ def test_errors_are_kept_apart(plan: Plan) -> None:
     assert is_finished(plan, QUIET)
 
 
-def test_too_many_errors_leave_no_marker(plan: Plan) -> None:
+def test_too_many_errors_leave_no_marker(plan: TrajectoryPlan) -> None:
     write_part(plan, "a", [(failed if number < 3 else staged)(plan, number) for number in range(10)])
     with pytest.raises(InputError, match="3 of 10 gave no trajectory, for example: too long; accepted: at most 20%"):
         publish(plan, {})
     assert not is_finished(plan, QUIET)
 
 
-def test_missing_and_foreign_rows_are_named(plan: Plan) -> None:
+def test_missing_and_foreign_rows_are_named(plan: TrajectoryPlan) -> None:
     with pytest.raises(IncompleteRun, match="10 prompts, 10 staged, 0 distinct rows; 10 without a row"):
         publish(plan, {})
     write_part(plan, "a", [staged(plan, number) for number in range(8)])
@@ -140,7 +140,7 @@ def test_missing_and_foreign_rows_are_named(plan: Plan) -> None:
     assert not is_finished(plan, QUIET)
 
 
-def test_folder_of_other_settings_is_refused(plan: Plan) -> None:
+def test_folder_of_other_settings_is_refused(plan: TrajectoryPlan) -> None:
     write_part(plan, "a", [staged(plan, number) for number in range(10)])
     others = [plan.settings.model_copy(update=change) for change in ({"seed": 1}, {"keep": "correct"}, {"count": 9})]
     for other in others:
@@ -152,7 +152,7 @@ def test_folder_of_other_settings_is_refused(plan: Plan) -> None:
             is_finished(make_plan(other), QUIET)
 
 
-def test_staged_prompts_are_numbered_by_their_place_in_the_source(plan: Plan, tmp_path: Path) -> None:
+def test_staged_prompts_are_numbered_by_their_place_in_the_source(plan: TrajectoryPlan, tmp_path: Path) -> None:
     texts = ["a", "b", "a", "c", "b", "d", "e"]
     plan = make_plan(plan.settings.model_copy(update={"texts": texts, "output": str(tmp_path / "twice")}))
     found = stage(plan, QUIET)
@@ -167,7 +167,9 @@ def test_staged_prompts_are_numbered_by_their_place_in_the_source(plan: Plan, tm
     assert stage(plan, QUIET) == found and len(plan.staged_prompts.files()) == 2
 
 
-def test_unchanged_prompt_files_are_not_read_again(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_prompt_files_are_not_read_again(
+    plan: TrajectoryPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
     chosen = plan.settings.model_copy(update={"texts": [], "prompts": str(file), "output": str(tmp_path / "files")})
@@ -175,7 +177,7 @@ def test_unchanged_prompt_files_are_not_read_again(plan: Plan, tmp_path: Path, m
     found = stage(plan, QUIET)
     write_part(plan, "a", [staged(plan, 0), staged(plan, 1)])
     with monkeypatch.context() as patch:
-        patch.setattr(Plan, "prompts", lambda _self: pytest.fail("the prompts were read again"))
+        patch.setattr(TrajectoryPlan, "prompts", lambda _self: pytest.fail("the prompts were read again"))
         assert stage(make_plan(chosen), QUIET) == found
         publish(plan, {})
         assert is_finished(make_plan(chosen), QUIET)
@@ -186,7 +188,7 @@ def test_unchanged_prompt_files_are_not_read_again(plan: Plan, tmp_path: Path, m
         is_finished(make_plan(chosen), QUIET)
 
 
-def test_what_remains_is_what_no_part_holds(plan: Plan) -> None:
+def test_what_remains_is_what_no_part_holds(plan: TrajectoryPlan) -> None:
     assert committed_rows(plan.parts).size == 0
     assert stage_remaining(plan, committed_rows(plan.parts)) == plan.staged_prompts
     write_part(plan, "b", [staged(plan, number) for number in (5, 3)])

@@ -9,23 +9,23 @@ import pytest
 import yaml
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.tuning.objective import Objective, Trial, best_trial, pareto_front
+from d3llm_ray.tuning.objective import SearchObjective, TuneTrial, best_trial, pareto_front
 from d3llm_ray.tuning.records import write_records
 from d3llm_ray.tuning.space import SearchSpace
 
 SPACE = SearchSpace(
     decoder="d3llm",
     parameters={"entropy_threshold": {"type": "float", "low": 0.1, "high": 1.0}},
-    fixed={"cache_delay": 2},
+    decoder_settings={"cache_delay": 2},
 )
 
 
-def _trial(number: int, tpf: float, accuracy: float, score: float = 0.0, threshold: float = 0.3) -> Trial:
-    return Trial(number, {"entropy_threshold": threshold}, score, accuracy, tpf, tpf * 10, 100, 50, 1.0)
+def _trial(number: int, tpf: float, accuracy: float, score: float = 0.0, threshold: float = 0.3) -> TuneTrial:
+    return TuneTrial(number, {"entropy_threshold": threshold}, score, accuracy, tpf, tpf * 10, 100, 50, 1.0)
 
 
 def test_aup_objective_by_hand():
-    objective = Objective("aup", anchor=(0.5, 80.0), max_accuracy_drop=0.0)
+    objective = SearchObjective("aup", anchor=(0.5, 80.0), max_accuracy_drop=0.0)
     assert objective.score(4.5, 80.0, 1.0) == pytest.approx(0.5 * 80 + 4 * 80)
     assert objective.score(4.5, 78.0, 1.0) == pytest.approx(40 + 2 * (80 + 78 * 0.927743), abs=1e-3)
     assert objective.score(9.0, 70.0, 1.0) == pytest.approx(40.0)  # more than five points lost: the anchor alone
@@ -34,7 +34,7 @@ def test_aup_objective_by_hand():
 
 def test_speed_objectives_count_only_above_the_floor():
     for metric, expected in (("tpf", 4.0), ("tps", 90.0)):
-        objective = Objective(metric, anchor=(1.0, 80.0), max_accuracy_drop=2.0)
+        objective = SearchObjective(metric, anchor=(1.0, 80.0), max_accuracy_drop=2.0)
         assert objective.score(4.0, 78.0, 90.0) == expected
         assert objective.score(9.0, 77.0, 500.0) == pytest.approx(-1.0)
         assert objective.score(9.0, 60.0, 500.0) == pytest.approx(-18.0)
@@ -42,10 +42,10 @@ def test_speed_objectives_count_only_above_the_floor():
 
 def test_an_anchor_that_ranks_nothing_is_refused():
     with pytest.raises(InputError, match=r"metric.*tpf or tps"):
-        Objective("aup", anchor=(1.0, 0.0), max_accuracy_drop=2.0)
+        SearchObjective("aup", anchor=(1.0, 0.0), max_accuracy_drop=2.0)
     with pytest.raises(InputError, match="anchor"):
-        Objective("tpf", anchor=(1.0, 101.0), max_accuracy_drop=2.0)
-    assert Objective("tpf", anchor=(1.0, 0.0), max_accuracy_drop=2.0).score(3.0, 0.0, 1.0) == 3.0
+        SearchObjective("tpf", anchor=(1.0, 101.0), max_accuracy_drop=2.0)
+    assert SearchObjective("tpf", anchor=(1.0, 0.0), max_accuracy_drop=2.0).score(3.0, 0.0, 1.0) == 3.0
 
 
 def test_ties_go_to_accuracy_then_speed_then_the_earlier_trial():
@@ -75,7 +75,7 @@ def test_pareto_front_leaves_out_what_is_beaten():
 
 def test_records_agree_with_the_trials(tmp_path):
     trials = [_trial(0, 2.0, 80, 10, 0.45), _trial(1, 4.0, 79, 30, 0.6), _trial(2, 5.0, 70, 20, 0.9)]
-    objective = Objective("aup", (0.5, 80.0), 2.0)
+    objective = SearchObjective("aup", (0.5, 80.0), 2.0)
     path = write_records(tmp_path, SPACE, objective, trials)
     assert yaml.safe_load(path.read_text()) == {"decoder": "d3llm", "cache_delay": 2, "entropy_threshold": 0.6}
     with (tmp_path / "trials.csv").open() as file:

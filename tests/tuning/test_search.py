@@ -13,11 +13,11 @@ from d3llm_ray.config import build
 from d3llm_ray.decoding import DiffusionLLM, decoder
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.rows import Row
+from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import load_task
 from d3llm_ray.tuning import run as verb
-from d3llm_ray.tuning.objective import Objective, best_trial
+from d3llm_ray.tuning.objective import SearchObjective, best_trial
 from d3llm_ray.tuning.search import search
 from d3llm_ray.tuning.settings import TuneSettings
 from d3llm_ray.tuning.space import SearchSpace
@@ -50,7 +50,7 @@ class SyntheticEvaluator:
     def __init__(self, fails_after: int = 10**9) -> None:
         self.calls, self.fails_after = 0, fails_after
 
-    def measure(self, settings: dict) -> Row:
+    def measure(self, settings: dict) -> EvaluationRow:
         self.calls += 1
         if self.calls > self.fails_after:
             raise RuntimeError("the evaluator broke")
@@ -58,11 +58,13 @@ class SyntheticEvaluator:
         return _row(settings, accuracy_of(threshold), tpf_of(threshold, refresh))
 
 
-def _row(settings: dict, accuracy: float, tpf: float) -> Row:
-    from d3llm_ray.evaluation.rows import Sample, summarise
+def _row(settings: dict, accuracy: float, tpf: float) -> EvaluationRow:
+    from d3llm_ray.evaluation.rows import EvaluatedSample, summarise
 
     right = round(accuracy * 100)
-    samples = [Sample("id", "", None, "1", k < right, round(tpf * 1000), 1000, 1, "stop") for k in range(10_000)]
+    samples = [
+        EvaluatedSample("id", "", None, "1", k < right, round(tpf * 1000), 1000, 1, "stop") for k in range(10_000)
+    ]
     labels = {"model": "m", "decoder": "d3llm", "task": "t", "settings": settings, "max_tokens": 64}
     return summarise(samples, 1.0, temperature=0.0, seed=0, warmup=0, max_batch_size=1, **labels)
 
@@ -73,7 +75,7 @@ def test_the_known_optimum_is_found_and_the_search_repeats_itself(tmp_path):
     for name in ("first", "second"):
         settings = TuneSettings(trials=14, output=tmp_path / name)
         pool = [SyntheticEvaluator.options(num_cpus=0).remote()]
-        runs.append(search(settings, SPACE, Objective("aup", ANCHOR, 2.0), pool, QUIET))
+        runs.append(search(settings, SPACE, SearchObjective("aup", ANCHOR, 2.0), pool, QUIET))
     first, second = runs
     assert [trial.values for trial in first] == [trial.values for trial in second]
     assert len(first) == 14
@@ -90,7 +92,7 @@ def test_the_known_optimum_is_found_and_the_search_repeats_itself(tmp_path):
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_failed_search_says_why_and_goes_on_where_it_stopped(tmp_path):
     settings = TuneSettings(trials=5, output=tmp_path / "search")
-    objective = Objective("aup", ANCHOR, 2.0)
+    objective = SearchObjective("aup", ANCHOR, 2.0)
     with pytest.raises(RuntimeError, match=r"3 of 5 trials failed(.|\n)*the evaluator broke"):
         search(settings, SPACE, objective, [SyntheticEvaluator.options(num_cpus=0).remote(2)], QUIET)
     pool = [SyntheticEvaluator.options(num_cpus=0).remote(3)]  # would fail if finished trials ran again
@@ -186,4 +188,21 @@ def test_a_space_with_an_unknown_setting_fails_before_ray_starts(settings, monke
     monkeypatch.setattr(verb, "connect", lambda: pytest.fail("Ray was started"))
     settings.space.write_text(SPACE_FILE.replace("entropy_threshold", "entropy_treshold"))
     with pytest.raises(InputError, match=r"space.yaml: entropy_treshold.*accepted.*entropy_threshold"):
+        verb.run(settings, QUIET)
+
+
+def test_a_changed_settings_file_is_another_search(tiny_checkpoint, tmp_path, monkeypatch):
+    def stop() -> None:
+        raise KeyboardInterrupt  # before Ray starts
+
+    monkeypatch.setattr(verb, "connect", stop)
+    tuned, space = tmp_path / "tuned.yaml", tmp_path / "space.yaml"
+    tuned.write_text("decoder: d3llm\nsuffix: cached\n")
+    space.write_text(f"decoder: {tuned}\nparameters: {{entropy_threshold: {{type: float, low: 0.2, high: 0.8}}}}\n")
+    settings = TuneSettings(model=str(tiny_checkpoint), space=space, count=4, output=tmp_path / "search")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            verb.run(settings, QUIET)
+    tuned.write_text("decoder: d3llm\nsuffix: none\n")
+    with pytest.raises(InputError, match="decoder.json belongs to another search"):
         verb.run(settings, QUIET)
