@@ -47,7 +47,7 @@ def commands(source: Path) -> Iterator[str]:
     for line in lines:
         start = re.search(r"(?:^|\s)(d3llm-ray [a-z]|(?:ray job submit|python jobs/).*\.py)", line)
         if start:
-            yield re.split(r"\s{2,}", line[start.start() :].strip())[0]  # a comment may follow
+            yield re.split(r"\s{2,}(?!-)", line[start.start() :].strip())[0]  # a comment may follow
 
 
 def arguments(command: str) -> list[str]:
