@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test chaos lint bench results clean
+.PHONY: quickstart test slow chaos lint bench results gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,7 +25,11 @@ results: $(READY)
 	@echo "quickstart (make quickstart), the ablation (d3llm-ray ablate) and the rest of docs/results.md"
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not chaos"
+	$(BIN)/python -m pytest -q -m "not slow and not chaos"
+
+# Whole runs from the command line: the quickstart, submitted jobs, an interrupted distillation.
+slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
 
 # Faults on a local multi-node cluster: processes, nodes and drivers are killed on purpose.
 chaos: $(READY)
@@ -38,6 +42,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/d3llm-ray benchmark trajectories
+
+# On a machine with torch, triton and transformers: no virtual environment, no Ray. Again until nothing is left.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) jobs/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

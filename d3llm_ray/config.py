@@ -125,12 +125,22 @@ def _renamed(field: str, new: str) -> str:
     return f"{field}: is called {new} now"
 
 
-def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `override`, mappings within both likewise.
+
+    A mapping that names another `name` is of another kind and replaces the whole; a text beside a mapping is a name.
+    """
     merged = dict(base)
     for key, value in override.items():
-        merged[key] = (
-            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-        )
+        known = merged.get(key)
+        if isinstance(known, dict) and isinstance(value, str):
+            value = {"name": value}
+        if isinstance(known, str) and isinstance(value, dict):
+            known = {"name": known}
+        if isinstance(known, dict) and isinstance(value, dict):
+            same_kind = known.get("name", value.get("name")) == value.get("name", known.get("name"))
+            value = merge(known, value) if same_kind else value
+        merged[key] = value
     return merged
 
 
@@ -160,7 +170,7 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
     except SettingsError as error:
         raise InputError(" ".join(str(error).split())) from error
     file_values = read_yaml(recipe_file(own.config, cls)) if own.config else {}
-    return build(cls, _merge(file_values, flags)), own.print_config
+    return build(cls, merge(file_values, flags)), own.print_config
 
 
 def _kebab(word: str, cls: type[Settings]) -> str:
@@ -173,7 +183,7 @@ def _kebab(word: str, cls: type[Settings]) -> str:
     old = name.replace("-", "_")
     if old in cls.renamed:
         raise InputError(_renamed(old, cls.renamed[old]))
-    known = name in cls.model_fields
+    known = name.partition(".")[0] in cls.model_fields
     return f"{flag.replace('_', '-')}{equals}{value}" if known else word
 
 

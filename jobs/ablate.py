@@ -1,7 +1,7 @@
 """Distil with and without each part of a recipe on a Ray cluster.
 
     ray job submit --working-dir . -- python jobs/ablate.py --recipe llada \
-        --teacher DIR --trajectories DIR --reference-trajectories DIR --gpus-per-trial 1 --output DIR
+        --teacher DIR --trajectories DIR --reference-trajectories DIR --device cuda --gpus-per-actor 1 --output DIR
 
 Takes the settings of `d3llm-ray ablate`; paths must be on storage that every node sees.
 """

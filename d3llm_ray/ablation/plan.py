@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 
 from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.ablation.variants import RECIPE, TEACHER, Variant, built_in, check, choose, read_variants
-from d3llm_ray.config import build, read_yaml, recipe_file
+from d3llm_ray.config import build, merge, recipe_file
 from d3llm_ray.decoding import Decoder, decoder, decoding_settings, read_decoder
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.preparation import HOW, absolute, load
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import student_family
@@ -28,6 +28,7 @@ from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.tasks import Problem, Task, load_task
 from d3llm_ray.trajectories.schema import read_trajectories
 from d3llm_ray.trajectories.storage import Location
+from d3llm_ray.yaml_file import read_yaml
 
 TINY_RECIPE = Path(__file__).with_name("tiny.yaml")
 PLACES = {"teacher", "trajectories", "output"}  # a trial is named by what is there
@@ -35,7 +36,7 @@ THRESHOLD = "entropy_threshold"  # the setting that is swept
 
 
 @dataclass(frozen=True)
-class Trial:
+class AblationTrial:
     """One model to measure: a student to be distilled first, or (`distill` None) the teacher as it is."""
 
     variant: str
@@ -69,12 +70,12 @@ class Design:
 
     @cached_property
     def problems(self) -> list[Problem]:
-        return self.task.problems(self.settings.split, self.settings.problems)
+        return self.task.problems(self.settings.split, self.settings.count)
 
     @cached_property
     def decoders(self) -> tuple[Decoder, ...]:
         """The decoder at every threshold."""
-        base = read_decoder(self.settings.decoder)
+        base = read_decoder(self.settings.decoder, **self.settings.decoder_settings)
         require(
             THRESHOLD in base.settings(),
             "decoder",
@@ -87,15 +88,14 @@ class Design:
 def make_design(settings: AblateSettings) -> Design:
     """Read the recipe and the rows. `InputError` for what no student could be trained or measured with."""
     recipe: dict[str, Any] = {
-        **read_yaml(recipe_file(settings.recipe or TINY_RECIPE, DistillSettings, "recipe")),
-        **settings.distill,
+        **merge(read_yaml(recipe_file(settings.recipe or TINY_RECIPE, DistillSettings, "recipe")), settings.distill),
         **({"teacher": settings.teacher} if settings.teacher else {}),
         "trajectories": settings.trajectories or "",
         "output": "",
         # In its trial's process, with the trial's resources.
         "workers": 1,
-        "use_gpu": settings.gpus_per_trial > 0,
-        "cpus_per_worker": settings.cpus_per_trial,
+        "device": settings.device,
+        "cpus_per_actor": settings.cpus_per_actor,
     }
     defaults = build(DistillSettings, recipe)
     recipe["teacher"] = defaults.teacher
@@ -104,14 +104,14 @@ def make_design(settings: AblateSettings) -> Design:
     check(variants, recipe)
     design = Design(settings, recipe, variants)
     family = read_configs(design.teacher)[1]
-    for each in (*design.decoders, decoder(ANCHOR_DECODER)):
-        each.check(family)
+    for chosen in (*design.decoders, decoder(ANCHOR_DECODER)):
+        chosen.check(family)
     for problem in design.problems:
         require(problem.reference is not None, f"problem {problem.id}: reference", None, "the expected answer")
     return design
 
 
-def plan_trials(design: Design, trajectories: str, reference_trajectories: str | None) -> list[Trial]:
+def plan_trials(design: Design, trajectories: str, reference_trajectories: str | None) -> list[AblationTrial]:
     """The teacher and all students, the students of a seed together: an interrupted grid has whole comparisons.
 
     All students have as many rows, and so as many steps: no more than have answers that are not wrong.
@@ -125,25 +125,25 @@ def plan_trials(design: Design, trajectories: str, reference_trajectories: str |
     require(rows > 0, "trajectories", ", ".join(files), "at least one row whose answer is not wrong")
     teacher = fingerprint(resolve_model(design.teacher))
     anchors = (decoder(ANCHOR_DECODER), *design.decoders)
-    key = _key(settings, design, TEACHER, [teacher, [decoding_settings(each) for each in anchors]])
-    trials = [Trial(TEACHER, 0, key, design.teacher, anchors)]
+    key = _key(settings, design, TEACHER, [teacher, [decoding_settings(anchor) for anchor in anchors]])
+    trials = [AblationTrial(TEACHER, 0, key, design.teacher, anchors)]
     recipe_row = Variant(claim=RECIPE)
     for seed in range(settings.seeds):
         for name, variant in {RECIPE: recipe_row, **design.variants}.items():
             source = sources[variant.reference_answers]
             assert source is not None
-            values = {**design.recipe, **variant.changes, "teacher": design.teacher, "trajectories": source}
-            distill = absolute(build(DistillSettings, {**values, "max_rows": rows, "seed": seed}))
+            given = {"teacher": design.teacher, "trajectories": source, "max_rows": rows, "seed": seed}
+            distill = absolute(build(DistillSettings, {**merge(dict(design.recipe), variant.changes), **given}))
             what = distill.model_dump(mode="json", exclude=PLACES | HOW)
-            decoders = [decoding_settings(each) for each in design.decoders]
+            decoders = [decoding_settings(chosen) for chosen in design.decoders]
             key = _key(settings, design, f"{name}-seed{seed}", [teacher, files[source], what, decoders])
             student = str((settings.output / "students" / key).absolute())
             distill = distill.model_copy(update={"output": student})
-            trials.append(Trial(name, seed, key, student, design.decoders, distill))
+            trials.append(AblationTrial(name, seed, key, student, design.decoders, distill))
     return trials
 
 
-def check_trials(trials: Sequence[Trial]) -> int:
+def check_trials(trials: Sequence[AblationTrial]) -> int:
     """The optimizer steps of every student. `InputError` where its rows cannot be trained on, or for another number."""
     steps: dict[int, str] = {}
     for trial in trials:
@@ -151,7 +151,7 @@ def check_trials(trials: Sequence[Trial]) -> int:
             continue
         shape, family = student_family(trial.distill)
         samples, _ = load(trial.distill, shape, family)
-        steps[Plan(trial.distill, samples, family).max_steps] = trial.variant
+        steps[TrainingPlan(trial.distill, samples, family).max_steps] = trial.variant
     require(len(steps) == 1, "variants", f"{steps} by optimizer steps", "rows that all take as many")
     return next(iter(steps))
 

@@ -49,15 +49,15 @@ def plot_points(report: AblationReport, path: Path) -> None:
         siblings = [other.name for other in report.lines if other.claim == line.claim]
         marker = _MARKERS[siblings.index(line.name) % len(_MARKERS)]
         tpf, accuracy = [point[0] for point in line.points], [point[1] for point in line.points]
-        own = line.against is None
+        is_recipe = line.against is None
         axes.plot(
             tpf,
             accuracy,
-            color="black" if own else colors[line.claim],
-            linewidth=2.5 if own else 1,
+            color="black" if is_recipe else colors[line.claim],
+            linewidth=2.5 if is_recipe else 1,
             marker=marker,
             markersize=5,
-            zorder=3 if own else 2,
+            zorder=3 if is_recipe else 2,
             label=line.name,
         )
     anchor = [row for row in report.teacher if is_anchor(row)]

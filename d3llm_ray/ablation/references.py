@@ -70,13 +70,13 @@ def _question(row: dict[str, object]) -> str:
 def _problems(rows: list[dict[str, object]]) -> dict[str, arith.ArithProblem]:
     """The embedded task's problem of every row, by its question."""
     wanted = {_question(row) for row in rows}
-    found: dict[str, arith.ArithProblem] = {}
+    known: dict[str, arith.ArithProblem] = {}
     for problem in islice(arith.problems("train"), PROMPTS_SEARCHED * len(rows)):
         if problem.question in wanted:
-            found[problem.question] = problem
-            if len(found) == len(wanted):
-                return found
+            known[problem.question] = problem
+            if len(known) == len(wanted):
+                return known
     raise InputError(
-        f"trajectories: {len(wanted) - len(found)} of {len(wanted)} prompts are not the embedded task's; accepted: "
+        f"trajectories: {len(wanted) - len(known)} of {len(wanted)} prompts are not the embedded task's; accepted: "
         "its training prompts, reference_trajectories for others, or variants without reference answers"
     )

@@ -80,7 +80,7 @@ class AblationReport(WrittenReport):
         """The setting in a sentence, the table, how to read it, and what failed."""
         settings = self.settings
         setting = (
-            f"{settings.seeds} seeds, {self.steps} optimizer steps; {settings.problems} {settings.split} problems of "
+            f"{settings.seeds} seeds, {self.steps} optimizer steps; {settings.count} {settings.split} problems of "
             f"{settings.task}, {settings.decoder}, {THRESHOLD} {settings.reference_threshold:g} (AUP: "
             f"{', '.join(f'{value:g}' for value in sorted(settings.thresholds))}); means ± half their 95 % intervals\n"
         )
@@ -104,7 +104,7 @@ def make_report(design: Design, steps: int, records: Sequence[Record], failures:
     anchored = any(is_anchor(row) for row in teacher)
     scored = score([*teacher, *rows], {row.model: teacher[0].model for row in rows if anchored}).rows
     aups = {row.model: row.aup for row in scored if anchored}
-    of = {name: [one for one in students if one.variant == name] for name in (RECIPE, *design.variants)}
+    of = {name: [record for record in students if record.variant == name] for name in (RECIPE, *design.variants)}
     compared = {RECIPE: Variant(claim=RECIPE), **design.variants}
     lines = [_line(name, variant, of, aups, design.settings) for name, variant in compared.items()]
     return AblationReport(
@@ -129,13 +129,16 @@ def _line(
 
     def by_seed(row: str) -> tuple[BySeed, BySeed, BySeed]:
         """(accuracy, TPF, AUP) of a row's students, each by seed."""
-        at = {one.seed: next(r for r in one.rows if r.settings[THRESHOLD] == reference) for one in of[row]}
-        accuracy: BySeed = {seed: found.accuracy for seed, found in at.items()}
-        tpf: BySeed = {seed: found.tpf for seed, found in at.items()}
-        return accuracy, tpf, {seed: aups.get(found.model) for seed, found in at.items()}
+        at = {
+            record.seed: next(measured for measured in record.rows if measured.settings[THRESHOLD] == reference)
+            for record in of[row]
+        }
+        accuracy: BySeed = {seed: measured.accuracy for seed, measured in at.items()}
+        tpf: BySeed = {seed: measured.tpf for seed, measured in at.items()}
+        return accuracy, tpf, {seed: aups.get(measured.model) for seed, measured in at.items()}
 
-    def figures(own: BySeed, gained: list[float]) -> Figures:
-        return Figures(estimate([value for value in own.values() if value is not None]), estimate(gained))
+    def figures(values: BySeed, gained: list[float]) -> Figures:
+        return Figures(estimate([value for value in values.values() if value is not None]), estimate(gained))
 
     accuracy, tpf, aup = by_seed(name)
     other_accuracy, other_tpf, other_aup = by_seed(against) if against else ({}, {}, {})
@@ -162,8 +165,8 @@ def _points(rows: Sequence[Row], thresholds: Sequence[float]) -> tuple[tuple[flo
 def _teacher_cells(row: Row) -> list[str]:
     threshold = f", {row.settings[THRESHOLD]:g}" if THRESHOLD in row.settings else ""
     aup = "-" if row.aup is None else f"{row.aup:.1f}"
-    own = [f"{row.accuracy:.1f}", f"{row.tpf:.2f}", aup]
-    return [TEACHER, f"{row.decoder}{threshold}", *["-"] * 5, *own]
+    measured = [f"{row.accuracy:.1f}", f"{row.tpf:.2f}", aup]
+    return [TEACHER, f"{row.decoder}{threshold}", *["-"] * 5, *measured]
 
 
 def _cells(line: Line) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ray import tune
 
-from d3llm_ray.ablation.plan import Design, Trial, check_trials, file_digest, make_design, plan_trials
+from d3llm_ray.ablation.plan import AblationTrial, Design, check_trials, file_digest, make_design, plan_trials
 from d3llm_ray.ablation.plots import plot_gains, plot_points
 from d3llm_ray.ablation.references import write_reference_answers
 from d3llm_ray.ablation.report import AblationReport, make_report
@@ -83,7 +83,7 @@ def _rows(design: Design, progress: Progress) -> tuple[str, str | None]:
             "attempts": 1,  # the task has prompts in plenty: another one is as good as another try
             "max_tokens": settings.max_tokens,
             "device": settings.device,
-            "gpus_per_actor": settings.gpus_per_trial,
+            "gpus_per_actor": settings.gpus_per_actor,
             "output": str(settings.output / "trajectories"),
         }
         trajectories = write_trajectories(build(TrajectorySettings, values), progress)
@@ -98,14 +98,14 @@ def _rows(design: Design, progress: Progress) -> tuple[str, str | None]:
 
 
 def _run_missing(
-    settings: AblateSettings, trials: Sequence[Trial], measure: Measure, progress: Progress
+    settings: AblateSettings, trials: Sequence[AblationTrial], measure: Measure, progress: Progress
 ) -> dict[str, str]:
     """Run the trials without a record; returns the reasons of those that failed, by key."""
     missing = [trial for trial in trials if not record_file(settings, trial).is_file()]
     if not missing:
         return {}
-    connect(min_cpus=settings.concurrent_trials * settings.cpus_per_trial)
-    wait_for_resources([settings.resources], settings.resource_timeout_s, "cpus_per_trial and gpus_per_trial")
+    connect(min_cpus=settings.concurrent_trials * settings.cpus_per_actor)
+    wait_for_resources([settings.resources], settings.resource_timeout_s, "cpus_per_actor and gpus_per_actor")
     shutil.rmtree(settings.output / TUNE_FOLDER, ignore_errors=True)  # an interrupted grid's; records are what counts
     tuner = _tuner(settings, missing, measure)
 
@@ -126,7 +126,7 @@ def _run_missing(
     return failures
 
 
-def _tuner(settings: AblateSettings, trials: Sequence[Trial], measure: Measure) -> tune.Tuner:
+def _tuner(settings: AblateSettings, trials: Sequence[AblationTrial], measure: Measure) -> tune.Tuner:
     trainable = tune.with_parameters(run_trial, trials=list(trials), settings=settings, measure=measure)
     resources = {name.lower(): amount for name, amount in settings.resources.items()}
     return tune.Tuner(

@@ -8,13 +8,18 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from d3llm_ray.ablation.statistics import MAX_SEEDS
-from d3llm_ray.config import Settings
+from d3llm_ray.config import DecoderSettings, Settings
 
 
 class AblateSettings(Settings):
     """Distil with and without each part of a recipe, several seeds each, and compare the students (Ray Tune)."""
 
     verb: ClassVar[str] = "ablate"
+    renamed: ClassVar[dict[str, str]] = {
+        "problems": "count",
+        "cpus_per_trial": "cpus_per_actor",
+        "gpus_per_trial": "gpus_per_actor",
+    }
 
     recipe: Path | None = Field(
         None,
@@ -38,8 +43,9 @@ class AblateSettings(Settings):
 
     task: str = Field("arith", description="embedded task, or a prompts file with references")
     split: Literal["test", "validation"] = Field("test", description="which problems the students solve")
-    problems: int = Field(250, gt=0, description="how many")
+    count: int = Field(250, gt=0, description="how many of them")
     decoder: str = Field("d3llm-nocache", description="preset or settings file that decodes them")
+    decoder_settings: DecoderSettings = Field({}, description="decoder settings that replace its own")
     thresholds: tuple[float, ...] = Field(
         (0.15, 0.45, 0.7), min_length=1, description="entropy thresholds that a student is measured at"
     )
@@ -48,8 +54,9 @@ class AblateSettings(Settings):
     max_batch_size: int = Field(32, gt=0, description="requests decoded together")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="weights when evaluated")
 
-    cpus_per_trial: int = Field(1, gt=0, description="CPUs, and threads, of one student's distillation and evaluation")
-    gpus_per_trial: float = Field(0.0, ge=0.0, description="GPUs of one student; 0 works on CPUs")
+    device: str = Field("cpu", pattern="^(cpu|cuda)$", description="where students train and decode: cpu or cuda")
+    cpus_per_actor: int = Field(1, gt=0, description="CPUs, and threads, of one student's distillation and evaluation")
+    gpus_per_actor: float = Field(0.0, ge=0.0, description="GPUs of one student")
     concurrent_trials: int = Field(2, gt=0, description="students at a time, as far as the cluster has room")
     resource_timeout_s: float = Field(25.0, gt=0, description="how long to wait for the cluster to have room for one")
     keep_students: bool = Field(False, description="keep the checkpoints in students/")
@@ -64,14 +71,15 @@ class AblateSettings(Settings):
             )
         if len(set(self.thresholds)) < len(self.thresholds):
             raise ValueError(f"thresholds: got {list(self.thresholds)}; accepted: each once")
+        if (self.device == "cuda") != (self.gpus_per_actor > 0):
+            raise ValueError(
+                f"gpus_per_actor: got {self.gpus_per_actor:g} with device: {self.device}; accepted: a number above 0 "
+                "with device: cuda, 0 with device: cpu"
+            )
         return self
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.gpus_per_trial else "cpu"
 
     @property
     def resources(self) -> dict[str, float]:
         """What one trial takes of the cluster."""
-        gpus = {"GPU": self.gpus_per_trial} if self.gpus_per_trial else {}
-        return {"CPU": float(self.cpus_per_trial), **gpus}
+        gpus = {"GPU": self.gpus_per_actor} if self.gpus_per_actor else {}
+        return {"CPU": float(self.cpus_per_actor), **gpus}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from d3llm_ray.ablation.plan import Trial
+from d3llm_ray.ablation.plan import AblationTrial
 from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.distillation.local import distil_here
@@ -22,7 +22,7 @@ from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task
 
-Measure = Callable[[Trial, AblateSettings], None]
+Measure = Callable[[AblationTrial, AblateSettings], None]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class Record:
     rows: tuple[Row, ...]
 
 
-def record_file(settings: AblateSettings, trial: Trial) -> Path:
+def record_file(settings: AblateSettings, trial: AblationTrial) -> Path:
     """Where a trial's record is; it is there when the trial is finished."""
     return settings.output / "trials" / f"{trial.key}.json"
 
 
-def write_record(settings: AblateSettings, trial: Trial, seconds: dict[str, float], rows: Sequence[Row]) -> None:
+def write_record(
+    settings: AblateSettings, trial: AblationTrial, seconds: dict[str, float], rows: Sequence[Row]
+) -> None:
     """Write the trial's record; `rows` come in the order of its decoders."""
     content = {
         "variant": trial.variant,
@@ -60,22 +62,24 @@ def read_record(path: Path) -> Record:
     return Record(content["variant"], content["seed"], content["seconds"], rows)
 
 
-def run_trial(config: dict[str, Any], trials: Sequence[Trial], settings: AblateSettings, measure: Measure) -> None:
+def run_trial(
+    config: dict[str, Any], trials: Sequence[AblationTrial], settings: AblateSettings, measure: Measure
+) -> None:
     """Ray Tune's trainable: carry out the trial `config["number"]`. `settings.output` is absolute."""
     measure(trials[config["number"]], settings)
 
 
-def measure(trial: Trial, settings: AblateSettings) -> None:
+def measure(trial: AblationTrial, settings: AblateSettings) -> None:
     """Distil the trial's student, if it is one, decode the problems with every decoder and write the record."""
-    if not settings.gpus_per_trial:
-        torch.set_num_threads(settings.cpus_per_trial)
+    if settings.device == "cpu":
+        torch.set_num_threads(settings.cpus_per_actor)
     quiet = Progress(quiet=True)
     started = time.perf_counter()
     if trial.distill is not None:
         distil_here(trial.distill, quiet)
     distilled = time.perf_counter()
     task = load_task(settings.task)
-    problems = task.problems(settings.split, settings.problems)
+    problems = task.problems(settings.split, settings.count)
     llm = DiffusionLLM.from_pretrained(
         trial.model,
         decoder=trial.decoders[0],

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from d3llm_ray.config import Settings, build, read_yaml
+from d3llm_ray.config import Settings, SettingsGroup, build, merge
+from d3llm_ray.distillation.objectives import PseudoTrajectory
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.errors import InputError, require, unknown
+from d3llm_ray.yaml_file import read_yaml
 
 RECIPE = "recipe"  # the name of the row that changes nothing
 TEACHER = "teacher"  # that of the model before distillation
@@ -18,17 +20,17 @@ TEACHER = "teacher"  # that of the model before distillation
 # What all students have in common; a row that differed in it would measure the budget, not the recipe.
 SHARED = (
     *("teacher", "trajectories", "output", "seed", "epochs", "max_steps", "max_rows", "batch_size"),
-    *("workers", "use_gpu", "cpus_per_worker"),
+    *("workers", "device", "cpus_per_actor"),
 )
 
 
-class Variant(BaseModel):
+class Variant(SettingsGroup):
     """A recipe with something taken out or replaced."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     claim: str = Field(description="which part of the recipe it is about; rows are grouped by it")
-    changes: dict[str, Any] = Field(default={}, description="settings of `d3llm-ray distill` that differ")
+    changes: dict[str, Any] = Field(
+        default={}, description="settings of `d3llm-ray distill` that differ, within `objective` as well"
+    )
     reference_answers: bool = Field(default=False, description="train on reference answers instead of the teacher's")
     against: str = Field(default=RECIPE, description="the row that it is compared with")
     published_gain: float | None = Field(default=None, description="percent of TPF that the part gains, if published")
@@ -41,24 +43,34 @@ class Variants(Settings):
 
 
 def built_in(recipe: DistillSettings) -> dict[str, Variant]:
-    """The rows for the claims of arXiv:2601.07568; its README attributes gains in TPF to three of them."""
-    final_window = {"window_sizes": recipe.window_sizes[-1:]}
-    fixed_noise = {"noise_start": 0.5, "noise_end": 0.5, "noise_max": 0.5}
-    reversed_noise = {"noise_start": recipe.noise_end, "noise_end": recipe.noise_start}
-    inverted = {"order": "inverted", "inverted_pairs": 0.2}
+    """The rows for the claims of arXiv:2601.07568; its README attributes gains in TPF to three of them.
+
+    Raises `InputError` for a recipe with another objective than the paper's.
+    """
+    objective = recipe.objective
+    if not isinstance(objective, PseudoTrajectory):
+        accepted = f"{PseudoTrajectory.name}, or a variants_file for other recipes"
+        raise InputError(f"recipe: got objective {objective.name}; accepted: {accepted}")
+
+    def row(claim: str, published_gain: float | None = None, **changes: Any) -> Variant:
+        return Variant(claim=claim, changes={"objective": changes}, published_gain=published_gain)
+
     return {
-        "order-random": Variant(claim="order", changes={"order": "random"}, published_gain=18.0),
-        "order-shuffled": Variant(claim="order", changes={"order": "shuffled"}),
-        "order-reversed": Variant(claim="order", changes={"order": "reversed"}),
-        "order-inverted": Variant(claim="order", changes=inverted),
-        "noise-fixed": Variant(claim="noise", changes=fixed_noise, published_gain=12.0),
-        "noise-reversed": Variant(claim="noise", changes=reversed_noise),
-        "window-fixed": Variant(claim="window", changes=final_window, published_gain=8.0),
-        "certainty-off": Variant(claim="certainty", changes={"entropy_weight": 0.0}),
-        "complement-off": Variant(claim="complement", changes={"complement_weight": 0.0}),
+        "order-random": row("order", 18.0, order="random"),
+        "order-shuffled": row("order", order="shuffled"),
+        "order-reversed": row("order", order="reversed"),
+        "order-inverted": row("order", order="inverted", inverted_pairs=0.2),
+        "noise-fixed": row("noise", 12.0, noise_start=0.5, noise_end=0.5, noise_max=0.5),
+        "noise-reversed": row("noise", noise_start=objective.noise_end, noise_end=objective.noise_start),
+        "window-fixed": row("window", 8.0, window_sizes=objective.window_sizes[-1:]),
+        "certainty-off": row("certainty", certainty_weight=0.0),
+        "complement-off": row("complement", complement_weight=0.0),
         "rows-all": Variant(claim="rows", changes={"keep": "all"}),
         "targets-reference": Variant(
-            claim="targets", changes={"order": "random"}, reference_answers=True, against="order-random"
+            claim="targets",
+            changes={"objective": {"order": "random"}},
+            reference_answers=True,
+            against="order-random",
         ),
     }
 
@@ -86,7 +98,7 @@ def check(variants: Mapping[str, Variant], recipe: Mapping[str, Any]) -> None:
         for setting in variant.changes:
             require(setting not in SHARED, f"{field}.changes", setting, "settings that not all students share")
         try:
-            changed = build(DistillSettings, {**recipe, **variant.changes})
+            changed = build(DistillSettings, merge(dict(recipe), variant.changes))
         except InputError as error:
             raise InputError(f"{field}.changes: {error}") from error
         different = changed != unchanged or variant.reference_answers

@@ -27,7 +27,7 @@ from d3llm_ray.benchmark.rows import spread
 from d3llm_ray.benchmark.step import optimizer_step
 from d3llm_ray.config import build
 from d3llm_ray.device import timed
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.preparation import load
 from d3llm_ray.distillation.run import run as run_job
 from d3llm_ray.distillation.settings import DistillSettings
@@ -98,11 +98,11 @@ def run(settings: DistillBenchmarkSettings, progress: Progress | None = None) ->
     kinds = sorted({1, settings.workers})
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
-    cluster.connect(min_cpus=settings.workers * settings.cpus_per_worker + settings.workers)
+    cluster.connect(min_cpus=settings.workers * settings.cpus_per_actor + settings.workers)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         trajectories = settings.trajectories or _decode(settings, Path(folder) / "trajectories", progress)
         alone = settings.of_job(trajectories, folder, workers=1)
-        plan = Plan(alone, load(alone, *student_family(alone))[0], student_family(alone)[1])
+        plan = TrainingPlan(alone, load(alone, *student_family(alone))[0], student_family(alone)[1])
         accepted = f"fewer than the run's {plan.max_steps} steps"
         require(settings.warmup_steps < plan.max_steps, "warmup_steps", settings.warmup_steps, accepted)
         nice, runs = 0, []
@@ -121,7 +121,7 @@ def run(settings: DistillBenchmarkSettings, progress: Progress | None = None) ->
         ratios=tuple(ratios(runs)),
         columns=rate_columns("samples"),
         counting=COUNTING,
-        environment={"nice": nice, "threads": settings.cpus_per_worker},  # of Ray's workers
+        environment={"nice": nice, "threads": settings.cpus_per_actor},  # of Ray's workers
     )
     return keep(report, settings, output)
 
@@ -161,12 +161,12 @@ def of_metrics(name: str, lines: Sequence[Mapping[str, Any]], batch_size: int, w
     return Run(name, steps * batch_size, seconds, lines[0]["loss"])
 
 
-def bare_loop(plan: Plan, warmup_steps: int) -> Run:
+def bare_loop(plan: TrainingPlan, warmup_steps: int) -> Run:
     """Train as the job's one worker does, with nothing around it."""
     settings = plan.settings
-    device = torch.device("cuda" if settings.use_gpu else "cpu")
-    if not settings.use_gpu:
-        torch.set_num_threads(settings.cpus_per_worker)
+    device = torch.device(settings.device)
+    if not settings.gpu:
+        torch.set_num_threads(settings.cpus_per_actor)
     torch.manual_seed(settings.seed)
     module, _ = build_student(settings, device)
     engine = torch_engine(module, settings.engine_options())
@@ -175,21 +175,21 @@ def bare_loop(plan: Plan, warmup_steps: int) -> Run:
 
     def train(steps: range) -> list[torch.Tensor]:
         shares = ((step, packed[step * accumulation : (step + 1) * accumulation]) for step in steps)
-        return [optimizer_step(engine, module, share, plan.at(step).lr, device) for step, share in shares]
+        return [optimizer_step(engine, module, share, plan.lr(step), device) for step, share in shares]
 
     first, *_ = train(range(warmup_steps))
     seconds, losses = timed(device, lambda: train(range(warmup_steps, plan.max_steps)))
     return Run(LOOP, len(losses) * settings.batch_size, seconds, first.item())
 
 
-def _loop(plan: Plan, warmup_steps: int) -> tuple[int, Run]:
+def _loop(plan: TrainingPlan, warmup_steps: int) -> tuple[int, Run]:
     """(niceness, measurement) of the loop in a process of Ray's."""
     settings = plan.settings
 
     def measure() -> tuple[int, Run]:
         return os.nice(0), bare_loop(plan, warmup_steps)
 
-    task = ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=int(settings.use_gpu), max_calls=1)(measure)
+    task = ray.remote(num_cpus=settings.cpus_per_actor, num_gpus=int(settings.gpu), max_calls=1)(measure)
     measured: tuple[int, Run] = ray.get(task.remote())
     return measured
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,6 +43,15 @@ def check_machine(name: str) -> None:
     """Raise `InputError` unless `find_machine` knows the name."""
     if name != MEASURED and name not in MACHINES:
         raise unknown("machine", name, [MEASURED, *MACHINES])
+
+
+def data_sheet(device: torch.device) -> Machine | None:
+    """The data sheet of this card, by its name; None for a CPU, an unknown card or another form factor than SXM."""
+    if device.type != "cuda":
+        return None
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower())
+    other = {"pcie", "nvl"} & set(words)
+    return None if other else next((MACHINES[word] for word in words if word in MACHINES), None)
 
 
 def find_machine(name: str, device: torch.device, dtype: torch.dtype) -> Machine:

@@ -27,9 +27,9 @@ from d3llm_ray.benchmark.step_rows import COLUMNS, COUNTING, PHASES, StepRow
 from d3llm_ray.benchmark.workload import DEFAULT_MODEL, synthetic_prompts
 from d3llm_ray.device import peak_memory, timed
 from d3llm_ray.distillation.lora import add_lora, coverage
-from d3llm_ray.distillation.memory import MemoryPlan, plan_memory
-from d3llm_ray.distillation.objectives import LossModule, Scheduled
-from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, pack
+from d3llm_ray.distillation.memory import TrainingMemoryPlan, plan_memory
+from d3llm_ray.distillation.objectives import LossModule
+from d3llm_ray.distillation.objectives.batches import MicroBatch, TrainingSample, pack
 from d3llm_ray.distillation.objectives.corruption import draws
 from d3llm_ray.distillation.student import recompute_layers
 from d3llm_ray.distillation.training.engines import EngineOptions, torch_engine
@@ -194,9 +194,8 @@ def _steps(plan: StepPlan, config: ModelConfig, family: Family, count: int) -> l
     number = count * plan.accumulation * plan.micro_batch_size
     rows = np.array(synthetic_prompts(family, config.vocab_size, number, plan.length, plan.seed), dtype=np.int32)
     rng = np.random.default_rng(plan.seed)
-    scheduled = Scheduled(epoch=0, window=plan.window, noise_floor=plan.mask_ratio, lr=LR)
     samples = [
-        Sample(
+        TrainingSample(
             prompt_id=str(n),
             prompt_ids=row[: plan.prompt_tokens],
             response_ids=row[plan.prompt_tokens :],
@@ -204,9 +203,7 @@ def _steps(plan: StepPlan, config: ModelConfig, family: Family, count: int) -> l
         )
         for n, row in enumerate(rows)
     ]
-    views = [
-        plan.objective.views(draws(plan.seed, 0, sample.prompt_id), sample, scheduled, family) for sample in samples
-    ]
+    views = [plan.objective.views(draws(plan.seed, 0, sample.prompt_id), sample, None, family) for sample in samples]
     micro_batches = [
         pack(
             [sample.prompt_id for sample in samples[first : first + plan.micro_batch_size]],
@@ -224,7 +221,7 @@ def _work(micro: MicroBatch) -> Work:
     return Work(micro.token_ids.size, int((micro.lengths**2).sum()), micro.token_ids.size, micro.labels.size)
 
 
-def _memory_plan(plan: StepPlan, config: ModelConfig, micro: MicroBatch) -> MemoryPlan:
+def _memory_plan(plan: StepPlan, config: ModelConfig, micro: MicroBatch) -> TrainingMemoryPlan:
     return plan_memory(
         config,
         rank=plan.lora_rank,
@@ -235,7 +232,7 @@ def _memory_plan(plan: StepPlan, config: ModelConfig, micro: MicroBatch) -> Memo
         offload="none",
         micro_batch_size=plan.micro_batch_size,
         longest_row=plan.length,
-        views=1 + plan.complement,
+        rows_per_sample=plan.objective.rows_per_sample,
         supervised_rows=micro.labels.size,
         head_rows=plan.head_rows,
         activation_checkpointing=plan.activation_checkpointing,

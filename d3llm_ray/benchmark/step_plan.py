@@ -10,7 +10,7 @@ import torch
 from d3llm_ray.benchmark.machine import check_machine
 from d3llm_ray.benchmark.plan import MEASURED, option, require_count
 from d3llm_ray.device import check_device
-from d3llm_ray.distillation.objectives import LossWeights, MaskedWindows
+from d3llm_ray.distillation.objectives import PseudoTrajectory
 from d3llm_ray.distillation.training.engines import Precision
 from d3llm_ray.errors import require, unknown
 
@@ -74,6 +74,13 @@ class StepPlan:
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     @property
-    def objective(self) -> MaskedWindows:
+    def objective(self) -> PseudoTrajectory:
         """d3LLM's, at one mask ratio."""
-        return MaskedWindows(LossWeights(0.25, 0.25 * self.complement, 0.5, "a", 0.5), noise_max=self.mask_ratio)
+        return PseudoTrajectory(
+            window_sizes=(self.window,),
+            noise_start=self.mask_ratio,
+            noise_end=self.mask_ratio,
+            noise_max=self.mask_ratio,
+            complement_weight=0.25 * self.complement,
+            certainty_weight=0.5,
+        )

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from d3llm_ray.distillation.objectives.batches import Sample
+from d3llm_ray.distillation.objectives.batches import TrainingSample
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models.config import ModelConfig
 from d3llm_ray.models.families import Family
@@ -53,7 +53,7 @@ class TrajectorySet:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
-    def __getitem__(self, row: int) -> Sample:
+    def __getitem__(self, row: int) -> TrainingSample:
         response, reveal = self._responses[row], self._reveals[row]
         missing = 0 if self._canvas is None else self._canvas - response.size
         if missing:
@@ -61,7 +61,7 @@ class TrajectorySet:
         order = None
         if reveal.size:
             order = np.pad(reveal, (0, missing), constant_values=LAST_STEP) if missing else reveal
-        return Sample(str(self.prompt_ids[row]), self._prompts[row], response, order)
+        return TrainingSample(str(self.prompt_ids[row]), self._prompts[row], response, order)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -79,9 +79,9 @@ class TrajectorySet:
             "trajectories: reveal_step",
             f"null in {self.unordered} of {len(self)} rows",
             "rows with an order (a teacher decodes the prompts of such a file: `d3llm-ray trajectories --prompts "
-            "FILE`), or order: random",
+            "FILE`), or objective.order: random",
         )
-        repeated = [str(one) for one, other in pairwise(self.prompt_ids) if one == other]
+        repeated = [str(here) for here, following in pairwise(self.prompt_ids) if here == following]
         require(not repeated, "trajectories: prompt_id", repeated[:1], "every prompt_id once")
         prompts, responses = self._prompts, self._responses
         self._all(prompts.lengths > 0, "prompt_ids", "at least one token")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from d3llm_ray.device import check_device
 from d3llm_ray.distillation.objectives.batches import MicroBatch
 from d3llm_ray.distillation.preparation import finished, prepare, settle, watched
 from d3llm_ray.distillation.settings import DistillSettings
@@ -21,7 +22,7 @@ def distil_here(settings: DistillSettings, progress: Progress | None = None) -> 
 
     What `run` splits over workers is accumulated here; ZeRO and offloading have nothing to do. Raises `InputError`.
     """
-    device = torch.device("cuda" if settings.use_gpu else "cpu")
+    check_device(settings.device)
     settings = settings.model_copy(update={"workers": 1, "zero_stage": 0, "offload": "none"})
     done = finished(settings)
     if done is not None:
@@ -36,5 +37,5 @@ def distil_here(settings: DistillSettings, progress: Progress | None = None) -> 
         return run_tracker(job.work, step, student=Path(settings.output).name, ray=False)
 
     with watched(job, progress):
-        run_worker(job, device, torch_engine, packed, tracker)
+        run_worker(job, torch.device(settings.device), torch_engine, packed, tracker)
     return settle(job)

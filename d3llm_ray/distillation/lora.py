@@ -14,15 +14,18 @@ from d3llm_ray.errors import unknown
 from d3llm_ray.models.transformer import Transformer
 
 
-def add_lora(model: Transformer, *, rank: int, alpha: int, dropout: float, targets: Sequence[str]) -> PeftModel:
-    """Freeze `model` and put an adapter on every layer's `targets`, canonical names for every family.
+def add_lora(
+    model: Transformer, *, rank: int, alpha: int, dropout: float, targets: Sequence[str] | None = None
+) -> PeftModel:
+    """Freeze `model` and put an adapter on every layer's `targets`, canonical names for every family; None: on all.
 
     Raises `InputError` for a target that no layer has; the LM head is outside the layers and never adapted.
     """
-    leaves = {name.rpartition(".")[2] for name, part in model.layers.named_modules() if isinstance(part, nn.Linear)}
+    projections = model.config.projections
+    targets = tuple(projections) if targets is None else targets
     for target in targets:
-        if target not in leaves:
-            raise unknown("lora_targets", target, leaves)
+        if target not in projections:
+            raise unknown("lora_targets", target, projections)
     adapters = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")
     return get_peft_model(model, adapters)
 
@@ -68,7 +71,7 @@ def coverage(model: Transformer | PeftModel) -> Coverage:
     for layer in transformer.layers:
         for path, part in layer.named_modules():
             name = path.rpartition(".")[2]
-            if name.endswith("_proj"):
+            if name in transformer.config.projections:
                 projections[name] += _is_trained(part)
     outside = {"LM head": transformer.lm_head, "embeddings": transformer.embed_tokens}
     return Coverage(

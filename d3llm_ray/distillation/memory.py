@@ -18,7 +18,7 @@ _GIB = 2.0**30
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class TrainingMemoryPlan:
     """Bytes of one worker by purpose; `on_host` is what is kept in CPU memory instead of on the device."""
 
     workers: int
@@ -74,23 +74,23 @@ def plan_memory(
     config: ModelConfig,
     *,
     rank: int,
-    targets: Collection[str],
+    targets: Collection[str] | None,
     precision: Precision,
     zero_stage: int,
     workers: int,
     offload: Offload,
     micro_batch_size: int,
     longest_row: int,
-    views: int,
+    rows_per_sample: int,
     supervised_rows: int,
     head_rows: int,
     activation_checkpointing: bool,
-) -> MemoryPlan:
+) -> TrainingMemoryPlan:
     """Add up one worker's memory at its peak, where a backward pass begins.
 
-    `rank` and `targets` are the adapters'; rank 0 trains every weight. A forward is of `micro_batch_size` samples of
-    `views` rows, each of at most `longest_row` tokens, and supervises at most `supervised_rows` of them; `head_rows`
-    of logits exist at a time.
+    `rank` and `targets` are the adapters', on every projection where None; rank 0 trains every weight. A forward is
+    of `micro_batch_size` samples of `rows_per_sample` rows, each of at most `longest_row` tokens, and supervises at
+    most `supervised_rows` of them; `head_rows` of logits exist at a time.
 
     Weights, gradients and the optimizer's state are split over the workers from stage 3, 2 and 1 on (ZeRO,
     arXiv:1910.02054, section 5); `offload` moves the optimizer's state with the gradients, or all three, to the CPU
@@ -105,10 +105,9 @@ def plan_memory(
     width = BFLOAT16 if half else FLOAT32  # bytes of a weight, and of the residual stream
     sizes = config.projections
     of_layer, head, parameters = config.layer_parameters, config.head_parameters, config.parameters
-    if rank:
-        trained = rank * config.num_layers * sum(sum(sizes[name]) for name in targets)
-    else:
-        targets, trained = tuple(sizes), parameters
+    if targets is None or not rank:
+        targets = tuple(sizes)
+    trained = rank * config.num_layers * sum(sum(sizes[name]) for name in targets) if rank else parameters
 
     def share(first_stage: int) -> int:
         return workers if zero_stage >= first_stage else 1
@@ -136,12 +135,12 @@ def plan_memory(
     elif zero_stage == 3:
         copies = width * max(of_layer, head)
 
-    tokens = micro_batch_size * views * longest_row
+    tokens = micro_batch_size * rows_per_sample * longest_row
     by_layer = _saved_by_layer(config, rank, targets, precision)
     kept = tokens * (config.num_layers + 1) * by_layer
     recomputed = tokens * (config.num_layers * width * config.hidden_size + 2 * by_layer)
     logit_rows = min(head_rows, supervised_rows)
-    return MemoryPlan(
+    return TrainingMemoryPlan(
         workers=workers,
         zero_stage=zero_stage,
         precision=precision,
@@ -162,13 +161,8 @@ def plan_memory(
     )
 
 
-def plan_of(settings: DistillSettings, config: ModelConfig, longest: int) -> MemoryPlan:
+def plan_of(settings: DistillSettings, config: ModelConfig, longest: int) -> TrainingMemoryPlan:
     """The plan of a run whose longest sample, prompt and canvas, has `longest` tokens."""
-    if settings.objective == "windows":
-        views, supervised = 1 + (settings.complement_weight > 0), max(settings.window_sizes)
-    else:
-        # A row of block diffusion holds its sample three times, clean and under both masks.
-        views, supervised = (3 if settings.objective == "block-diffusion" else 1), longest
     return plan_memory(
         config,
         rank=settings.lora_rank,
@@ -179,8 +173,8 @@ def plan_of(settings: DistillSettings, config: ModelConfig, longest: int) -> Mem
         offload=settings.offload,
         micro_batch_size=settings.micro_batch_size,
         longest_row=longest,
-        views=views,
-        supervised_rows=settings.micro_batch_size * supervised,
+        rows_per_sample=settings.objective.rows_per_sample,
+        supervised_rows=settings.micro_batch_size * settings.objective.supervised(longest),
         head_rows=settings.head_rows,
         activation_checkpointing=settings.activation_checkpointing,
     )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from numpy.typing import NDArray
 
 from d3llm_ray.distillation.data import TrajectorySet
-from d3llm_ray.distillation.objectives import Scheduled
-from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, epoch_order, pack
+from d3llm_ray.distillation.objectives import Moment
+from d3llm_ray.distillation.objectives.batches import MicroBatch, TrainingSample, epoch_order, pack
 from d3llm_ray.distillation.objectives.corruption import draws
-from d3llm_ray.distillation.objectives.curriculum import learning_rate, noise_floor, window_size
+from d3llm_ray.distillation.objectives.curriculum import learning_rate
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.errors import require
 from d3llm_ray.models.families import Family
@@ -19,7 +17,7 @@ from d3llm_ray.models.families import Family
 VALIDATION_EPOCH = -1  # the held-out rows are drawn once, at the end of the curriculum
 
 
-class Plan:
+class TrainingPlan:
     """All steps of a run. Raises `InputError` when the rows do not fill one batch."""
 
     def __init__(self, settings: DistillSettings, samples: TrajectorySet, family: Family) -> None:
@@ -28,28 +26,23 @@ class Plan:
         self.settings = settings
         self.samples = samples
         self.family = family
-        self.objective = settings.make_objective()
+        self.objective = settings.objective
         self.steps_per_epoch = len(samples) // settings.batch_size
         self.micro_batches_per_step = settings.batch_size // settings.micro_batch_size  # of all workers together
         total = self.steps_per_epoch * settings.epochs
         self.max_steps = total if settings.max_steps is None else min(total, settings.max_steps)
         self._order: tuple[int, NDArray[np.int64]] | None = None  # of the epoch in hand
 
-    def at(self, step: int) -> Scheduled:
-        """Window, noise floor and learning rate of a step (0-based)."""
-        settings = self.settings
+    def at(self, step: int) -> Moment:
+        """The place of a step (0-based) in the run."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
-        return Scheduled(
-            epoch=epoch,
-            window=window_size(settings.window_sizes, epoch, in_epoch, self.steps_per_epoch),
-            noise_floor=noise_floor(settings.noise_start, settings.noise_end, step, self.max_steps),
-            lr=learning_rate(
-                step,
-                self.max_steps,
-                peak=settings.lr,
-                schedule=settings.lr_schedule,
-                warmup_ratio=settings.warmup_ratio,
-            ),
+        return Moment(epoch, in_epoch, self.steps_per_epoch, step, self.max_steps)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step (0-based)."""
+        settings = self.settings
+        return learning_rate(
+            step, self.max_steps, peak=settings.lr, schedule=settings.lr_schedule, warmup_ratio=settings.warmup_ratio
         )
 
     def micro_batch(self, number: int) -> MicroBatch:
@@ -66,30 +59,26 @@ class Plan:
                 micro_batch_size=settings.micro_batch_size,
             )
             self._order = epoch, order
-        return self._pack([self.samples[int(row)] for row in self._order[1][in_epoch, place]], self.at(step))
+        return self._pack([self.samples[int(row)] for row in self._order[1][in_epoch, place]], epoch, self.at(step))
 
     def numbers(self, first_step: int, rank: int, workers: int) -> range:
         """Numbers of the micro-batches that worker `rank` of `workers` trains on from `first_step` to the end."""
-        each = self.micro_batches_per_step  # a multiple of `workers`
-        return range(first_step * each + rank, self.max_steps * each, workers)
+        per_step = self.micro_batches_per_step  # a multiple of `workers`
+        return range(first_step * per_step + rank, self.max_steps * per_step, workers)
 
     def validation(self, samples: TrajectorySet, rank: int, workers: int) -> list[MicroBatch]:
         """One worker's share of the held-out rows, masked once for all validations, as at the end of training."""
-        scheduled = dataclasses.replace(
-            self.at(self.max_steps - 1),
-            epoch=VALIDATION_EPOCH,
-            window=self.settings.window_sizes[-1],
-            noise_floor=self.settings.noise_end,
-        )
         order = np.argsort(samples.lengths, kind="stable")
         size = self.settings.micro_batch_size
         groups = [order[first : first + size] for first in range(0, len(order), size)]
-        return [self._pack([samples[int(row)] for row in group], scheduled) for group in groups[rank::workers]]
+        return [
+            self._pack([samples[int(row)] for row in group], VALIDATION_EPOCH, None) for group in groups[rank::workers]
+        ]
 
-    def _pack(self, samples: list[Sample], scheduled: Scheduled) -> MicroBatch:
+    def _pack(self, samples: list[TrainingSample], epoch: int, moment: Moment | None) -> MicroBatch:
         seed = self.settings.seed
         views = [
-            self.objective.views(draws(seed, scheduled.epoch, sample.prompt_id), sample, scheduled, self.family)
+            self.objective.views(draws(seed, epoch, sample.prompt_id), sample, moment, self.family)
             for sample in samples
         ]
-        return pack([one.prompt_id for one in samples], [one.prompt_ids.size for one in samples], views)
+        return pack([sample.prompt_id for sample in samples], [sample.prompt_ids.size for sample in samples], views)

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 
-from d3llm_ray.config import build, read_yaml, to_yaml
-from d3llm_ray.decoding import read_decoder
+from d3llm_ray.config import build, to_yaml
 from d3llm_ray.distillation.data import TrajectorySet, read_rows
 from d3llm_ray.distillation.lora import coverage
 from d3llm_ray.distillation.memory import plan_of
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import student_family, with_adapters
 from d3llm_ray.distillation.training import checkpoints
@@ -24,17 +23,18 @@ from d3llm_ray.distillation.training.job import CHECKPOINTS, STUDENT, Job
 from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.distillation.training.plots import plot_loss
 from d3llm_ray.distillation.training.trackers import TENSORBOARD
-from d3llm_ray.distillation.training.validation import BEST
+from d3llm_ray.distillation.training.validation import BEST, validation_decoder, validation_problems
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family, ModelConfig, Transformer, load_tokenizer, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress, polled
 from d3llm_ray.tasks import load_task
+from d3llm_ray.yaml_file import read_yaml
 
 SETTINGS_FILE, LAST = "settings.yaml", "last"
 
 # How a run is carried out, not what it computes: a resumed run may change these.
-HOW = {"workers", "use_gpu", "cpus_per_worker", "zero_stage", "offload", "activation_checkpointing", "head_rows"}
+HOW = {"workers", "device", "cpus_per_actor", "zero_stage", "offload", "activation_checkpointing", "head_rows"}
 HOW |= {"resource_timeout_s", "checkpoint_every", "keep_checkpoints", "max_failures", "log_every"}
 
 
@@ -58,10 +58,10 @@ def prepare(settings: DistillSettings, progress: Progress) -> Job:
     settings = absolute(settings)
     shape, family = student_family(settings)
     samples, held_out = load(settings, shape, family)
-    plan = Plan(settings, samples, family)
+    plan = TrainingPlan(settings, samples, family)
     if settings.val_task is not None and settings.val_every is not None:
-        load_task(settings.val_task)
-        read_decoder(settings.val_decoder).check(family)
+        validation_problems(load_task(settings.val_task), settings.val_count)
+        validation_decoder(settings).check(family)
         spoken = load_tokenizer(settings.teacher, family) is not None
         require(spoken, "val_task", settings.val_task, f"null, as {settings.teacher!r} has no tokenizer")
     progress.note(describe(settings, shape, samples))
@@ -85,7 +85,7 @@ def load(settings: DistillSettings, shape: ModelConfig, family: Family) -> tuple
         TrajectorySet(table, canvas=settings.canvas, pad_token_id=family.eos_token_id) for table in tables
     )
     for rows in (train, held_out):
-        rows.check(shape, family, ordered=settings.needs_order)
+        rows.check(shape, family, ordered=settings.objective.needs_order)
     return train, held_out
 
 
@@ -97,7 +97,7 @@ def describe(settings: DistillSettings, shape: ModelConfig, samples: TrajectoryS
     return f"{coverage(model)}\n{plan}"
 
 
-def run_fingerprint(settings: DistillSettings, plan: Plan) -> str:
+def run_fingerprint(settings: DistillSettings, plan: TrainingPlan) -> str:
     """Name of what a run computes: its settings, the teacher's files and the rows' ids."""
     teacher = resolve_model(settings.teacher)
     known = json.dumps([_what(settings), str(teacher), fingerprint(teacher), plan.samples.prompt_ids.tolist()])

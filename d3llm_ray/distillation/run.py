@@ -32,26 +32,28 @@ def run(settings: DistillSettings, progress: Progress | None = None) -> Path:
         return done
     progress = progress or Progress()
     job = prepare(settings, progress)
-    each = {"CPU": float(settings.cpus_per_worker), **({"GPU": 1.0} if settings.use_gpu else {})}
+    resources = {"CPU": float(settings.cpus_per_actor), **({"GPU": 1.0} if settings.gpu else {})}
     # Beside the workers, a CPU each for the tasks that pack their batches.
-    cluster.connect(min_cpus=settings.workers * settings.cpus_per_worker + settings.workers)
+    cluster.connect(min_cpus=settings.workers * settings.cpus_per_actor + settings.workers)
     cluster.quieten("ray.data")
-    cluster.wait_for_resources([each] * settings.workers, settings.resource_timeout_s, "workers")
+    cluster.wait_for_resources([resources] * settings.workers, settings.resource_timeout_s, "workers")
     with watched(job, progress):
-        stopped = _trainer(job, each).fit().return_value  # type: ignore[attr-defined]  # Train V2's Result has it
+        stopped = _trainer(job, resources).fit().return_value  # type: ignore[attr-defined]  # Train V2's Result has it
     if stopped is not None:
         raise NotFiniteError(stopped)
     return settle(job)
 
 
-def _trainer(job: Job, each: dict[str, float]) -> TorchTrainer:
+def _trainer(job: Job, resources: dict[str, float]) -> TorchTrainer:
     settings = job.settings
     plan = ray.put(job.plan)  # once a node, for the workers and for the tasks that pack their batches
     return TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # declared without a return value
         train_loop_config={"plan": plan, "held_out": ray.put(job.held_out), "work": str(job.work)},
-        torch_config=TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=settings.use_gpu, resources_per_worker=each),
+        torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers, use_gpu=settings.gpu, resources_per_worker=resources
+        ),
         # The rows go through the plan; Ray Train only wants a name for what `Shards` hands to the workers.
         datasets={SHARD: ray.data.range(1)},
         dataset_config=Shards(plan, job.work / CHECKPOINTS),

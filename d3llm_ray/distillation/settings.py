@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
-from d3llm_ray.config import Settings
+from d3llm_ray.config import DecoderSettings, Settings
 from d3llm_ray.distillation.data import Keep
-from d3llm_ray.distillation.objectives import BlockDiffusion, DiscreteForcing, LossWeights, MaskedWindows, Objective
-from d3llm_ray.distillation.objectives.corruption import MaskOrder, RatioRounding
+from d3llm_ray.distillation.objective_settings import DEFAULT, ObjectiveSettings, objective_values, read_objective
+from d3llm_ray.distillation.objectives import Objective
 from d3llm_ray.distillation.objectives.curriculum import LearningRateSchedule
-from d3llm_ray.distillation.objectives.windows import EntropyViews
 from d3llm_ray.distillation.training.engines import EngineOptions, Offload, Precision
 
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PROJECTIONS: tuple[Projection, ...] = get_args(Projection)  # every linear layer of every family but the LM head
 SelectBy = Literal["loss", "accuracy", "accuracy-x-tpf"]
-ObjectiveName = Literal["windows", "d2f", "block-diffusion"]
 
 
 class DistillSettings(Settings):
@@ -26,6 +22,19 @@ class DistillSettings(Settings):
 
     verb: ClassVar[str] = "distill"
     recipes: ClassVar[Path | None] = Path(__file__).with_name("recipes")
+    renamed: ClassVar[dict[str, str]] = {
+        "use_gpu": "device",
+        "cpus_per_worker": "cpus_per_actor",
+        "val_problems": "val_count",
+        "block_size": "objective.block_size",
+        "d2f_noise": "objective.noise",
+        "entropy_weight": "objective.certainty_weight",
+        "entropy_views": "objective.certainty_views",
+        "entropy_temperature": "objective.certainty_temperature",
+        **{name: f"objective.{name}" for name in ("order", "inverted_pairs", "ratio_rounding", "window_sizes")},
+        **{name: f"objective.{name}" for name in ("noise_start", "noise_end", "noise_max")},
+        **{name: f"objective.{name}" for name in ("ce_weight", "complement_weight")},
+    }
 
     teacher: str = Field("tiny-llada", description="zoo name or checkpoint folder that the student starts from")
     trajectories: str = Field(description="Parquet dataset of the teacher's trajectories (any pyarrow.fs path)")
@@ -37,40 +46,19 @@ class DistillSettings(Settings):
         None, gt=0, description="pad answers with the end-of-text token to so many; null: rows are whole canvases"
     )
 
-    objective: ObjectiveName = Field(
-        "windows",
-        description="windows: d3LLM and dParallel (fields order to entropy_temperature); d2f: block-causal student of "
-        "its own full attention; block-diffusion: Fast-dLLM v2",
+    objective: ObjectiveSettings = Field(
+        DEFAULT, description="what a student learns: a name, or a mapping of its name and its own parameters"
     )
-    order: MaskOrder = Field(
-        "trajectory",
-        description="which positions of a window to mask: what the teacher revealed last; for comparison that order "
-        "reversed, partly inverted, shuffled for every sample; or each at random (dParallel; rows need no order)",
-    )
-    inverted_pairs: float = Field(0.2, ge=0, le=1, description="share of a window's pairs that order: inverted swaps")
-    ratio_rounding: RatioRounding = Field("exact", description="'published' reproduces the published masked counts")
-    block_size: int = Field(16, gt=0, description="tokens in a block of d2f and of block-diffusion")
-    d2f_noise: tuple[float, float] = Field((0.2, 0.7), description="smallest and largest mask ratio of d2f's blocks")
 
     epochs: int = Field(6, gt=0, description="passes over the rows")
     max_steps: int | None = Field(None, gt=0, description="stop after so many optimizer steps, if earlier")
-    window_sizes: tuple[int, ...] = Field(
-        (8, 8, 12, 12, 16, 16), min_length=1, description="tokens in a window at the start of each epoch"
-    )
-    noise_start: float = Field(0.0, ge=0, le=1, description="smallest mask ratio at the first step")
-    noise_end: float = Field(0.8, ge=0, le=1, description="smallest mask ratio at the last step")
-    noise_max: float = Field(0.8, gt=0, le=1, description="largest mask ratio")
-
-    ce_weight: float = Field(0.25, ge=0, description="weight of the cross-entropy on the masked positions")
-    complement_weight: float = Field(0.25, ge=0, description="weight of the complementary view; 0 leaves it out")
-    entropy_weight: float = Field(1.0, ge=0, description="weight of the entropy where the student is right")
-    entropy_views: EntropyViews = Field("a", description="views whose entropy counts: a (LLaDA) or both (Dream)")
-    entropy_temperature: float = Field(0.5, gt=0, description="temperature of the entropy term")
 
     lora_rank: int = Field(64, ge=0, description="rank of the LoRA adapters; 0 trains every weight")
     lora_alpha: int = Field(64, gt=0, description="LoRA scale: updates are multiplied by alpha / rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
-    lora_targets: tuple[Projection, ...] = Field(PROJECTIONS, min_length=1, description="projections with an adapter")
+    lora_targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="projections with an adapter; null: all of the model's"
+    )
     merge: bool = Field(True, description="write the student as a full checkpoint in the family's layout")
     save_adapter: bool = Field(False, description="write the peft adapter as well, in adapter/")
 
@@ -98,8 +86,10 @@ class DistillSettings(Settings):
     head_rows: int = Field(1024, gt=0, description="rows of logits held at a time")
 
     workers: int = Field(2, gt=0, description="Ray Train workers")
-    use_gpu: bool = Field(False, description="one GPU a worker (NCCL); otherwise CPU (gloo)")
-    cpus_per_worker: int = Field(1, gt=0, description="CPUs and, without a GPU, compute threads a worker")
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu (gloo), or cuda (one GPU a worker, NCCL)"
+    )
+    cpus_per_actor: int = Field(1, gt=0, description="CPUs and, without a GPU, compute threads a worker")
     resource_timeout_s: float = Field(25.0, gt=0, description="how long to wait for the cluster to have room")
     checkpoint_every: int = Field(100, gt=0, description="optimizer steps between resumable checkpoints")
     keep_checkpoints: int = Field(2, ge=2, description="newest checkpoints to keep while training")
@@ -109,8 +99,9 @@ class DistillSettings(Settings):
     val_every: int | None = Field(None, gt=0, description="optimizer steps between validations; null: none")
     val_rows: int = Field(128, ge=0, description="rows held out for the validation loss, when there are validations")
     val_task: str | None = Field(None, description="decode this task's validation problems as well; null: loss only")
-    val_problems: int = Field(64, gt=0, description="problems to decode in each validation")
+    val_count: int = Field(64, gt=0, description="problems to decode in each validation")
     val_decoder: str = Field("d3llm-nocache", description="preset or settings file that decodes them")
+    val_decoder_settings: DecoderSettings = Field({}, description="decoder settings that replace its own")
     val_max_tokens: int = Field(64, gt=0, description="canvas of the decoded answers in tokens")
     select_by: SelectBy = Field(
         "loss", description="best student: smallest validation loss, or largest accuracy, or accuracy x TPF"
@@ -118,6 +109,15 @@ class DistillSettings(Settings):
     export: Literal["last", "best"] = Field("last", description="which student the output folder holds at its top")
 
     seed: int = Field(0, ge=0, description="seed of order, windows, ratios and adapters")
+
+    @field_validator("objective", mode="plain")
+    @classmethod
+    def _objective(cls, value: Any) -> Objective:
+        return read_objective(value)
+
+    @field_serializer("objective")
+    def _objective_values(self, objective: Objective) -> dict[str, Any]:
+        return objective_values(objective)
 
     @model_validator(mode="after")
     def _consistent(self) -> DistillSettings:
@@ -128,23 +128,16 @@ class DistillSettings(Settings):
             )
         if "://" in self.output:
             raise ValueError(f"output: got {self.output!r}; accepted: a folder, on a file system that all nodes mount")
-        if any(size <= 0 for size in self.window_sizes):
-            raise ValueError(f"window_sizes: got {list(self.window_sizes)}; accepted: positive whole numbers")
-        if max(self.noise_start, self.noise_end) > self.noise_max:
-            raise ValueError(f"noise_max: got {self.noise_max}; accepted: at least noise_start and noise_end")
-        low, high = self.d2f_noise
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"d2f_noise: got {[low, high]}; accepted: two ratios in (0, 1], the smaller one first")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: got {list(self.betas)}; accepted: two numbers in [0, 1)")
         if not (self.merge or self.save_adapter):
             raise ValueError("merge: got false without save_adapter; accepted: at least one of them true")
         if self.lora_rank == 0 and (self.save_adapter or not self.merge):
             raise ValueError("lora_rank: got 0 (every weight is trained); accepted: merge: true, save_adapter: false")
-        if self.lora_rank == 0 and self.objective == "d2f":
+        if self.lora_rank == 0 and self.objective.needs_adapter:
             raise ValueError(
-                "lora_rank: got 0; accepted: at least 1 with objective: d2f (the student without its adapter is the "
-                "teacher)"
+                f"lora_rank: got 0; accepted: at least 1 with objective: {self.objective.name} (the student without "
+                "its adapter is the teacher)"
             )
         if (self.offload == "optimizer" and self.zero_stage == 0) or (self.offload == "all" and self.zero_stage < 3):
             raise ValueError(
@@ -161,6 +154,11 @@ class DistillSettings(Settings):
         return self
 
     @property
+    def gpu(self) -> bool:
+        """Whether workers train on GPUs."""
+        return self.device != "cpu"
+
+    @property
     def accumulation(self) -> int:
         """Forwards of each worker in one optimizer step."""
         return self.batch_size // (self.workers * self.micro_batch_size)
@@ -169,22 +167,6 @@ class DistillSettings(Settings):
     def held_out(self) -> int:
         """Rows that are validated on instead of being trained on."""
         return 0 if self.val_every is None else self.val_rows
-
-    @property
-    def needs_order(self) -> bool:
-        """Whether the rows must say in which order the teacher revealed their tokens."""
-        return self.objective == "windows" and self.order != "random"
-
-    def make_objective(self) -> Objective:
-        """The objective with its parameters."""
-        if self.objective == "d2f":
-            return DiscreteForcing(self.block_size, *self.d2f_noise)
-        if self.objective == "block-diffusion":
-            return BlockDiffusion(self.block_size)
-        weights = LossWeights(
-            self.ce_weight, self.complement_weight, self.entropy_weight, self.entropy_views, self.entropy_temperature
-        )
-        return MaskedWindows(weights, self.noise_max, self.order, self.ratio_rounding, self.inverted_pairs)
 
     def engine_options(self) -> EngineOptions:
         """What the training engine is told."""

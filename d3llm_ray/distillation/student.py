@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 
 from d3llm_ray.distillation.lora import add_lora, save_adapter, transformer_of
-from d3llm_ray.distillation.objectives import LossModule
+from d3llm_ray.distillation.objectives import OBJECTIVES, LossModule
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import (
     Family,
@@ -24,31 +24,30 @@ from d3llm_ray.models import (
     read_configs,
     save_model,
 )
-from d3llm_ray.models.convert import block_diffusion_family, group_queries
-from d3llm_ray.models.families import FAST_DLLM_V2_MASK
+from d3llm_ray.models.convert import group_queries
+from d3llm_ray.models.families import FAST_DLLM_V2_MASK, Attention
 
 if TYPE_CHECKING:
     from d3llm_ray.distillation.settings import DistillSettings
 
 ADAPTER = "adapter"
+KINDS: dict[Attention, str] = {
+    "full": "a masked-diffusion model with full attention",
+    "causal": "a causal model",
+    "block-causal": "a block-diffusion model",
+}
 
 
 def student_family(settings: DistillSettings) -> tuple[ModelConfig, Family]:
     """Shape and conventions of the student, from the teacher's JSON files; `InputError` where the objective needs
     another kind of teacher."""
     shape, family = read_configs(settings.teacher)
-    attention = family.layout.attention
-    if settings.objective != "block-diffusion":
-        accepted = "a masked-diffusion model with full attention, or objective: block-diffusion"
-        require(attention == "full", "teacher", settings.teacher, accepted)
-        return shape, family
-    if attention == "causal":
-        return block_diffusion_family(family, _mask_token_id(settings, shape, family), settings.block_size)
-    accepted = "a causal or block-diffusion model with objective: block-diffusion"
-    require(attention == "block-causal", "teacher", settings.teacher, accepted)
-    accepted = f"{family.block_size}, the teacher's own (bd_size)"
-    require(settings.block_size == family.block_size, "block_size", settings.block_size, accepted)
-    return shape, family
+    objective, attention = settings.objective, family.layout.attention
+    kinds = " or ".join(KINDS[kind] for kind in objective.teacher_attention)
+    others = [name for name, other in OBJECTIVES.items() if attention in other.teacher_attention]
+    accepted = f"{kinds}, or objective: {', '.join(others)}"
+    require(attention in objective.teacher_attention, "teacher", settings.teacher, accepted)
+    return objective.student(shape, family, partial(_mask_token_id, settings, shape, family))
 
 
 def _mask_token_id(settings: DistillSettings, shape: ModelConfig, family: Family) -> int:
@@ -70,7 +69,7 @@ def build_student(settings: DistillSettings, device: torch.device) -> tuple[Loss
     model.train()
     module = LossModule(
         with_adapters(model, settings),
-        settings.make_objective(),
+        settings.objective,
         head_rows=settings.head_rows,
         autocast=settings.precision == "mixed",
     )

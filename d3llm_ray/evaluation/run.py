@@ -29,7 +29,7 @@ from d3llm_ray.tasks import Problem, Task, load_task
 
 
 @dataclass(frozen=True)
-class _Measurement:
+class _PlannedRow:
     """What one row of the report stands for. `key` names its file."""
 
     model: str
@@ -61,7 +61,7 @@ def run(settings: EvaluateSettings, progress: Progress | None = None) -> Evaluat
     return report
 
 
-def _plan(settings: EvaluateSettings, problems: dict[str, list[Problem]]) -> list[_Measurement]:
+def _plan(settings: EvaluateSettings, problems: dict[str, list[Problem]]) -> list[_PlannedRow]:
     """Every measurement, in the order of the report, checked as far as is possible without weights."""
     planned, pairs = [], settings.all_pairs()
     bases = override_known([read_decoder(pair.decoder) for pair in pairs], settings.decoder_settings)
@@ -73,12 +73,12 @@ def _plan(settings: EvaluateSettings, problems: dict[str, list[Problem]]) -> lis
             for task in settings.tasks:
                 content = [labels, checkpoint, decoding_settings(decoder), [problem.id for problem in problems[task]]]
                 key = _key(settings, (*labels, Path(task).stem), content)
-                planned.append(_Measurement(pair.model, labels, decoder, task, key))
+                planned.append(_PlannedRow(pair.model, labels, decoder, task, key))
     _check_labels(settings, planned)
     return list(dict.fromkeys(planned))
 
 
-def _check_labels(settings: EvaluateSettings, planned: list[_Measurement]) -> None:
+def _check_labels(settings: EvaluateSettings, planned: list[_PlannedRow]) -> None:
     models: dict[str, str] = {}
     for item in planned:
         if models.setdefault(item.labels[0], item.model) != item.model:
@@ -102,7 +102,7 @@ def _key(settings: EvaluateSettings, names: tuple[str, ...], content: list[Any])
 
 def _measure_all(
     settings: EvaluateSettings,
-    measurements: list[_Measurement],
+    measurements: list[_PlannedRow],
     tasks: dict[str, Task],
     problems: dict[str, list[Problem]],
     progress: Progress,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d3llm_ray.cluster import connect
 from d3llm_ray.config import read_yaml, to_yaml
+from d3llm_ray.decoding import is_settings_file, written_settings
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import Point
 from d3llm_ray.evaluation.report import ANCHOR_DECODER
@@ -29,9 +30,9 @@ ANCHOR_FILE = "anchor.yaml"
 def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     """Search, write and return the path of the chosen decoding settings, `settings.output / "settings.yaml"`.
 
-    Beside it: `tune.yaml`, `space.yaml` and `model.json` (what was asked), `trials.csv`, `trials.json`, `pareto.png`
-    and Ray Tune's own folder `search`. A search that is complete is not repeated, an interrupted one goes on, and a
-    folder that holds another search is refused.
+    Beside it: `tune.yaml`, `space.yaml`, `model.json` and, for a decoder from a file, `decoder.json` (what was asked),
+    `trials.csv`, `trials.json`, `pareto.png` and Ray Tune's own folder `search`. A search that is complete is not
+    repeated, an interrupted one goes on, and a folder that holds another search is refused.
 
     Raises:
         InputError: an unknown model, task, decoder, setting or value; before Ray starts.
@@ -67,7 +68,10 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
 def _claim(settings: TuneSettings, space: SearchSpace) -> None:
     """Write down what is searched, or check that the folder's earlier search is the same one."""
     model = json.dumps(fingerprint(resolve_model(settings.model)))
-    for name, text in (("space.yaml", to_yaml(space)), ("tune.yaml", to_yaml(settings)), ("model.json", model)):
+    texts = {"space.yaml": to_yaml(space), "tune.yaml": to_yaml(settings), "model.json": model}
+    if is_settings_file(space.decoder):  # the space holds its path only
+        texts["decoder.json"] = json.dumps(written_settings(space.decoder))
+    for name, text in texts.items():
         path = settings.output / name
         if not path.is_file():
             write_text(path, text)

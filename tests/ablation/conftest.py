@@ -57,7 +57,7 @@ def make_settings(tiny_checkpoint: Path, rows: Path, tmp_path: Path) -> Callable
             "trajectories": str(rows),
             "distill": {"epochs": 1, "batch_size": 16, "micro_batch_size": 8, "lora_rank": 4, "precision": "float32"},
             "seeds": 2,
-            "problems": 3,
+            "count": 3,
             "max_tokens": 16,
             "thresholds": (0.15, 0.45),
             "output": tmp_path / "ablation",

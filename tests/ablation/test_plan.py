@@ -29,16 +29,16 @@ def test_the_teacher_then_every_row_of_every_seed(make_settings, rows):
     ]
     teacher, recipe, window, everything, *_ = trials
     assert teacher.distill is None and teacher.model == settings.teacher
-    assert [each.name for each in teacher.decoders] == ["vanilla", "d3llm-nocache", "d3llm-nocache"]
+    assert [chosen.name for chosen in teacher.decoders] == ["vanilla", "d3llm-nocache", "d3llm-nocache"]
     for student in trials[1:]:
-        assert [each.settings()["entropy_threshold"] for each in student.decoders] == [0.15, 0.45]
+        assert [chosen.settings()["entropy_threshold"] for chosen in student.decoders] == [0.15, 0.45]
         assert student.distill.output == student.model and Path(student.model).is_absolute()
         assert (student.distill.max_rows, student.distill.workers) == (36, 1)  # 4 of 40 answers are wrong
-    assert recipe.distill.window_sizes[0] == 8 and window.distill.window_sizes == (16,)
+    assert recipe.distill.objective.window_sizes[0] == 8 and window.distill.objective.window_sizes == (16,)
     assert (recipe.distill.keep, everything.distill.keep) == ("correct", "all")
     assert recipe.distill.seed == 0 and trials[4].distill.seed == 1
     assert check_trials(trials) == 2  # 36 rows make two batches of 16
-    ids = [set(load(one.distill, *student_family(one.distill))[0].prompt_ids) for one in (recipe, everything)]
+    ids = [set(load(row.distill, *student_family(row.distill))[0].prompt_ids) for row in (recipe, everything)]
     assert len(ids[0]) == len(ids[1]) == 36 and ids[0] != ids[1]
 
 
@@ -58,7 +58,7 @@ def test_keys_follow_what_a_figure_depends_on(make_settings, rows):
     assert len(set(before)) == 5 and before[1].startswith("recipe-seed0-")
     how = {"concurrent_trials": 1, "keep_students": True, "seeds": 3, "variants": ["noise"]}
     assert set(before) < set(_keys(make_settings(**how), rows))  # grown, nothing to repeat
-    assert not set(before) & set(_keys(make_settings(variants=["noise-fixed"], problems=4), rows))
+    assert not set(before) & set(_keys(make_settings(variants=["noise-fixed"], count=4), rows))
     other = make_settings(variants=["noise-fixed"], distill={"epochs": 1, "batch_size": 16, "micro_batch_size": 8})
     assert set(before) & set(_keys(other, rows)) == {before[0]}  # the teacher is the same
 
@@ -100,6 +100,9 @@ def test_the_embedded_recipe_is_the_default(make_settings):
         ({"thresholds": [0.15, 0.3]}, "reference_threshold: got 0.45.*0.15, 0.3"),
         ({"thresholds": [0.45, 0.45]}, "thresholds.*each once"),
         ({"seeds": 1}, "seeds"),
+        ({"problems": 9, "cpus_per_trial": 2}, "problems: is called count now; cpus_per_trial: .*cpus_per_actor"),
+        ({"device": "cuda"}, "gpus_per_actor: got 0 with device: cuda"),
+        ({"decoder_settings": {"block_sice": 8}}, "block_sice"),
         ({"teacher": "tiny-ar"}, "decoder.*tiny-ar|causal"),
     ],
 )

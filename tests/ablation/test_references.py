@@ -17,13 +17,13 @@ def test_same_prompts_with_a_right_solution_and_no_order(make_settings, rows, ti
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         write_reference_answers(str(rows), str(tiny_checkpoint), Location.of(folder), make_settings())
-    found = read_trajectories(folders[0]).to_pylist()
-    assert found == read_trajectories(folders[1]).to_pylist()  # a function of the prompts
+    written = read_trajectories(folders[0]).to_pylist()
+    assert written == read_trajectories(folders[1]).to_pylist()  # a function of the prompts
     teachers = {row["prompt_id"]: row for row in pq.read_table(rows).to_pylist() if row["is_correct"]}
-    assert len(found) == 36 and {row["prompt_id"] for row in found} == teachers.keys()
+    assert len(written) == 36 and {row["prompt_id"] for row in written} == teachers.keys()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_checkpoint)
     solutions = set()
-    for row in found:
+    for row in written:
         teacher = teachers[row["prompt_id"]]
         assert {name: row[name] for name in ("messages", "prompt_ids", "reference")} == {
             name: teacher[name] for name in ("messages", "prompt_ids", "reference")

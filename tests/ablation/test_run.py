@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from d3llm_ray.ablation import run as verb
-from d3llm_ray.ablation.plan import Trial, make_design, plan_trials
+from d3llm_ray.ablation.plan import AblationTrial, make_design, plan_trials
 from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.ablation.trial import measure, read_record, record_file, write_record
 from d3llm_ray.decoding import DiffusionLLM, decoding_settings
@@ -21,7 +21,7 @@ QUIET = Progress(quiet=True)
 TPF = {"teacher": 1.0, "recipe": 3.0, "order-random": 2.0}
 
 
-def pretend(trial: Trial, settings: AblateSettings) -> None:
+def pretend(trial: AblationTrial, settings: AblateSettings) -> None:
     """Stands for a student whose figures are known; breaks where the folder says so, and notes that it was called."""
     with (settings.output / "calls").open("a") as calls:
         calls.write(f"{trial.variant}-{trial.seed}\n")
@@ -29,9 +29,9 @@ def pretend(trial: Trial, settings: AblateSettings) -> None:
         raise RuntimeError("the student broke")
     tokens = round(1000 * (TPF[trial.variant] + trial.seed / 10))
     rows = []
-    for each in trial.decoders:
+    for chosen in trial.decoders:
         sample = EvaluatedSample("id", "", "1", "1", True, tokens, 1000, 1, "stop")
-        labels = {"model": "m", "decoder": each.name, "task": "arith", "settings": decoding_settings(each)}
+        labels = {"model": "m", "decoder": chosen.name, "task": "arith", "settings": decoding_settings(chosen)}
         labels |= {"max_tokens": 16, "temperature": 0.0, "seed": 0, "warmup": 0, "max_batch_size": 1}
         rows.append(summarise([sample], 1.0, **labels))
     write_record(settings, trial, {"distill": 1.0, "evaluate": 1.0}, rows)
@@ -70,8 +70,8 @@ def test_a_grid_with_a_failure_is_reported_and_completed_by_the_next_call(make_s
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_without_room_for_one_trial_is_refused(make_settings):
-    hungry = make_settings(variants=["noise-fixed"], cpus_per_trial=1000, resource_timeout_s=1.0)
-    with pytest.raises(InputError, match=r"cpus_per_trial.*1000 CPU"):
+    hungry = make_settings(variants=["noise-fixed"], cpus_per_actor=1000, resource_timeout_s=1.0)
+    with pytest.raises(InputError, match=r"cpus_per_actor.*1000 CPU"):
         verb.run(hungry, QUIET, pretend)
 
 

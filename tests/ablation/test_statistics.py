@@ -33,9 +33,9 @@ def test_two_and_three_values_by_hand():
 def test_students_own_sleep_data():
     # Student, "The probable error of a mean" (1908), table of additional hours of sleep, as R's t.test gives it
     differences = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
-    found = estimate(differences)
-    assert found is not None and found.mean == pytest.approx(1.58)
-    assert (found.low, found.high) == (pytest.approx(0.7001, abs=2e-4), pytest.approx(2.4599, abs=2e-4))
+    estimated = estimate(differences)
+    assert estimated is not None and estimated.mean == pytest.approx(1.58)
+    assert (estimated.low, estimated.high) == (pytest.approx(0.7001, abs=2e-4), pytest.approx(2.4599, abs=2e-4))
 
 
 def test_too_few_and_too_many_values():

@@ -116,7 +116,7 @@ def test_overhead_is_the_time_outside_the_model(small_shape: str, monkeypatch: p
     progress = Progress(quiet=True)
     (quick,) = measure(workload, engine, progress)
     step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: (sleep(0.02), step())[1])
+    monkeypatch.setattr(engine, "step", lambda: (sleep(0.1), step())[1])
     (slow,) = measure(workload, engine, progress)
     assert median(slow.trial.overheads) > 2 * median(quick.trial.overheads) > 1
 

@@ -12,7 +12,7 @@ from d3llm_ray.benchmark import distill as benchmark
 from d3llm_ray.benchmark.distill import DistillBenchmarkSettings, Run, bare_loop, of_metrics, ratios
 from d3llm_ray.config import build
 from d3llm_ray.distillation.local import distil_here
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import read_configs
@@ -51,7 +51,13 @@ def values(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> d
     _, family = read_configs(tiny_checkpoint)
     folder = tmp_path_factory.mktemp("benchmark")
     rows = write_rows(folder, rows=40, canvas=32, vocab_size=4, mask_token_id=family.mask_token_id)
-    sizes = {"window_sizes": [8], "batch_size": 8, "micro_batch_size": 4, "lora_rank": 4, "lora_alpha": 4}
+    sizes = {
+        "objective": {"window_sizes": [8]},
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "lora_rank": 4,
+        "lora_alpha": 4,
+    }
     return {"teacher": str(tiny_checkpoint), "trajectories": str(rows), "precision": "float32", **sizes}
 
 
@@ -62,7 +68,7 @@ def test_the_bare_loop_computes_what_the_run_computes(values: dict[str, Any], tm
     alone = settings.of_job(settings.trajectories, str(tmp_path / "student"), workers=1)
     student = distil_here(alone, Progress(quiet=True))
     rows, _ = benchmark.load(alone, *benchmark.student_family(alone))
-    found = bare_loop(Plan(alone, rows, benchmark.student_family(alone)[1]), warmup_steps=1)
+    found = bare_loop(TrainingPlan(alone, rows, benchmark.student_family(alone)[1]), warmup_steps=1)
     assert (found.name, found.samples) == ("loop", 3 * 8) and found.seconds > 0
     assert found.loss == pytest.approx(read_metrics(student / METRICS_FILE)[0]["loss"], rel=1e-5)
 
@@ -72,7 +78,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names in the order of their measurement; loops take 9 s for 72 samples, jobs 10 and 6 s."""
     order: list[str] = []
 
-    def loop(plan: Plan, warmup_steps: int) -> tuple[int, Run]:
+    def loop(plan: TrainingPlan, warmup_steps: int) -> tuple[int, Run]:
         order.append("loop")
         return 15, Run("loop", 72, 9.0, 2.5)
 

@@ -19,7 +19,6 @@ from d3llm_ray.benchmark.step_flops import StepFlops, step_flops
 from d3llm_ray.benchmark.step_plan import StepPlan
 from d3llm_ray.benchmark.step_rows import COUNTING
 from d3llm_ray.distillation.lora import add_lora
-from d3llm_ray.distillation.settings import PROJECTIONS
 from d3llm_ray.distillation.student import recompute_layers
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import ModelConfig, Ragged, Transformer, Work
@@ -50,7 +49,7 @@ def counted(rank: int, checkpointing: bool) -> int:
     model = Transformer(CONFIG)
     if checkpointing:
         recompute_layers(model)
-    adapted = add_lora(model, rank=rank, alpha=rank, dropout=0.0, targets=PROJECTIONS) if rank else model
+    adapted = add_lora(model, rank=rank, alpha=rank, dropout=0.0) if rank else model
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         hidden = adapted(torch.zeros(18, dtype=torch.long), Ragged.build(LENGTHS))
         model.logits(hidden[:SCORED]).sum().backward()

@@ -13,7 +13,7 @@ from d3llm_ray.benchmark.trajectories import TrajectoryBenchmarkSettings
 from d3llm_ray.config import build
 from d3llm_ray.progress import Progress
 
-SIZE = "batch_size"
+SIZE = "max_batch_size"
 
 
 def test_the_report_of_every_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

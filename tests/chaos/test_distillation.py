@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from d3llm_ray.config import build
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.preparation import load
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import student_family
@@ -151,7 +151,7 @@ def test_fewer_workers(dead: Distillation, undisturbed: Distillation) -> None:
 def test_loss_that_is_not_finite_ends_the_job(job: Distillation, settings: DistillSettings) -> None:
     """Of the second worker only, and without a retry: it would end alike."""
     shape, family = student_family(settings)
-    plan = Plan(settings, load(settings, shape, family)[0], family)
+    plan = TrainingPlan(settings, load(settings, shape, family)[0], family)
     broken = 31
     ids = ", ".join(plan.micro_batch(plan.numbers(broken - 1, 1, 2)[0]).prompt_ids)
     job.start(f"--poison={broken - 1}")

@@ -13,7 +13,6 @@ from d3llm_ray.trajectories.schema import SCHEMA
 # A run of two workers on such rows that learns the rule within a minute.
 SMALL_RUN = {
     "epochs": 100,
-    "window_sizes": [8, 16],
     "batch_size": 8,
     "micro_batch_size": 4,
     "lr": 1e-2,

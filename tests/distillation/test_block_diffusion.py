@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d3llm_ray.distillation.objectives import BlockDiffusion, LossModule, Scheduled
-from d3llm_ray.distillation.objectives.batches import Sample, pack
+from d3llm_ray.distillation.objectives import BlockDiffusion, LossModule
+from d3llm_ray.distillation.objectives.batches import TrainingSample, pack
 from d3llm_ray.distillation.objectives.corruption import draws
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import BlockCausal, Ragged
@@ -17,14 +17,13 @@ from tests.distillation.toys import CANVAS, family_of, toy
 
 BLOCK = 4
 OBJECTIVE = BlockDiffusion(BLOCK)
-UNUSED = Scheduled(epoch=0, window=0, noise_floor=0.0, lr=0.0)
 
 
 @pytest.mark.parametrize("head_rows", [100, 3])
 def test_loss_equals_the_literal_one(head_rows: int) -> None:
     model, family, samples = toy("fast_dllm_v2")
-    views = [OBJECTIVE.views(draws(7, 3, one.prompt_id), one, UNUSED, family) for one in samples]
-    micro = pack([one.prompt_id for one in samples], [one.prompt_ids.size for one in samples], views)
+    views = [OBJECTIVE.views(draws(7, 3, sample.prompt_id), sample, None, family) for sample in samples]
+    micro = pack([sample.prompt_id for sample in samples], [sample.prompt_ids.size for sample in samples], views)
     module = LossModule(model, OBJECTIVE, head_rows=head_rows, autocast=False)
     loss, _ = module(module.batch(micro, torch.device("cpu")))
 
@@ -59,12 +58,12 @@ def test_a_packed_batch_gives_each_samples_own_hidden_states() -> None:
     module = LossModule(model, OBJECTIVE, head_rows=100, autocast=False)
 
     def states(chosen: list) -> torch.Tensor:
-        views = [OBJECTIVE.views(draws(7, 3, one.prompt_id), one, UNUSED, family) for one in chosen]
-        micro = pack([one.prompt_id for one in chosen], [one.prompt_ids.size for one in chosen], views)
+        views = [OBJECTIVE.views(draws(7, 3, sample.prompt_id), sample, None, family) for sample in chosen]
+        micro = pack([sample.prompt_id for sample in chosen], [sample.prompt_ids.size for sample in chosen], views)
         batch = module.batch(micro, torch.device("cpu"))
         return module.hidden(batch, batch.layout)
 
-    alone = torch.cat([states([one]) for one in samples])
+    alone = torch.cat([states([sample]) for sample in samples])
     together = states(samples)
     assert together.shape == alone.shape
     order = torch.cdist(together, alone).argmin(1)
@@ -94,7 +93,7 @@ def test_a_diffusion_model_is_not_converted() -> None:
 def test_parts_of_a_row_share_positions() -> None:
     """Prompts of 5 and 9 tokens, answers of 8: clean up to the last block, both noisy parts from the prompt's last."""
     _, family, samples = toy("fast_dllm_v2")
-    views = [OBJECTIVE.views(draws(0, 0, one.prompt_id), one, UNUSED, family) for one in samples]
+    views = [OBJECTIVE.views(draws(0, 0, sample.prompt_id), sample, None, family) for sample in samples]
     micro = pack(["0", "1"], [5, 9], views)
     layout = OBJECTIVE.layout(micro, torch.device("cpu"))
     assert layout.positions.tolist() == [*range(12), *[*range(4, 13)] * 2, *range(16), *[*range(8, 17)] * 2]
@@ -108,8 +107,8 @@ def test_lengths_are_read_from_packed_rows(block: int) -> None:
     _, family, _ = toy("fast_dllm_v2")
     for prompt in range(1, 2 * block + 2):
         for answer in range(1, 2 * block + 2):
-            sample = Sample("0", np.ones(prompt, np.int32), np.ones(answer, np.int32), None)
-            (view,) = objective.views(draws(0, 0, "0"), sample, UNUSED, family)
+            sample = TrainingSample("0", np.ones(prompt, np.int32), np.ones(answer, np.int32), None)
+            (view,) = objective.views(draws(0, 0, "0"), sample, None, family)
             layout = objective.layout(pack(["0"], [prompt], [[view]]), torch.device("cpu"))
             assert layout.positions[-1] == prompt + answer - 1
             assert len(layout.positions) == len(view.token_ids)
@@ -123,6 +122,6 @@ def test_padding_ends_with_the_block_of_the_stop_token(prompt: int, stop: int, k
     _, family, _ = toy("fast_dllm_v2")
     response = np.ones(CANVAS, np.int32)
     response[stop:] = family.eos_token_id
-    sample = Sample("0", np.ones(prompt, np.int32), response, None)
-    (view,) = OBJECTIVE.views(draws(0, 0, "0"), sample, UNUSED, family)
+    sample = TrainingSample("0", np.ones(prompt, np.int32), response, None)
+    (view,) = OBJECTIVE.views(draws(0, 0, "0"), sample, None, family)
     assert sorted(view.labels.tolist()) == sorted(response[:kept].tolist())

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d3llm_ray.distillation.objectives.corruption import (
-    Window,
+    TrainingWindow,
     block_ratios,
     choose_views,
     corrupted,
@@ -24,20 +24,22 @@ REVEAL = np.array([1, 2, 0, 3, 6, 5, 7, 4], dtype=np.uint16)
 
 
 def test_masks_what_the_teacher_revealed_last() -> None:
-    views = choose_views(RNG, REVEAL, Window(4, 8, 0.5))
+    views = choose_views(RNG, REVEAL, TrainingWindow(4, 8, 0.5))
     assert views.masked.tolist() == [4, 6]  # steps 6 and 7; 5 and 7 were revealed at 5 and 4
     assert views.complement.tolist() == [5, 7]
 
 
 def test_window_across_blocks_follows_reveal_steps_not_positions() -> None:
-    views = choose_views(RNG, REVEAL, Window(1, 6, 0.6))  # steps 2 0 3 6 5: the last three are positions 3, 4, 5
+    views = choose_views(
+        RNG, REVEAL, TrainingWindow(1, 6, 0.6)
+    )  # steps 2 0 3 6 5: the last three are positions 3, 4, 5
     assert views.masked.tolist() == [3, 4, 5]
     assert views.complement.tolist() == [1, 2]
 
 
 def test_ties_are_broken_by_position() -> None:
     together = np.zeros(8, dtype=np.uint16)  # an EOS tail: all revealed at once
-    assert choose_views(RNG, together, Window(0, 8, 0.25)).masked.tolist() == [6, 7]
+    assert choose_views(RNG, together, TrainingWindow(0, 8, 0.25)).masked.tolist() == [6, 7]
 
 
 @pytest.mark.parametrize("size", range(16, 33))
@@ -45,23 +47,23 @@ def test_masked_count_is_exactly_the_rounded_ratio(size: int) -> None:
     reveal = RNG.permutation(64).astype(np.uint16)
     for ratio in np.linspace(0.0, 0.8, 41):
         exact = ratio * size
-        count = choose_views(RNG, reveal, Window(10, 10 + size, float(ratio))).masked.size
+        count = choose_views(RNG, reveal, TrainingWindow(10, 10 + size, float(ratio))).masked.size
         assert count == 1 if exact < 0.5 else abs(count - exact) <= 0.5
 
 
 def test_published_rounding_reads_the_trajectory_entry() -> None:
     reveal = np.arange(32, dtype=np.uint16)  # left to right, one token a step
     # entry k = 16 + int(0.5 * 16) = 24 holds 25 revealed tokens: 7 of 16 are masked, where 8 were asked for
-    views = choose_views(RNG, reveal, Window(16, 32, 0.5), rounding="published")
+    views = choose_views(RNG, reveal, TrainingWindow(16, 32, 0.5), rounding="published")
     assert views.masked.tolist() == list(range(25, 32))
     # k = min(31, 16 + int(1.0 * 16)) = 31: nothing is left to mask, and nothing breaks
-    assert choose_views(RNG, reveal, Window(16, 32, 0.0), rounding="published").masked.size == 0
+    assert choose_views(RNG, reveal, TrainingWindow(16, 32, 0.0), rounding="published").masked.size == 0
 
 
 def test_random_order_ignores_the_trajectory() -> None:
     counts = np.zeros(8)
     for seed in range(2000):
-        views = choose_views(np.random.default_rng(seed), REVEAL, Window(0, 8, 0.5), order="random")
+        views = choose_views(np.random.default_rng(seed), REVEAL, TrainingWindow(0, 8, 0.5), order="random")
         assert views.masked.size > 0
         counts[views.masked] += 1
     # p = .5 (1 - 1e-3) + 1e-3 = .5005; five standard deviations of 2000 draws are .056
@@ -69,7 +71,7 @@ def test_random_order_ignores_the_trajectory() -> None:
 
 
 def test_reversed_order_masks_what_the_teacher_revealed_first() -> None:
-    views = choose_views(RNG, REVEAL, Window(4, 8, 0.5), order="reversed")
+    views = choose_views(RNG, REVEAL, TrainingWindow(4, 8, 0.5), order="reversed")
     assert views.masked.tolist() == [5, 7]  # steps 5 and 4; 6 and 4 were revealed at 7 and 6
 
 
@@ -92,7 +94,7 @@ def test_a_sample_keeps_its_disturbed_order_in_all_epochs(order: str) -> None:
         views = choose_views(
             drawn.epoch,
             np.arange(32, dtype=np.uint16),
-            Window(0, 32, 0.5),
+            TrainingWindow(0, 32, 0.5),
             order=order,  # type: ignore[arg-type]
             inverted_pairs=0.2,
             order_rng=drawn.lasting,
@@ -181,7 +183,7 @@ def test_every_window_is_drawn_about_equally_often() -> None:
 
 
 def test_draws_depend_on_seed_epoch_and_prompt_alone() -> None:
-    def draw(seed: int, epoch: int, prompt_id: str) -> Window:
+    def draw(seed: int, epoch: int, prompt_id: str) -> TrainingWindow:
         return draw_window(draws(seed, epoch, prompt_id).epoch, 256, 32, 0.0, 0.8)
 
     assert draw(1, 2, "ab") == draw(1, 2, "ab")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from d3llm_ray.config import build
+from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.distillation.local import distil_here
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.training import job
@@ -19,8 +20,10 @@ from d3llm_ray.distillation.training.loop import NotFiniteError
 from d3llm_ray.distillation.training.metrics_file import read_metrics
 from d3llm_ray.distillation.training.validation import score
 from d3llm_ray.errors import InputError
+from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.models import load_model, read_configs
 from d3llm_ray.progress import Progress
+from d3llm_ray.tasks import load_task
 
 STEPS = 12
 
@@ -52,7 +55,7 @@ def settings(tiny_checkpoint: Path, rows: Path, tmp_path: Path) -> Callable[...,
             "output": str(tmp_path / output),
             "epochs": 100,
             "max_steps": STEPS,
-            "window_sizes": [8, 16],
+            "objective": {"window_sizes": [8, 16]},
             "batch_size": 8,
             "micro_batch_size": 4,
             "workers": 1,
@@ -143,12 +146,16 @@ def test_validation_keeps_the_best_student_beside_the_last(settings: Callable[..
 
 def test_validation_does_not_disturb_training(settings: Callable[..., DistillSettings], rows: Path) -> None:
     """A run that validates by decoding gives the losses of one that does not, on the same rows."""
-    task = {"val_task": "arith", "val_problems": 2, "val_rows": 0, "select_by": "accuracy-x-tpf"}
+    task = {"val_task": "arith", "val_count": 2, "val_rows": 0, "select_by": "accuracy-x-tpf"}
+    task["val_decoder_settings"] = {"entropy_threshold": 2.0}
     decoded = distil_here(settings("decoded", val_every=4, val_max_tokens=16, lora_dropout=0.1, **task), Notes())
     plain = distil_here(settings("plain", lora_dropout=0.1), Notes())
     assert losses(decoded) == losses(plain)
-    line = read_metrics(decoded / "metrics.jsonl")[3]
-    assert 0 <= line["val_accuracy"] <= 100 and line["val_tpf"] > 0
+    llm = DiffusionLLM.from_pretrained(str(decoded), decoder="d3llm-nocache", entropy_threshold=2.0)
+    row = evaluate(llm, load_task("arith"), load_task("arith").problems("validation", 2), 16, progress=Notes())
+    line = read_metrics(decoded / "metrics.jsonl")[-1]
+    assert line["val_accuracy"] == row.accuracy
+    assert line["val_tpf"] == pytest.approx(row.tpf, rel=1e-5) and row.tpf != 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_rows(
@@ -192,6 +199,8 @@ def test_bad_input_is_told_before_any_work(settings: Callable[..., DistillSettin
     for values, message in (
         ({"val_every": 3, "val_rows": 4, "val_task": "arit"}, "task: unknown value 'arit'"),
         ({"val_every": 3, "val_rows": 4, "val_task": "arith", "val_decoder": "d3lm"}, "'d3lm'"),
+        ({"val_every": 3, "val_rows": 4, "val_task": "arith", "val_decoder_settings": {"size": 1}}, "size"),
+        ({"device": "cuda:7"}, "device: got 'cuda:7'; accepted: cpu, or cuda"),
         ({"canvas": 20}, "response_ids of row .* at most the canvas of 20 tokens"),
     ):
         with pytest.raises(InputError, match=message):

@@ -8,7 +8,6 @@ import torch
 from peft import PeftModel
 
 from d3llm_ray.distillation.lora import add_lora, coverage, save_adapter
-from d3llm_ray.distillation.settings import PROJECTIONS
 from d3llm_ray.distillation.student import merged
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import ModelConfig, Ragged, Transformer
@@ -33,7 +32,7 @@ def model_of(family: str) -> Transformer:
     return Transformer(ModelConfig(**SHAPE, **FAMILIES[family])).eval()
 
 
-def adapted(model: Transformer, targets: tuple[str, ...] = PROJECTIONS) -> PeftModel:
+def adapted(model: Transformer, targets: tuple[str, ...] | None = None) -> PeftModel:
     return add_lora(model, rank=4, alpha=8, dropout=0.0, targets=targets)
 
 
@@ -100,21 +99,23 @@ def test_a_saved_adapter_is_readable_by_peft(tmp_path: Path) -> None:
 
 
 def test_coverage_of_all_projections() -> None:
-    found = coverage(adapted(model_of("llada")))
-    assert found.projections == dict.fromkeys(PROJECTIONS, 2)
-    assert found.trained == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))  # layers x rank x (inputs + outputs)
+    covered = coverage(adapted(model_of("llada")))
+    assert covered.projections == dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 2
+    )
+    assert covered.trained == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))  # layers x rank x (inputs + outputs)
     base = 2 * 40 * 32 + 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
-    assert found.parameters == base + found.trained
-    assert str(found) == (
+    assert covered.parameters == base + covered.trained
+    assert str(covered) == (
         "LoRA rank 4, alpha 8: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj in 2 of 2 layers; "
         "0.00 M of 0.02 M parameters trained (16.5%); LM head and embeddings frozen"
     )
 
 
 def test_coverage_names_what_the_published_targets_miss() -> None:
-    found = coverage(adapted(model_of("llada"), ("q_proj", "k_proj", "v_proj", "up_proj")))
-    assert [name for name, layers in found.projections.items() if layers == 0] == ["o_proj", "gate_proj", "down_proj"]
-    assert "q_proj k_proj v_proj up_proj in 2 of 2 layers, NO adapter on o_proj gate_proj down_proj;" in str(found)
+    covered = coverage(adapted(model_of("llada"), ("q_proj", "k_proj", "v_proj", "up_proj")))
+    assert [name for name, layers in covered.projections.items() if layers == 0] == ["o_proj", "gate_proj", "down_proj"]
+    assert "q_proj k_proj v_proj up_proj in 2 of 2 layers, NO adapter on o_proj gate_proj down_proj;" in str(covered)
 
 
 def test_coverage_shows_weights_that_should_be_frozen() -> None:
@@ -128,7 +129,9 @@ def test_coverage_shows_weights_that_should_be_frozen() -> None:
 
 
 def test_coverage_of_full_fine_tuning() -> None:
-    found = coverage(model_of("dream"))
-    assert found.rank is None and found.trained == found.parameters
-    assert found.outside == ("LM head", "embeddings")
-    assert str(found).startswith("full fine-tuning: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj in 2 of 2")
+    covered = coverage(model_of("dream"))
+    assert covered.rank is None and covered.trained == covered.parameters
+    assert covered.outside == ("LM head", "embeddings")
+    assert str(covered).startswith(
+        "full fine-tuning: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj in 2 of 2"
+    )

@@ -19,30 +19,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from d3llm_ray.benchmark.shapes import SHAPES
 from d3llm_ray.device import peak_memory
 from d3llm_ray.distillation.lora import add_lora
-from d3llm_ray.distillation.memory import MemoryPlan, plan_memory, plan_of
-from d3llm_ray.distillation.objectives import LossModule, LossWeights, MaskedWindows
+from d3llm_ray.distillation.memory import TrainingMemoryPlan, plan_memory, plan_of
+from d3llm_ray.distillation.objectives import LossModule, PseudoTrajectory
 from d3llm_ray.distillation.objectives.batches import MicroBatch
-from d3llm_ray.distillation.settings import PROJECTIONS, DistillSettings
+from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.models import ModelConfig, Ragged, Transformer, read_configs
 from d3llm_ray.models.families import read_family
 
 LLADA_8B, _ = read_family(SHAPES["llada-8b"], {"block_size": 32})
 ADAPTERS_8B = 671_088_640  # 32 layers x 256 x (4 x (4096 + 4096) + 3 x (4096 + 12288))
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PUBLISHED_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj")
 
 
-def plan(config: ModelConfig = LLADA_8B, **changed: Any) -> MemoryPlan:
+def plan(config: ModelConfig = LLADA_8B, **changed: Any) -> TrainingMemoryPlan:
     """LLaDA's recipe on four workers, with changes."""
     chosen: dict[str, Any] = {
         "rank": 256,
-        "targets": PROJECTIONS,
+        "targets": None,
         "precision": "bfloat16",
         "zero_stage": 2,
         "workers": 4,
         "offload": "none",
         "micro_batch_size": 4,
         "longest_row": 384,
-        "views": 2,
+        "rows_per_sample": 2,
         "supervised_rows": 128,
         "head_rows": 1024,
         "activation_checkpointing": True,
@@ -51,21 +52,28 @@ def plan(config: ModelConfig = LLADA_8B, **changed: Any) -> MemoryPlan:
 
 
 def test_llada_8b_by_hand() -> None:
-    found = plan()
-    assert found.parameters == 8_015_581_184  # 16.0 GB in bfloat16
-    assert found.trained == ADAPTERS_8B
-    assert (found.weights, found.copies) == (2 * 8_015_581_184, 0)
-    assert found.adapters == 2 * ADAPTERS_8B
-    assert found.gradients == 2 * ADAPTERS_8B // 4
-    assert found.optimizer == 12 * ADAPTERS_8B // 4
+    planned_memory = plan()
+    assert planned_memory.parameters == 8_015_581_184  # 16.0 GB in bfloat16
+    assert planned_memory.trained == ADAPTERS_8B
+    assert (planned_memory.weights, planned_memory.copies) == (2 * 8_015_581_184, 0)
+    assert planned_memory.adapters == 2 * ADAPTERS_8B
+    assert planned_memory.gradients == 2 * ADAPTERS_8B // 4
+    assert planned_memory.optimizer == 12 * ADAPTERS_8B // 4
     # bytes a token and layer: norms' inputs; q, k, v, mixed; four products of the MLP; two inputs; seven adapters
     by_layer = 2 * 4 * 4096 + 2 * (4 * 4096 + 4 * 12288 + 2 * 4096 + 7 * 256)
-    assert found.tokens == 3072
-    assert found.activations == 3072 * (32 * 2 * 4096 + 2 * by_layer)
-    assert found.activations_otherwise == 3072 * 33 * by_layer
-    assert found.logits == 6 * 4 * 128 * 126_464
-    assert found.total == found.weights + 2 * ADAPTERS_8B + 14 * ADAPTERS_8B // 4 + found.activations + found.logits
-    assert found.on_host == 0
+    assert planned_memory.tokens == 3072
+    assert planned_memory.activations == 3072 * (32 * 2 * 4096 + 2 * by_layer)
+    assert planned_memory.activations_otherwise == 3072 * 33 * by_layer
+    assert planned_memory.logits == 6 * 4 * 128 * 126_464
+    assert (
+        planned_memory.total
+        == planned_memory.weights
+        + 2 * ADAPTERS_8B
+        + 14 * ADAPTERS_8B // 4
+        + planned_memory.activations
+        + planned_memory.logits
+    )
+    assert planned_memory.on_host == 0
 
 
 def test_the_published_targets_train_a_third_as_many() -> None:
@@ -76,11 +84,11 @@ def test_the_published_targets_train_a_third_as_many() -> None:
     ("stage", "weights", "gradients", "optimizer"), [(0, 1, 1, 1), (1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)]
 )
 def test_zero_splits_what_its_stage_says(stage: int, weights: int, gradients: int, optimizer: int) -> None:
-    found = plan(rank=0, zero_stage=stage)
-    assert found.trained == found.parameters and found.adapters == 0
-    assert found.weights == 2 * 8_015_581_184 // weights
-    assert found.gradients == 2 * 8_015_581_184 // gradients
-    assert found.optimizer == 12 * 8_015_581_184 // optimizer
+    planned_memory = plan(rank=0, zero_stage=stage)
+    assert planned_memory.trained == planned_memory.parameters and planned_memory.adapters == 0
+    assert planned_memory.weights == 2 * 8_015_581_184 // weights
+    assert planned_memory.gradients == 2 * 8_015_581_184 // gradients
+    assert planned_memory.optimizer == 12 * 8_015_581_184 // optimizer
 
 
 def test_offloading_moves_to_the_host() -> None:
@@ -97,10 +105,10 @@ def test_offloading_moves_to_the_host() -> None:
     [("float32", 0, 4, 8, 0), ("float32", 2, 4, 12, 0), ("mixed", 2, 4, 12, 2), ("bfloat16", 0, 2, 12, 0)],
 )
 def test_bytes_by_precision(precision: str, stage: int, weight: int, adam: int, copy: int) -> None:
-    found = plan(precision=precision, zero_stage=stage, workers=1, rank=0)
+    planned_memory = plan(precision=precision, zero_stage=stage, workers=1, rank=0)
     cast = 8_015_581_184 - 65 * 4096 - 126_464 * 4096  # all but the norms and the embeddings
-    assert (found.weights, found.gradients) == (weight * 8_015_581_184, weight * 8_015_581_184)
-    assert (found.optimizer, found.copies) == (adam * 8_015_581_184, copy * cast)
+    assert (planned_memory.weights, planned_memory.gradients) == (weight * 8_015_581_184, weight * 8_015_581_184)
+    assert (planned_memory.optimizer, planned_memory.copies) == (adam * 8_015_581_184, copy * cast)
 
 
 @pytest.mark.parametrize("teacher", ["tiny-llada", "tiny-ar", "dream-7b-like"])
@@ -111,11 +119,11 @@ def test_counts_are_torchs(teacher: str, rank: int) -> None:
     else:
         config, _ = read_configs(teacher)
     model = Transformer(config)
-    found = plan(config, rank=rank, targets=PUBLISHED_TARGETS)
-    assert found.parameters == sum(weight.numel() for weight in model.parameters())
+    planned_memory = plan(config, rank=rank, targets=PUBLISHED_TARGETS)
+    assert planned_memory.parameters == sum(weight.numel() for weight in model.parameters())
     if rank:
         adapted = add_lora(model, rank=rank, alpha=1, dropout=0.0, targets=PUBLISHED_TARGETS)
-        assert found.trained == sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+        assert planned_memory.trained == sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed", "bfloat16"])
@@ -134,7 +142,7 @@ def test_activations_are_what_autograd_keeps(precision: str, rank: int, targets:
         if precision == "bfloat16":
             trained = trained.to(torch.bfloat16)  # as the engines do with adapters
         kept.append(bytes_kept(trained, tokens, mixed=precision == "mixed"))
-        changed: dict[str, Any] = {"micro_batch_size": 1, "views": 1, "longest_row": tokens}
+        changed: dict[str, Any] = {"micro_batch_size": 1, "rows_per_sample": 1, "longest_row": tokens}
         changed |= {"rank": rank, "targets": targets, "precision": precision, "activation_checkpointing": False}
         planned.append(plan(config, **changed).activations)
     assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.02)  # norms' and softmax's statistics
@@ -178,8 +186,7 @@ def test_no_more_logits_exist_than_head_rows(supervised: int) -> None:
     config = ModelConfig(vocabulary, 8, 1, 1, 1, 8, 512, 1e4, 1e-5, qkv_bias=False, tie_word_embeddings=False)
     model = Transformer(config)
     model.lm_head.requires_grad_(False)
-    weights = LossWeights(ce=0.25, complement=0.25, entropy=0.5, entropy_views="both", temperature=0.5)
-    objective = MaskedWindows(weights, 0.8, "trajectory", "exact", 0.0)
+    objective = PseudoTrajectory(certainty_views="both")
     micro = MicroBatch(
         prompt_ids=("a",),
         token_ids=np.arange(tokens, dtype=np.int32),
@@ -205,15 +212,16 @@ def test_no_more_logits_exist_than_head_rows(supervised: int) -> None:
 def test_views_and_rows_by_objective() -> None:
     config, _ = read_configs("tiny-llada")
 
-    def of(**changed: Any) -> tuple[int, int]:
-        settings = DistillSettings(trajectories="rows", output="out", micro_batch_size=4, batch_size=8, **changed)
-        found = plan_of(settings, config, 100)
-        return found.tokens, found.logit_rows
+    def of(*, head_rows: int = 1024, **objective: Any) -> tuple[int, int]:
+        given: dict[str, Any] = {"trajectories": "rows", "output": "out", "micro_batch_size": 4, "batch_size": 8}
+        settings = DistillSettings(**given, head_rows=head_rows, objective=objective)
+        planned_memory = plan_of(settings, config, 100)
+        return planned_memory.tokens, planned_memory.logit_rows
 
     assert of(window_sizes=(16, 32)) == (2 * 4 * 100, 4 * 32)
     assert of(window_sizes=(16, 32), complement_weight=0) == (4 * 100, 4 * 32)
-    assert of(objective="d2f", head_rows=64) == (4 * 100, 64)
-    assert of(objective="block-diffusion") == (3 * 4 * 100, 4 * 100)
+    assert of(name="d2f", head_rows=64) == (4 * 100, 64)
+    assert of(name="block-diffusion") == (3 * 4 * 100, 4 * 100)
 
 
 def test_in_words() -> None:

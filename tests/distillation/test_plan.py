@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 from d3llm_ray.config import build, parse, read_yaml, to_yaml
 from d3llm_ray.distillation import run as distill
 from d3llm_ray.distillation.data import TrajectorySet, read_rows
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.objectives import BlockDiffusion, DiscreteForcing, Objective, PseudoTrajectory
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import read_configs
@@ -36,8 +38,8 @@ def samples(rows: Path) -> TrajectorySet:
     return TrajectorySet(read_rows(str(rows))[0])
 
 
-def plan_of(samples: TrajectorySet, **values: Any) -> Plan:
-    return Plan(settings_of(**values), samples, family_of("llada")[1])
+def plan_of(samples: TrajectorySet, **values: Any) -> TrainingPlan:
+    return TrainingPlan(settings_of(**values), samples, family_of("llada")[1])
 
 
 def test_samples_hold_the_rows_as_written(rows: Path, samples: TrajectorySet) -> None:
@@ -90,10 +92,10 @@ def test_rows_without_an_order_train_with_random_masks_only(unordered: Path) -> 
     samples = TrajectorySet(read_rows(str(unordered))[0], canvas=32, pad_token_id=family.eos_token_id)
     wide = dataclasses.replace(shape, vocab_size=50)
     with pytest.raises(
-        InputError, match="reveal_step: got 'null in 70 of 70 rows'; accepted: .*prompts FILE.*or order: random"
+        InputError, match="reveal_step: got 'null in 70 of 70 rows'; .*prompts FILE.*or objective.order: random"
     ):
         samples.check(wide, family, ordered=True)
-    micro = plan_of(samples, workers=1, batch_size=16, micro_batch_size=4, order="random").micro_batch(3)
+    micro = plan_of(samples, workers=1, batch_size=16, micro_batch_size=4, objective={"order": "random"}).micro_batch(3)
     assert micro.rows.size > 0 and micro.lengths.min() >= 32 + 4
 
 
@@ -118,13 +120,13 @@ def test_short_answers_are_padded_to_the_canvas_and_long_ones_refused(rows: Path
 def drawn(samples: TrajectorySet, step: int, workers: int, **values: Any) -> list[tuple[Any, ...]]:
     """Everything that the workers together train on in a step, as comparable values."""
     plan = plan_of(samples, workers=workers, batch_size=16, micro_batch_size=4, epochs=3, **values)
-    found = []
+    batches = []
     for rank in range(workers):
         numbers = plan.numbers(step, rank, workers)
         for number in numbers[: plan.settings.accumulation]:
             micro = plan.micro_batch(number)
-            found.append((micro.prompt_ids, tuple(micro.token_ids), tuple(micro.rows), tuple(micro.labels)))
-    return sorted(found)
+            batches.append((micro.prompt_ids, tuple(micro.token_ids), tuple(micro.rows), tuple(micro.labels)))
+    return sorted(batches)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
@@ -148,7 +150,7 @@ def test_an_epoch_sees_every_row_at_most_once_and_mixes_epochs(samples: Trajecto
     assert (plan.steps_per_epoch, plan.max_steps) == (4, 20)
     seen = []
     for epoch in range(5):
-        rows = [one for n in range(16) for one in plan.micro_batch(16 * epoch + n).prompt_ids]
+        rows = [row for n in range(16) for row in plan.micro_batch(16 * epoch + n).prompt_ids]
         assert len(rows) == 64 == len(set(rows))
         seen.append(tuple(rows))
     assert len(set(seen)) == 5
@@ -162,9 +164,9 @@ def test_micro_batches_hold_like_lengths(samples: TrajectorySet) -> None:
 
 
 def test_validation_is_drawn_once_at_the_end_of_the_curriculum(samples: TrajectorySet) -> None:
-    plan = plan_of(samples, workers=1, batch_size=16, micro_batch_size=4, window_sizes=[8, 16])
+    plan = plan_of(samples, workers=1, batch_size=16, micro_batch_size=4, objective={"window_sizes": [8, 16]})
     alone = plan.validation(samples, 0, 1)
-    assert sorted(one for micro in alone for one in micro.prompt_ids) == sorted(samples.prompt_ids.tolist())
+    assert sorted(row for micro in alone for row in micro.prompt_ids) == sorted(samples.prompt_ids.tolist())
     assert [micro.mask_ratio for micro in plan.validation(samples, 0, 1)] == [micro.mask_ratio for micro in alone]
     # noise 0.8 to 0.8 over windows of 16: round(12.8) of them
     assert all(micro.mask_ratio == pytest.approx(13 / 16) for micro in alone)
@@ -173,13 +175,15 @@ def test_validation_is_drawn_once_at_the_end_of_the_curriculum(samples: Trajecto
 
 
 def test_schedules_reach_the_plan(samples: TrajectorySet) -> None:
-    plan = plan_of(
-        samples, workers=1, batch_size=16, micro_batch_size=4, epochs=3, window_sizes=[8, 16, 24], max_steps=10
-    )
+    windows = {"window_sizes": [8, 16, 24]}
+    plan = plan_of(samples, workers=1, batch_size=16, micro_batch_size=4, epochs=3, objective=windows, max_steps=10)
     assert plan.max_steps == 10
-    assert [plan.at(step).window for step in range(10)] == [8, 10, 12, 14, 16, 18, 20, 22, 24, 24]
-    assert plan.at(5).noise_floor == pytest.approx(0.4)
+    scheduled = [plan.objective.curriculum(plan.at(step)) for step in range(10)]
+    assert [now["window"] for now in scheduled] == [8, 10, 12, 14, 16, 18, 20, 22, 24, 24]
+    assert scheduled[5]["noise_floor"] == pytest.approx(0.4)
+    assert plan.objective.curriculum(None) == {"window": 24, "noise_floor": 0.8}
     assert [plan.at(step).epoch for step in (3, 4, 9)] == [0, 1, 2]
+    assert [plan.lr(step) for step in (0, 9)] == pytest.approx([5e-4, 1e-3 * 0.5 * (1 + math.cos(math.pi * 8 / 9))])
 
 
 def test_too_few_rows_is_an_input_error(samples: TrajectorySet) -> None:
@@ -198,32 +202,36 @@ PUBLISHED = {  # arXiv:2601.07568 and its training configurations
 def test_recipes_hold_the_published_figures(name: str) -> None:
     settings = settings_of(**read_yaml(RECIPES / f"{name}.yaml"))
     epochs, sizes, lr, schedule, warmup, rank, weights, keep = PUBLISHED[name]
-    assert (settings.epochs, list(settings.window_sizes), settings.keep) == (epochs, sizes, keep)
+    objective = settings.objective
+    assert isinstance(objective, PseudoTrajectory)
+    assert (settings.epochs, list(objective.window_sizes), settings.keep) == (epochs, sizes, keep)
     assert (settings.lr, settings.lr_schedule, settings.warmup_ratio, settings.lora_rank) == (
         lr,
         schedule,
         warmup,
         rank,
     )
-    assert (settings.ce_weight, settings.complement_weight, settings.entropy_weight, settings.entropy_views) == weights
-    assert (settings.noise_start, settings.noise_end, settings.noise_max, settings.entropy_temperature) == (
-        0,
-        0.8,
-        0.8,
-        0.5,
+    assert weights == (
+        objective.ce_weight,
+        objective.complement_weight,
+        objective.certainty_weight,
+        objective.certainty_views,
     )
+    assert (objective.noise_start, objective.noise_end, objective.noise_max) == (0, 0.8, 0.8)
+    assert (objective.order, objective.ratio_rounding, objective.certainty_temperature) == ("trajectory", "exact", 0.5)
+    assert settings.lora_targets is None  # all seven
     assert (settings.workers, settings.micro_batch_size, settings.accumulation, settings.batch_size) == (4, 4, 4, 64)
     assert (settings.weight_decay, settings.clip, settings.precision, settings.zero_stage) == (0.01, 1.0, "bfloat16", 2)
 
 
 def test_rival_recipes_hold_the_published_figures() -> None:
     dparallel = settings_of(**read_yaml(RECIPES / "dparallel.yaml"))
-    assert (dparallel.order, dparallel.window_sizes) == ("random", (32,))
-    assert dparallel.noise_start == dparallel.noise_end == dparallel.noise_max == 0.5
-    assert (
-        dparallel.entropy_weight / dparallel.ce_weight == 2.0 == dparallel.entropy_weight / dparallel.complement_weight
-    )
-    assert (dparallel.entropy_views, dparallel.entropy_temperature) == ("both", 0.5)
+    windows = dparallel.objective
+    assert isinstance(windows, PseudoTrajectory)
+    assert (windows.order, windows.window_sizes) == ("random", (32,))
+    assert windows.noise_start == windows.noise_end == windows.noise_max == 0.5
+    assert windows.certainty_weight / windows.ce_weight == 2.0 == windows.certainty_weight / windows.complement_weight
+    assert (windows.certainty_views, windows.certainty_temperature) == ("both", 0.5)
     assert (dparallel.lora_rank, dparallel.lora_alpha, dparallel.lr, dparallel.lr_schedule) == (
         128,
         128,
@@ -232,12 +240,12 @@ def test_rival_recipes_hold_the_published_figures() -> None:
     )
     assert (dparallel.workers, dparallel.micro_batch_size, dparallel.accumulation, dparallel.epochs) == (8, 1, 8, 6)
     d2f = settings_of(**read_yaml(RECIPES / "d2f.yaml"))
-    assert (d2f.block_size, d2f.d2f_noise, d2f.max_steps, d2f.accumulation) == (16, (0.2, 0.7), 50_000, 5)
+    assert (d2f.objective, d2f.max_steps, d2f.accumulation) == (DiscreteForcing(16, (0.2, 0.7)), 50_000, 5)
     assert (d2f.lora_rank, d2f.lora_alpha, d2f.lora_dropout) == (32, 32, 0.1)
     assert d2f.lora_targets == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert (d2f.lr, d2f.weight_decay, d2f.betas, d2f.clip) == (1e-5, 0.05, (0.9, 0.95), 1.0)
     v2 = settings_of(**read_yaml(RECIPES / "fast-dllm-v2.yaml"))
-    assert (v2.objective, v2.block_size, v2.lora_rank) == ("block-diffusion", 32, 0)
+    assert (v2.objective, v2.lora_rank) == (BlockDiffusion(32), 0)
 
 
 def test_every_recipe_is_valid_and_round_trips() -> None:
@@ -249,35 +257,80 @@ def test_every_recipe_is_valid_and_round_trips() -> None:
         assert settings_of(**yaml.safe_load(to_yaml(settings))) == settings
 
 
+REQUIRED = ["--trajectories", "a", "--output", "b"]
+
+
 def test_the_command_line_takes_lists() -> None:
-    argv = ["--trajectories", "a", "--output", "b", "--window-sizes", "8,16", "--lora-targets", "q_proj,up_proj"]
+    argv = [*REQUIRED, "--objective.window-sizes", "8,16", "--lora-targets", "q_proj,up_proj"]
     settings, _ = parse(DistillSettings, argv)
-    assert settings.window_sizes == (8, 16)
+    assert settings.objective == PseudoTrajectory(window_sizes=(8, 16))
     assert settings.lora_targets == ("q_proj", "up_proj")
+
+
+@pytest.mark.parametrize(
+    ("argv", "objective"),
+    [
+        (["--objective", "d2f"], DiscreteForcing()),
+        (["--objective.name", "d2f", "--objective.block-size", "8"], DiscreteForcing(block_size=8)),
+        (
+            ["--objective.name=d2f", "--objective.block_size=8", "--objective.noise", "0.3,0.5"],
+            DiscreteForcing(8, (0.3, 0.5)),
+        ),
+        (["--objective", '{"name": "block-diffusion", "block_size": 32}'], BlockDiffusion(32)),
+        (["--config", "tiny-fast-dllm-v2", "--objective.block-size", "4"], BlockDiffusion(4)),
+        (["--objective.order", "random", "--objective.ce-weight", "0.5"], PseudoTrajectory("random", ce_weight=0.5)),
+        # The recipe's parameters stay with its objective, and go with another one.
+        (["--config", "tiny", "--objective.noise-end", "0.5"], PseudoTrajectory(noise_end=0.5)),
+        (["--config", "tiny-dparallel", "--objective.name", "d2f"], DiscreteForcing()),
+        (["--config", "tiny-dparallel", "--objective", "d2f"], DiscreteForcing()),
+    ],
+)
+def test_the_command_line_takes_an_objective_and_its_parameters(argv: list[str], objective: Objective) -> None:
+    settings, _ = parse(DistillSettings, [*REQUIRED, "--lora-rank", "4", *argv])
+    assert settings.objective == objective
+    assert settings_of(**yaml.safe_load(to_yaml(settings))) == settings
+
+
+@pytest.mark.parametrize("flag", ["--use-gpu", "--no-use_gpu", "--d2f-noise", "--entropy_weight"])
+def test_old_flags_are_refused_with_todays_name(flag: str) -> None:
+    with pytest.raises(InputError, match="is called (device|objective.noise|objective.certainty_weight) now"):
+        parse(DistillSettings, [*REQUIRED, flag, "1"])
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lora_targets": ["q_proj", "qproj"]}, "lora_targets.1: got 'qproj'"),
-        ({"lora_targets": ["lm_head"]}, "lora_targets.0: got 'lm_head'"),
+        ({"lora_targets": []}, "lora_targets: got"),
         ({"batch_size": 24, "micro_batch_size": 8}, "batch_size: got 24; accepted: a multiple of .* = 16"),
-        ({"window_sizes": [16, 0]}, "window_sizes: got"),
-        ({"window_sizes": []}, "window_sizes"),
-        ({"noise_end": 0.9}, "noise_max: got 0.8"),
+        ({"objective": {"window_sizes": [16, 0]}}, r"objective.window_sizes: got \[16, 0\]; accepted: positive"),
+        ({"objective": {"window_sizes": []}}, "objective.window_sizes"),
+        ({"objective": {"noise_end": 0.9}}, "objective.noise_max: got 0.8; accepted: at least"),
         ({"merge": False}, "merge: got false"),
         ({"lora_rank": 0, "save_adapter": True}, "lora_rank: got 0"),
         ({"lr": 0}, "lr: got 0"),
         ({"objective": "d2f", "lora_rank": 0}, "lora_rank: got 0; accepted: at least 1 with objective: d2f"),
-        ({"d2f_noise": [0.7, 0.2]}, r"d2f_noise: got \[0.7, 0.2\]; accepted: two ratios"),
+        (
+            {"objective": {"name": "d2f", "noise": [0.7, 0.2]}},
+            r"objective.noise: got \[0.7, 0.2\]; accepted: two ratios",
+        ),
         ({"betas": [0.9, 1.0]}, r"betas: got \[0.9, 1.0\]"),
         ({"offload": "all"}, "zero_stage: got 0 with offload: all; accepted: .* 3 to offload all"),
         ({"offload": "optimizer"}, "zero_stage: got 0 with offload: optimizer"),
         ({"export": "best"}, "export: got 'best' without val_every"),
         ({"val_every": 5, "val_rows": 0}, "val_rows: got 0 without val_task"),
         ({"val_every": 5, "select_by": "accuracy"}, "select_by: got 'accuracy'; accepted: loss with val_rows"),
-        ({"objective": "d3llm"}, "objective: got 'd3llm'"),
-        ({"windows": [1]}, "windows: unknown setting; accepted: .*window_sizes"),
+        ({"objective": "d3llm"}, "objective.name: unknown value 'd3llm'; accepted: block-diffusion, d2f, windows"),
+        ({"objective": 3}, "objective: got 3; accepted: windows, d2f, block-diffusion, or a mapping"),
+        ({"objective": {"name": "d2f", "order": "random"}}, "objective.order: unknown setting of d2f; .*: block_size"),
+        ({"objective": {"order": "sideways"}}, "objective.order: got 'sideways'"),
+        (
+            {"objective": {"ce_weight": -1, "noise_max": 2}},
+            "objective.noise_max: got 2: .*; objective.ce_weight: got -1",
+        ),
+        ({"objective": "d2f", "block_size": 8}, "block_size: is called objective.block_size now"),
+        ({"entropy_weight": 1.0, "use_gpu": True}, "use_gpu: is called device now; entropy_weight: .*certainty_weight"),
+        ({"device": "tpu"}, "device: got 'tpu'"),
+        ({"windows": [1]}, "windows: unknown setting; accepted: .*objective"),
     ],
 )
 def test_bad_settings_are_named(values: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ Curves = dict[str, tuple[list[float], list[float]]]
 def line_of(step: int) -> dict[str, Any]:
     """A full line of the d3LLM objective; every second step was validated."""
     line: dict[str, Any] = {"step": step, "epoch": 0, "window": 16 + step, "noise_floor": step / 10, "lr": 1 / step}
-    line |= {"loss": 2 / step, "ce": 3.0, "complement": 1.0, "entropy": 0.5, "right": 0.75, "mask_ratio": 0.5}
+    line |= {"loss": 2 / step, "ce": 3.0, "complement": 1.0, "certainty": 0.5, "right": 0.75, "mask_ratio": 0.5}
     line |= {"grad_norm": 1.5, "samples_per_second": 9.0, "steps_per_second": 3.0, "memory_gib": 1.0}
     return line | ({"val_loss": 1.0, "val_accuracy": 0.5, "val_tpf": 2.0} if step % 2 == 0 else {})
 
@@ -27,7 +27,7 @@ def line_of(step: int) -> dict[str, Any]:
 def drawn(lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[Curves]:
     """The labelled curves of every axis, in drawing order."""
     figures: list[Figure] = []
-    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path: figures.append(figure))
     plot_loss(lines, Path("unused.png"))
     return [
         {
@@ -42,7 +42,7 @@ def drawn(lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[
 def test_every_figure_has_its_panel(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = drawn([line_of(step) for step in (1, 2, 3, 4)], monkeypatch)
     assert [set(curves) for curves in axes] == [
-        {"loss", "cross-entropy", "cross-entropy, complement", "entropy", "validation: loss"},
+        {"loss", "cross-entropy", "cross-entropy, complement", "certainty forcing (entropy)", "validation: loss"},
         {"supervised tokens right", "validation: problems solved"},
         {"gradient norm"},
         {"window"},

@@ -15,7 +15,7 @@ from d3llm_ray.config import build, read_yaml
 from d3llm_ray.distillation import run as distill
 from d3llm_ray.distillation.local import distil_here
 from d3llm_ray.distillation.objectives import LossModule
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.preparation import load
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import student_family
@@ -93,7 +93,7 @@ def test_training_lowers_the_loss(student: Path, progress: Recorder) -> None:
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     first, last = (sum(line["ce"] for line in part) / 10 for part in (lines[:10], lines[-10:]))
     assert last < 0.5 * first
-    assert {"loss", "ce", "complement", "entropy", "right", "mask_ratio", "window", "lr"} <= lines[0].keys()
+    assert {"loss", "ce", "complement", "certainty", "right", "mask_ratio", "window", "lr"} <= lines[0].keys()
     assert {"grad_norm", "samples_per_second", "tokens_per_second", "memory_gib"} <= lines[0].keys()
     assert "LoRA rank 8" in progress.notes[0] and "memory plan of each of 2 workers" in progress.notes[0]
     assert 0 < min(line["mask_ratio"] for line in lines) < max(line["mask_ratio"] for line in lines) < 1
@@ -105,7 +105,7 @@ def test_first_loss_is_the_teachers(student: Path, settings: DistillSettings) ->
     """New adapters add nothing: the first logged loss is the frozen teacher's, computed here without Ray."""
     model, family = load_model(settings.teacher)
     samples, _ = load(settings, *student_family(settings))
-    plan = Plan(settings, samples, family)
+    plan = TrainingPlan(settings, samples, family)
     module = LossModule(model, plan.objective, head_rows=10_000, autocast=False)
     with torch.no_grad():
         values = [module(module.batch(plan.micro_batch(n), torch.device("cpu")))[0].item() for n in (0, 1)]
@@ -146,8 +146,8 @@ def test_more_workers_than_the_cluster_has_are_refused_in_time(
     settings: DistillSettings, tmp_path: Path, ray_cluster: None
 ) -> None:
     for many, demand in (
-        ({"workers": 2, "cpus_per_worker": 5}, r"10 CPU \(8 CPU free of 8 CPU\)"),
-        ({"workers": 2, "use_gpu": True}, r"2 GPU \(0 GPU free of 0 GPU\)"),
+        ({"workers": 2, "cpus_per_actor": 5}, r"10 CPU \(8 CPU free of 8 CPU\)"),
+        ({"workers": 2, "device": "cuda"}, r"2 GPU \(0 GPU free of 0 GPU\)"),
     ):
         changed = {"output": str(tmp_path / "s"), "resource_timeout_s": 1.0, **many}
         with pytest.raises(InputError, match=f"workers: the cluster did not give within 1 s: .*{demand}"):

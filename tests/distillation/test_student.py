@@ -78,14 +78,14 @@ def test_recomputed_activations_change_no_gradient(tiny_checkpoint: Path) -> Non
         module, _ = build_student(settings_of(tiny_checkpoint, lora_rank=0, activation_checkpointing=recompute), CPU)
         module.model(IDS, Ragged.build([4])).square().sum().backward()
         gradients.append([parameter.grad for parameter in module.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other)
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert (kept is None) == (recomputed is None)
+        if kept is not None:
+            torch.testing.assert_close(kept, recomputed)
 
 
 def test_the_embedded_causal_model_becomes_a_block_diffusion_student(tmp_path: Path) -> None:
-    settings = settings_of("tiny-ar", objective="block-diffusion", block_size=32, lora_rank=0)
+    settings = settings_of("tiny-ar", objective={"name": "block-diffusion", "block_size": 32}, lora_rank=0)
     module, family = build_student(settings, CPU)
     tokenizer = load_tokenizer("tiny-ar", read_configs("tiny-ar")[1])
     assert tokenizer is not None and family.mask_token_id == tokenizer.mask_token_id
@@ -101,8 +101,16 @@ def test_the_embedded_causal_model_becomes_a_block_diffusion_student(tmp_path: P
     [
         ("qwen2", {}, r"teacher: .* accepted: a masked-diffusion model with full attention, or objective: block-diff"),
         ("fast_dllm_v2", {}, r"teacher: .* accepted: a masked-diffusion model with full attention"),
-        ("llada", {"objective": "block-diffusion"}, r"teacher: .* accepted: a causal or block-diffusion model"),
-        ("fast_dllm_v2", {"objective": "block-diffusion"}, r"block_size: got 16; accepted: 4, the teacher's own"),
+        (
+            "llada",
+            {"objective": "block-diffusion"},
+            r"teacher: .* accepted: a causal model or a block-diffusion model, or objective: windows, d2f",
+        ),
+        (
+            "fast_dllm_v2",
+            {"objective": "block-diffusion"},
+            r"objective.block_size: got 16; accepted: 4, the teacher's own",
+        ),
         (
             "qwen2",
             {"objective": "block-diffusion"},

@@ -23,14 +23,14 @@ LINE |= {"grad_norm": 3.0, "tokens_per_second": 640.0, "memory_gib": 0.5, "val_l
 
 def events(folder: Path) -> list[Event]:
     """All events in the order in which TensorBoard reads them: file by file, by name (TFRecord framing)."""
-    found = []
+    events = []
     for file in sorted(folder.glob("events.out.tfevents.*")):
         data, at = file.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
-            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            events.append(Event.FromString(data[at + 12 : at + 12 + length]))
             at += 12 + length + 4
-    return found
+    return events
 
 
 def shown(folder: Path) -> dict[str, dict[int, list[float]]]:

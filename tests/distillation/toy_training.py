@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d3llm_ray.distillation.training.engines import Engine, EngineOptions
+from d3llm_ray.distillation.training.engines import EngineOptions, TrainingEngine
 
 WORLD = 2
 ROWS, CLASSES = 4, 5
@@ -67,7 +67,7 @@ def batches(step: int, numbers: Iterable[int]) -> list[Batch]:
     return made
 
 
-def train(engine: Engine, steps: Iterable[int], *, accumulation: int = 2) -> dict[str, list[float]]:
+def train(engine: TrainingEngine, steps: Iterable[int], *, accumulation: int = 2) -> dict[str, list[float]]:
     """Losses of this worker's micro-batches and gradient norms of `steps`."""
     losses, norms = [], []
     for step in steps:
@@ -79,7 +79,7 @@ def train(engine: Engine, steps: Iterable[int], *, accumulation: int = 2) -> dic
     return {"losses": losses, "norms": norms}
 
 
-def values_of(engine: Engine) -> dict[str, Tensor]:
+def values_of(engine: TrainingEngine) -> dict[str, Tensor]:
     return {name: state.value for name, state in engine.collect(engine.trained).items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from d3llm_ray.distillation.objectives.batches import Sample
+from d3llm_ray.distillation.objectives.batches import TrainingSample
 from d3llm_ray.models import ModelConfig, Transformer
 from d3llm_ray.models.families import Family, read_family
 
@@ -47,7 +47,7 @@ def family_of(kind: str) -> tuple[ModelConfig, Family]:
     return read_family(CONFIGS[kind], {})
 
 
-def toy(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Transformer, Family, list[Sample]]:
+def toy(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Transformer, Family, list[TrainingSample]]:
     """A random model, its family, and two samples of different prompt lengths."""
     shape, family = family_of(kind)
     torch.manual_seed(0)
@@ -58,5 +58,5 @@ def toy(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Transformer, Fam
         prompt_ids = torch.randint(1, 4, (prompt,), generator=draw).numpy().astype("int32")
         response = torch.randint(1, 4, (CANVAS,), generator=draw).numpy().astype("int32")
         order = torch.randperm(CANVAS, generator=draw).numpy().astype("uint16")
-        samples.append(Sample(str(n), prompt_ids, response, order))
+        samples.append(TrainingSample(str(n), prompt_ids, response, order))
     return model, family, samples

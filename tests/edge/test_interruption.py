@@ -17,13 +17,13 @@ from tests.distillation.rows import SMALL_RUN, write_rows
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240.0
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_sigterm_ends_a_run_with_one_line_and_keeps_what_is_finished(tiny_checkpoint: Path, tmp_path: Path) -> None:
     mask_token_id = read_configs(tiny_checkpoint)[1].mask_token_id
     rows = write_rows(tmp_path / "rows", rows=40, canvas=32, vocab_size=4, mask_token_id=mask_token_id)
-    settings = {**SMALL_RUN, "window_sizes": "16", "workers": 1, "epochs": 1000, "checkpoint_every": 5}
+    settings = {**SMALL_RUN, "workers": 1, "epochs": 1000, "checkpoint_every": 5}
     paths = {"teacher": tiny_checkpoint, "trajectories": rows, "output": tmp_path / "student"}
     flags = [word for name, value in (settings | paths).items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "d3llm_ray.cli", "distill", *flags]

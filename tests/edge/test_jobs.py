@@ -20,7 +20,7 @@ from tests.distillation.rows import SMALL_RUN, write_rows
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240.0
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_submitted_distillation_leaves_a_student(
     mask_token_id = read_configs(tiny_checkpoint)[1].mask_token_id
     rows = write_rows(tmp_path / "rows", rows=40, canvas=32, vocab_size=4, mask_token_id=mask_token_id)
     output = tmp_path / "student"
-    settings = {**SMALL_RUN, "window_sizes": "16", "workers": 1, "max_steps": 6, "resource_timeout_s": 60}
+    settings = {**SMALL_RUN, "workers": 1, "max_steps": 6, "resource_timeout_s": 60}
     status, printed = finish(jobs, "distill.py", teacher=tiny_checkpoint, trajectories=rows, output=output, **settings)
     assert status == JobStatus.SUCCEEDED, printed
     assert "memory plan of each of 1 workers" in printed and "6/6" in printed

@@ -177,6 +177,21 @@ def test_a_decoder_is_a_preset_a_file_or_the_familys_own_and_single_settings_go_
         ReplicaSettings(decoder=str(tuned)).decoding()
 
 
+@pytest.mark.parametrize(
+    ("values", "cpus", "gpus"),
+    [
+        ({}, 1, 0),
+        ({"device": "cuda"}, 1, 1),
+        ({"device": "cuda:0", "cpus_per_actor": 4, "gpus_per_actor": 0.5}, 4, 0.5),
+    ],
+)
+def test_replicas_ask_for_what_the_settings_say(
+    tiny_checkpoint: Path, values: dict[str, Any], cpus: int, gpus: float
+) -> None:
+    options = build({"model": str(tiny_checkpoint), **values})._bound_deployment.ray_actor_options
+    assert (options["num_cpus"], options["num_gpus"]) == (cpus, gpus)
+
+
 def test_relative_paths_become_absolute(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny_checkpoint.parent)
     (tiny_checkpoint.parent / "tuned.yaml").write_text("decoder: d3llm\n")

@@ -189,3 +189,20 @@ def test_a_space_with_an_unknown_setting_fails_before_ray_starts(settings, monke
     settings.space.write_text(SPACE_FILE.replace("entropy_threshold", "entropy_treshold"))
     with pytest.raises(InputError, match=r"space.yaml: entropy_treshold.*accepted.*entropy_threshold"):
         verb.run(settings, QUIET)
+
+
+def test_a_changed_settings_file_is_another_search(tiny_checkpoint, tmp_path, monkeypatch):
+    def stop() -> None:
+        raise KeyboardInterrupt  # before Ray starts
+
+    monkeypatch.setattr(verb, "connect", stop)
+    tuned, space = tmp_path / "tuned.yaml", tmp_path / "space.yaml"
+    tuned.write_text("decoder: d3llm\nsuffix: cached\n")
+    space.write_text(f"decoder: {tuned}\nparameters: {{entropy_threshold: {{type: float, low: 0.2, high: 0.8}}}}\n")
+    settings = TuneSettings(model=str(tiny_checkpoint), space=space, count=4, output=tmp_path / "search")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            verb.run(settings, QUIET)
+    tuned.write_text("decoder: d3llm\nsuffix: none\n")
+    with pytest.raises(InputError, match="decoder.json belongs to another search"):
+        verb.run(settings, QUIET)

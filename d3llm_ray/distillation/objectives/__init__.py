@@ -1,17 +1,24 @@
-"""Objectives: how a student is shown a sample, and what its predictions are graded on. Needs torch and numpy only."""
+"""Objectives: how a student is shown a sample, and what its predictions are graded on. Needs torch and numpy only.
 
-from d3llm_ray.distillation.objectives.base import Batch, LossModule, Objective, Scheduled
+A new objective is a file here and an entry in `OBJECTIVES`: its parameters are settings, its facts are asked for.
+"""
+
+from d3llm_ray.distillation.objectives.base import Batch, LossModule, Moment, Objective
 from d3llm_ray.distillation.objectives.block_diffusion import BlockDiffusion
-from d3llm_ray.distillation.objectives.forcing import DiscreteForcing
-from d3llm_ray.distillation.objectives.windows import LossWeights, MaskedWindows
+from d3llm_ray.distillation.objectives.discrete_forcing import DiscreteForcing
+from d3llm_ray.distillation.objectives.pseudo_trajectory import PseudoTrajectory
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (PseudoTrajectory, DiscreteForcing, BlockDiffusion)
+}
 
 __all__ = [
+    "OBJECTIVES",
     "Batch",
     "BlockDiffusion",
     "DiscreteForcing",
     "LossModule",
-    "LossWeights",
-    "MaskedWindows",
+    "Moment",
     "Objective",
-    "Scheduled",
+    "PseudoTrajectory",
 ]

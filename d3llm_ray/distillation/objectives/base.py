@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -13,20 +13,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, View
+from d3llm_ray.distillation.objectives.batches import MicroBatch, TrainingSample, View
 from d3llm_ray.distillation.objectives.corruption import Draws
-from d3llm_ray.models.families import Family
+from d3llm_ray.models.config import ModelConfig
+from d3llm_ray.models.families import Attention, Family
 from d3llm_ray.models.ragged import Ragged
 
 
 @dataclass(frozen=True)
-class Scheduled:
-    """The scheduled values of one optimizer step."""
+class Moment:
+    """The place of an optimizer step in its run; all numbers are 0-based."""
 
     epoch: int
-    window: int
-    noise_floor: float
-    lr: float
+    in_epoch: int  # steps of this epoch before it
+    steps_per_epoch: int
+    step: int
+    steps: int  # of the whole run
+
+
+def parameter(default: Any, description: str, **limits: float) -> Any:
+    """A field of an objective as the settings show it; `limits` are pydantic's (`ge`, `gt`, `le`, `min_length`)."""
+    return field(default=default, metadata={"description": description, **limits})
 
 
 @dataclass(frozen=True)
@@ -45,18 +52,49 @@ class Batch:
 class Objective(Protocol):
     """One way to distil: corruption of a sample, attention among its tokens, loss. Stateless.
 
-    `figures` names what `loss` reports beside the loss itself, each a mean over a micro-batch.
+    A class states the facts that settings, student and memory plan ask for, and is a frozen dataclass of its
+    parameters (see `parameter`), which raises `InputError` for values that do not go together. What is not stated is
+    as for a masked-diffusion model with full attention whose row shows each token once.
     """
 
-    figures: ClassVar[tuple[str, ...]]
+    name: ClassVar[str]  # in settings
+    summary: ClassVar[str]  # for the command line's help
+    figures: ClassVar[tuple[str, ...]]  # what `loss` reports beside the loss itself, each a mean over a micro-batch
+    scheduled: ClassVar[tuple[str, ...]] = ()  # the names of `curriculum`'s figures
+    teacher_attention: ClassVar[tuple[Attention, ...]] = ("full",)  # kinds of teacher that a student can start from
+    needs_adapter: ClassVar[bool] = False  # the loss reads the student without its adapter as well
 
-    def views(self, draws: Draws, sample: Sample, scheduled: Scheduled, family: Family) -> list[View]:
+    @property
+    def needs_order(self) -> bool:
+        """Whether the rows must say in which order the teacher revealed their tokens."""
+        return False
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of a sample's length that its views come to, at most, in one forward."""
+        return 1
+
+    def supervised(self, length: int) -> int:
+        """The most tokens that a sample of `length` tokens, prompt and canvas, is graded on, in all its views."""
+        return length
+
+    def student(
+        self, shape: ModelConfig, family: Family, mask_token_id: Callable[[], int]
+    ) -> tuple[ModelConfig, Family]:
+        """Shape and conventions of the student of such a teacher; `mask_token_id()` finds one where it has none."""
+        return shape, family
+
+    def curriculum(self, moment: Moment | None) -> dict[str, float]:
+        """What changes with the steps, by the names in `scheduled`; None: at its end."""
+        return {}
+
+    def views(self, draws: Draws, sample: TrainingSample, moment: Moment | None, family: Family) -> list[View]:
         """The sample's input rows (as many for every sample), from its own random draws."""
         ...
 
     def layout(self, micro: MicroBatch, device: torch.device) -> Ragged:
-        """Who sees whom in the student's forward."""
-        ...
+        """Who sees whom in the student's forward: full attention, every token of a view sees all of it."""
+        return Ragged.build(micro.lengths.tolist(), device=device)
 
     def loss(self, module: LossModule, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, and `figures` as a float32 tensor without gradient."""

@@ -30,7 +30,7 @@ def epoch_order(
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainingSample:
     """One teacher's answer. The response is the whole canvas: stop token and padding are trained as well."""
 
     prompt_id: str

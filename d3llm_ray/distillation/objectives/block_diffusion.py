@@ -12,6 +12,7 @@ Padding ends with the block of the stop token.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -21,22 +22,42 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d3llm_ray.distillation.objectives.base import Batch, LossModule, Scheduled, is_right
-from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, View
+from d3llm_ray.distillation.objectives.base import Batch, LossModule, Moment, Objective, is_right, parameter
+from d3llm_ray.distillation.objectives.batches import MicroBatch, TrainingSample, View
 from d3llm_ray.distillation.objectives.corruption import Draws, block_ratios, corrupted, mask_blocks
-from d3llm_ray.models.families import Family
+from d3llm_ray.errors import require
+from d3llm_ray.models.config import ModelConfig
+from d3llm_ray.models.convert import block_diffusion_family
+from d3llm_ray.models.families import Attention, Family
 from d3llm_ray.models.ragged import Ragged
 
 
 @dataclass(frozen=True)
-class BlockDiffusion:
+class BlockDiffusion(Objective):
     """Blocks of `block_size` (the model's `bd_size`), each masked at a ratio of its own, and the complement."""
 
-    block_size: int
+    block_size: int = parameter(16, "tokens in a block", gt=0)
 
+    name: ClassVar[str] = "block-diffusion"
+    summary: ClassVar[str] = "from a causal model (Fast-dLLM v2)"
     figures: ClassVar[tuple[str, ...]] = ("ce", "right")
+    teacher_attention: ClassVar[tuple[Attention, ...]] = ("causal", "block-causal")
 
-    def views(self, draws: Draws, sample: Sample, scheduled: Scheduled, family: Family) -> list[View]:
+    @property
+    def rows_per_sample(self) -> int:
+        return 3  # clean and under both masks
+
+    def student(
+        self, shape: ModelConfig, family: Family, mask_token_id: Callable[[], int]
+    ) -> tuple[ModelConfig, Family]:
+        """A causal teacher's family becomes Fast-dLLM v2's; one of that family must have the same blocks."""
+        if family.layout.attention == "causal":
+            return block_diffusion_family(family, mask_token_id(), self.block_size)
+        accepted = f"{family.block_size}, the teacher's own (bd_size)"
+        require(self.block_size == family.block_size, "objective.block_size", self.block_size, accepted)
+        return shape, family
+
+    def views(self, draws: Draws, sample: TrainingSample, moment: Moment | None, family: Family) -> list[View]:
         """One row with the answer under a mask and under its complement; the prompt is never masked."""
         assert family.mask_token_id is not None
         prompt, response = sample.prompt_ids.size, self._answer(sample, family)
@@ -61,7 +82,7 @@ class BlockDiffusion:
             )
         ]
 
-    def _answer(self, sample: Sample, family: Family) -> NDArray[np.int32]:
+    def _answer(self, sample: TrainingSample, family: Family) -> NDArray[np.int32]:
         """The response up to the end of its first stop token's block, behind which decoding begins no other."""
         stops = np.flatnonzero(np.isin(sample.response_ids, list(family.stop_token_ids)))
         if not stops.size:
@@ -114,8 +135,8 @@ class BlockDiffusion:
 
 def visible(block: NDArray[np.int64], part: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which tokens each token sees, [T, T], from the block and the part (0 is the clean one) of each, [T]."""
-    own = (part[:, None] == part) & (block[:, None] == block)
-    seen: NDArray[np.bool_] = own | ((part == 0) & (block < block[:, None]))
+    same = (part[:, None] == part) & (block[:, None] == block)
+    seen: NDArray[np.bool_] = same | ((part == 0) & (block < block[:, None]))
     return seen
 
 

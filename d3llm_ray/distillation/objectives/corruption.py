@@ -23,7 +23,7 @@ RANDOM_MASK_EPSILON = 1e-3  # the i.i.d. baseline masks with p = (1 - eps) r + e
 
 
 @dataclass(frozen=True)
-class Window:
+class TrainingWindow:
     """One draw for one sample: response positions [start, end) are trained at mask ratio `ratio`."""
 
     start: int
@@ -35,7 +35,7 @@ class Window:
 class Views:
     """Response positions to predict: `masked` in view A, `complement` in view B; together the whole window."""
 
-    window: Window
+    window: TrainingWindow
     masked: NDArray[np.int64]
     complement: NDArray[np.int64]
 
@@ -58,20 +58,22 @@ def _generator(key: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def draw_window(rng: np.random.Generator, length: int, size: int, noise_floor: float, noise_max: float) -> Window:
+def draw_window(
+    rng: np.random.Generator, length: int, size: int, noise_floor: float, noise_max: float
+) -> TrainingWindow:
     """Choose one of the `ceil(length / size)` windows of a response of `length` tokens, and r ~ U(floor, max).
 
     The last window is shorter where `size` does not divide `length`; none is empty.
     """
     start = size * int(rng.integers(-(-length // size)))
     ratio = noise_floor + (noise_max - noise_floor) * float(rng.random())
-    return Window(start, min(start + size, length), ratio)
+    return TrainingWindow(start, min(start + size, length), ratio)
 
 
 def choose_views(
     rng: np.random.Generator,
     reveal_step: NDArray[np.integer] | None,
-    window: Window,
+    window: TrainingWindow,
     *,
     order: MaskOrder = "trajectory",
     rounding: RatioRounding = "exact",

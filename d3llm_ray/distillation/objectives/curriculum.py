@@ -10,7 +10,7 @@ LearningRateSchedule = Literal["constant", "cosine"]
 
 
 def window_size(sizes: Sequence[int], epoch: int, step: int, steps_per_epoch: int) -> int:
-    """Tokens in a training window at `step` (0-based) of `epoch` (0-based).
+    """Window curriculum: tokens in a training window at `step` (0-based) of `epoch` (0-based).
 
     Linear from `sizes[epoch]` to `sizes[epoch + 1]` by the epoch's fraction, rounded down; the last epoch, and any
     beyond the list, keep the last size. Whole-number arithmetic: a size is reached at the same step everywhere.
@@ -20,7 +20,7 @@ def window_size(sizes: Sequence[int], epoch: int, step: int, steps_per_epoch: in
 
 
 def noise_floor(start: float, end: float, step: int, max_steps: int) -> float:
-    """Smallest mask ratio at `step` of `max_steps`: linear from `start` to `end`."""
+    """Noise curriculum: smallest mask ratio at `step` of `max_steps`: linear from `start` to `end`."""
     return start + (end - start) * min(step / max_steps, 1.0)
 
 

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from d3llm_ray.distillation.training.engines import AdamState, Engine
+from d3llm_ray.distillation.training.engines import AdamState, TrainingEngine
 from d3llm_ray.errors import InputError
 
 NAME = re.compile(r"step-\d+")
@@ -52,7 +52,7 @@ def step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step-"))
 
 
-def write(engine: Engine, directory: Path, step: int, extra: Mapping[str, Any]) -> None:
+def write(engine: TrainingEngine, directory: Path, step: int, extra: Mapping[str, Any]) -> None:
     """Write this worker's shard; collective. The workers' folders may be local ones that are merged afterwards.
 
     `extra`: JSON values for `read` to return; worker 0's are kept. The checkpoint is complete when all workers have
@@ -77,7 +77,7 @@ def write(engine: Engine, directory: Path, step: int, extra: Mapping[str, Any]) 
     partial.replace(file.with_suffix(".json"))
 
 
-def read(engine: Engine, directory: Path) -> tuple[int, dict[str, Any]]:
+def read(engine: TrainingEngine, directory: Path) -> tuple[int, dict[str, Any]]:
     """Load a checkpoint into an engine of any kind; collective. Returns the step and worker 0's `extra`.
 
     Raises `InputError` when it is damaged or is of another model. Each worker checks the digests of its share of the
@@ -102,7 +102,7 @@ def read(engine: Engine, directory: Path) -> tuple[int, dict[str, Any]]:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest intact checkpoint among `folder/step-*`, and a line of warning for each newer one."""
     damages = []
-    found = None
+    intact = None
     for directory in sorted(_named(folder), key=step_of, reverse=True):
         try:
             for shard in _shards(directory):
@@ -110,10 +110,10 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         except DamagedCheckpoint as error:
             damages.append(str(error))
         else:
-            found = directory
+            intact = directory
             break
-    instead = f"using {found.name}" if found else "there is none before it"
-    return found, [f"{damage}: {instead}" for damage in damages]
+    instead = f"using {intact.name}" if intact else "there is none before it"
+    return intact, [f"{damage}: {instead}" for damage in damages]
 
 
 def _named(folder: Path) -> list[Path]:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from d3llm_ray.distillation.training.engines import (
     AdamState,
-    Engine,
     EngineOptions,
+    TrainingEngine,
     adamw,
     clip_gradients,
     create_state,
@@ -40,7 +40,7 @@ from d3llm_ray.distillation.training.engines import (
 BUCKET = 200_000_000  # elements that are reduced or gathered at a time
 
 
-def deepspeed_engine(loss_module: nn.Module, options: EngineOptions) -> Engine:
+def deepspeed_engine(loss_module: nn.Module, options: EngineOptions) -> TrainingEngine:
     """Train with the other workers of `torch.distributed`'s default group, which the caller has initialised."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # ZeRO 3 calls collectives by names that torch has deprecated, each time with a warning.
@@ -52,7 +52,7 @@ def deepspeed_engine(loss_module: nn.Module, options: EngineOptions) -> Engine:
 
 
 class ZeroEngine:
-    """See `Engine`."""
+    """See `TrainingEngine`."""
 
     def __init__(self, loss_module: nn.Module, options: EngineOptions) -> None:
         self.options = options
@@ -115,13 +115,13 @@ class ZeroEngine:
         if self.options.zero_stage == 0:
             masters = dict(zip(self.parameters, self._held(), strict=True))
             return {name: state_of(self.adamw, masters[name]) for name in names}
-        found = {}
+        states = {}
         for name, parameter in self.parameters.items():  # every worker takes part in every parameter
             value = safe_get_full_fp32_param(parameter)
             moments = [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
             if name in names:
-                found[name] = AdamState(*(tensor.cpu() for tensor in (value, *moments)))
-        return found
+                states[name] = AdamState(*(tensor.cpu() for tensor in (value, *moments)))
+        return states
 
     def restore(self, load: Callable[[str], AdamState], updates: int) -> None:
         masters = self._held()

@@ -1,7 +1,7 @@
 """Training engines: what computes gradients, averages them over workers and updates the weights.
 
-The training loop and the checkpoints know only `Engine`. Here is the one for a single process with plain PyTorch;
-`deepspeed_engine` has the one for many workers.
+The training loop and the checkpoints know only `TrainingEngine`. Here is the one for a single process with plain
+PyTorch; `deepspeed_engine` has the one for many workers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Precision = Literal["float32", "mixed", "bfloat16"]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to train; `Engine.step` is given the learning rate.
+    """How to train; `TrainingEngine.step` is given the learning rate.
 
     `clip`: largest gradient norm. `micro_batch_size`: rows of one forward of one worker. `accumulation`: forwards of
     one worker in an optimizer step. `bfloat16`: weights and their gradients in bfloat16, with float32 masters in the
@@ -55,7 +55,7 @@ class AdamState(NamedTuple):
     exp_avg_sq: Tensor
 
 
-class Engine(Protocol):
+class TrainingEngine(Protocol):
     """One worker's hold on a loss module, `forward(batch) -> (loss, figures)`, and its optimizer.
 
     Except where it says otherwise, all workers call every method together.
@@ -91,13 +91,13 @@ class Engine(Protocol):
         """Take over the state of every trained parameter, asked for one name at a time, on each worker."""
 
 
-def torch_engine(loss_module: nn.Module, options: EngineOptions) -> Engine:
+def torch_engine(loss_module: nn.Module, options: EngineOptions) -> TrainingEngine:
     """Train in this process alone, with torch's AdamW."""
     return TorchEngine(loss_module, options)
 
 
 class TorchEngine:
-    """See `Engine`."""
+    """See `TrainingEngine`."""
 
     rank, world_size = 0, 1
 

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from d3llm_ray.distillation.data import TrajectorySet
 from d3llm_ray.distillation.objectives import LossModule
 from d3llm_ray.distillation.objectives.batches import MicroBatch
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import build_student, write_student
 from d3llm_ray.distillation.training import checkpoints
-from d3llm_ray.distillation.training.engines import Engine, EngineOptions
+from d3llm_ray.distillation.training.engines import EngineOptions, TrainingEngine
 from d3llm_ray.distillation.training.loop import Hooks, barrier, train
 from d3llm_ray.distillation.training.trackers import Tracker
 from d3llm_ray.distillation.training.validation import Validator
@@ -28,7 +28,7 @@ logger = logging.getLogger("d3llm_ray.distillation")
 
 CHECKPOINTS, STUDENT = "checkpoints", "student"
 
-MakeEngine = Callable[[LossModule, EngineOptions], Engine]
+MakeEngine = Callable[[LossModule, EngineOptions], TrainingEngine]
 MakeStream = Callable[[range], Iterator[MicroBatch]]
 MakeTracker = Callable[[int], Tracker]
 
@@ -38,7 +38,7 @@ class Job:
     """What all workers of a run share. `work` is a folder that all of them see."""
 
     settings: DistillSettings
-    plan: Plan
+    plan: TrainingPlan
     held_out: TrajectorySet
     work: Path
 
@@ -79,23 +79,23 @@ def run_worker(
     barrier(engine)
 
 
-def _resume(engine: Engine, folder: Path) -> int:
+def _resume(engine: TrainingEngine, folder: Path) -> int:
     newest = None
     if engine.rank == 0:  # alone: it reads every file of the checkpoint
         newest, warnings = checkpoints.newest(folder)
         for warning in warnings:
             logger.warning(warning)
     if engine.world_size > 1:
-        found = [newest]
-        dist.broadcast_object_list(found)
-        (newest,) = found
+        shared = [newest]
+        dist.broadcast_object_list(shared)
+        (newest,) = shared
     if newest is None:
         return 0
     step, _ = checkpoints.read(engine, newest)
     return step
 
 
-def save(engine: Engine, folder: Path, step: int, keep: int) -> None:
+def save(engine: TrainingEngine, folder: Path, step: int, keep: int) -> None:
     """Write a checkpoint on all workers together; it has its name when all of it is there, and `keep` remain."""
     final = folder / checkpoints.name_of(step)
     partial = final.with_suffix(".partial")

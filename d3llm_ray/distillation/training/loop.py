@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from d3llm_ray.device import peak_memory
 from d3llm_ray.distillation.objectives import LossModule
 from d3llm_ray.distillation.objectives.batches import MicroBatch
-from d3llm_ray.distillation.training.engines import Engine
+from d3llm_ray.distillation.training.engines import TrainingEngine
 from d3llm_ray.errors import InputError
 
 if TYPE_CHECKING:
-    from d3llm_ray.distillation.plan import Plan
+    from d3llm_ray.distillation.plan import TrainingPlan
 
 Line = dict[str, float | int | str]
 
@@ -62,9 +61,9 @@ class Clock:
 
 
 def train(
-    engine: Engine,
+    engine: TrainingEngine,
     module: LossModule,
-    plan: Plan,
+    plan: TrainingPlan,
     micro_batches: Iterator[MicroBatch],
     done: int,
     hooks: Hooks,
@@ -90,8 +89,8 @@ def train(
             figures.append(torch.cat((loss.detach().float().reshape(1), parts)))
         mean = torch.stack(figures).mean(0)
         check_finite(mean[0], share, step + 1, engine.world_size)
-        scheduled = plan.at(step)
-        norm = engine.step(scheduled.lr)
+        moment, lr = plan.at(step), plan.lr(step)
+        norm = engine.step(lr)
         if not math.isfinite(norm):
             raise NotFiniteError(not_finite("gradient", step + 1, share))
         clock.steps += 1
@@ -102,7 +101,7 @@ def train(
             names = ("loss", *plan.objective.figures)
             ratio = sum(micro.mask_ratio for micro in share) / len(share)
             values = mean_over_workers(torch.cat((mean, mean.new_tensor([ratio]))), engine.world_size)
-            line: Line = {"step": finished, **dataclasses.asdict(scheduled)}
+            line: Line = {"step": finished, "epoch": moment.epoch, **plan.objective.curriculum(moment), "lr": lr}
             line |= dict(zip((*names, "mask_ratio"), values, strict=True))
             line |= {"grad_norm": norm, **clock.lap(settings.batch_size, engine.world_size)}
             line["memory_gib"] = peak_memory(device) / 2**30
@@ -125,9 +124,9 @@ def check_finite(loss: Tensor, share: list[MicroBatch], step: int, workers: int)
             return
         shares: list[list[MicroBatch] | None] = [None] * workers
         dist.all_gather_object(shares, None if bool(loss.isfinite()) else share)
-        broken = [one for one in shares if one is not None]
+        broken = [part for part in shares if part is not None]
     if broken:
-        raise NotFiniteError(not_finite("loss", step, [micro for one in broken for micro in one]))
+        raise NotFiniteError(not_finite("loss", step, [micro for part in broken for micro in part]))
 
 
 def not_finite(what: str, step: int, share: list[MicroBatch]) -> str:
@@ -146,7 +145,7 @@ def mean_over_workers(figures: Tensor, workers: int) -> list[float]:
     return [float(value) for value in (figures / workers).tolist()]
 
 
-def barrier(engine: Engine) -> None:
+def barrier(engine: TrainingEngine) -> None:
     """Wait for the other workers, if there are any."""
     if engine.world_size > 1:
         dist.barrier()

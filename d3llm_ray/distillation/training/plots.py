@@ -20,6 +20,7 @@ Lines = Sequence[dict[str, Any]]
 _LABELS = {
     "ce": "cross-entropy",
     "complement": "cross-entropy, complement",
+    "certainty": "certainty forcing (entropy)",
     "right": "supervised tokens right",
     "val_loss": "validation: loss",
     "val_accuracy": "validation: problems solved",
@@ -30,7 +31,7 @@ _LABELS = {
     "mask_ratio": "mask ratio",
 }
 _NOT_LOSSES = {"step", "loss", "right", "grad_norm", *CURRICULUM, *SPEED}
-_SCHEDULED = {"window", "noise_floor", "lr"}
+_SCHEDULED = {"window", "noise_floor", "lr"}  # not measured: drawn as they are
 _SMOOTHED_FROM = 60  # points
 _SMOOTHING = 0.05  # share of the points that a smoothed one is the mean of
 

@@ -18,7 +18,7 @@ from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train import DataConfig
 
 from d3llm_ray.distillation.objectives.batches import MicroBatch
-from d3llm_ray.distillation.plan import Plan
+from d3llm_ray.distillation.plan import TrainingPlan
 from d3llm_ray.distillation.training import checkpoints
 
 SHARD = "train"
@@ -27,13 +27,13 @@ AHEAD = 4  # micro-batches that wait, unpickled, beside a worker
 
 
 class Packer:
-    """Packs micro-batches by their numbers; `plan` is an object reference to the run's `Plan`."""
+    """Packs micro-batches by their numbers; `plan` is an object reference to the run's `TrainingPlan`."""
 
-    def __init__(self, plan: ray.ObjectRef[Plan]) -> None:
+    def __init__(self, plan: ray.ObjectRef[TrainingPlan]) -> None:
         self.plan = plan
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-        plan: Plan = ray.get(self.plan)
+        plan: TrainingPlan = ray.get(self.plan)
         packed = [pickle.dumps(plan.micro_batch(int(number))) for number in batch["number"]]
         return {"number": batch["number"], "micro_batch": packed}
 
@@ -41,7 +41,7 @@ class Packer:
 class Shards(DataConfig):
     """Ray Train asks this, in an actor of its own, for every worker's shard, whenever it (re)starts the workers."""
 
-    def __init__(self, plan: ray.ObjectRef[Plan], checkpoints_folder: Path) -> None:
+    def __init__(self, plan: ray.ObjectRef[TrainingPlan], checkpoints_folder: Path) -> None:
         super().__init__()
         self.plan, self.folder = plan, checkpoints_folder
 
@@ -50,11 +50,11 @@ class Shards(DataConfig):
     ) -> list[dict[str, DataIterator]]:
         newest, _warnings = checkpoints.newest(self.folder)
         done = 0 if newest is None else checkpoints.step_of(newest)
-        plan: Plan = ray.get(self.plan)
+        plan: TrainingPlan = ray.get(self.plan)
         return [{SHARD: shard(self.plan, plan.numbers(done, rank, world_size))} for rank in range(world_size)]
 
 
-def shard(plan: ray.ObjectRef[Plan], numbers: range) -> DataIterator:
+def shard(plan: ray.ObjectRef[TrainingPlan], numbers: range) -> DataIterator:
     """A stream of the packed micro-batches `numbers`, in that order."""
     ids = ray.data.range(len(numbers), override_num_blocks=max(1, -(-len(numbers) // PER_TASK)))
 

@@ -8,13 +8,17 @@ from typing import Protocol
 
 from tensorboardX import SummaryWriter
 
+from d3llm_ray.distillation.objectives import OBJECTIVES
 from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, MetricsFile
 
 Line = Mapping[str, float | int | str]
 
 TENSORBOARD = "tensorboard"
 VALIDATION = "val_"  # prefix of the figures of a validation
-CURRICULUM = ("epoch", "window", "noise_floor", "mask_ratio", "lr")
+CURRICULUM = (
+    *("epoch", "mask_ratio", "lr"),
+    *(name for objective in OBJECTIVES.values() for name in objective.scheduled),
+)
 SPEED = ("samples_per_second", "tokens_per_second", "steps_per_second", "memory_gib")
 
 _FLUSH_S = 1  # so much is missing at most from the curves of a worker that was killed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -12,18 +12,19 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from d3llm_ray.decoding import DiffusionLLM, read_decoder
-from d3llm_ray.decoding.engine import Engine as DecodingEngine
+from d3llm_ray.decoding import Decoder, DiffusionLLM, read_decoder
+from d3llm_ray.decoding.engine import Engine
 from d3llm_ray.distillation.lora import transformer_of
 from d3llm_ray.distillation.objectives import LossModule
 from d3llm_ray.distillation.objectives.batches import MicroBatch
 from d3llm_ray.distillation.settings import DistillSettings, SelectBy
-from d3llm_ray.distillation.training.engines import Engine
+from d3llm_ray.distillation.training.engines import TrainingEngine
 from d3llm_ray.distillation.training.loop import Line, attention_kernel, barrier
-from d3llm_ray.evaluation.evaluate import evaluate
+from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family, load_tokenizer
 from d3llm_ray.progress import Progress
-from d3llm_ray.tasks import Problem, load_task
+from d3llm_ray.tasks import Task, load_task
+from d3llm_ray.tasks.task import Message
 
 BEST, SCORE_FILE = "best", "validation.json"
 
@@ -36,7 +37,7 @@ class Validator:
         settings: DistillSettings,
         module: LossModule,
         family: Family,
-        engine: Engine,
+        engine: TrainingEngine,
         held_out: list[MicroBatch],
         write: Callable[[Path], None],
         work: Path,
@@ -80,23 +81,22 @@ class Validator:
         settings = self.settings
         model = transformer_of(self.module.model)
         vocabulary = len(self._tokenizer) if self._tokenizer is not None else None
-        engine = DecodingEngine(
-            model, self.family, read_decoder(settings.val_decoder), vocabulary_size=vocabulary, cuda_graphs=False
-        )
+        engine = Engine(model, self.family, validation_decoder(settings), vocabulary_size=vocabulary, cuda_graphs=False)
         llm = DiffusionLLM(model, self.family, self._tokenizer, engine)
-        row = evaluate(
-            llm, self._task, self._problems, settings.val_max_tokens, progress=Progress(quiet=True), warmup=0
-        )
-        return {"val_accuracy": row.accuracy, "val_tpf": row.tpf}
+        prompts, references = zip(*self._problems, strict=True)
+        outputs = llm.generate(prompts, max_tokens=settings.val_max_tokens, progress=Progress(quiet=True))
+        right = [self._task.is_correct(output.text, known) for output, known in zip(outputs, references, strict=True)]
+        tokens, forwards = sum(len(output.token_ids) for output in outputs), sum(output.forwards for output in outputs)
+        return {"val_accuracy": 100.0 * sum(right) / len(right), "val_tpf": tokens / forwards}
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(self.settings.teacher, self.family)
 
     @cached_property
-    def _problems(self) -> Sequence[Problem]:
+    def _problems(self) -> list[tuple[list[Message], str]]:
         assert self._task is not None
-        return self._task.problems("validation", self.settings.val_problems)
+        return validation_problems(self._task, self.settings.val_count)
 
     def _keep_if_best(self, step: int, line: Line) -> None:
         reached = score(line, self.settings.select_by)
@@ -112,6 +112,22 @@ class Validator:
         (partial / SCORE_FILE).write_text(json.dumps({"step": step, **line}, indent=2) + "\n")
         shutil.rmtree(self._best, ignore_errors=True)
         partial.rename(self._best)
+
+
+def validation_decoder(settings: DistillSettings) -> Decoder:
+    """What the student decodes with; `InputError` for a preset, file or setting that is not known."""
+    return read_decoder(settings.val_decoder, **settings.val_decoder_settings)
+
+
+def validation_problems(task: Task, count: int) -> list[tuple[list[Message], str]]:
+    """Messages and reference of `count` validation problems; `InputError` where a reference is missing."""
+    problems = []
+    for problem in task.problems("validation", count):
+        if problem.reference is None:
+            raise InputError(f"val_task: problem {problem.id} has no reference; accepted: a task with expected answers")
+        problems.append((problem.messages, problem.reference))
+    require(bool(problems), "val_task", task.name, "a task with validation problems")
+    return problems
 
 
 def score(line: Line, by: SelectBy) -> float:

@@ -30,8 +30,8 @@ def train_worker(config: dict[str, Any]) -> str | None:
     job = Job(plan.settings, plan, held_out, Path(config["work"]))
     settings = job.settings
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not settings.use_gpu:
-        torch.set_num_threads(settings.cpus_per_worker)
+    if not settings.gpu:
+        torch.set_num_threads(settings.cpus_per_actor)
 
     def shard(numbers: range) -> Iterator[MicroBatch]:
         return stream.micro_batches(ray.train.get_dataset_shard(stream.SHARD), numbers)

@@ -10,15 +10,14 @@ import torch
 from peft import PeftModel
 
 from d3llm_ray.distillation.lora import add_lora
-from d3llm_ray.distillation.objectives import DiscreteForcing, LossModule, Scheduled
+from d3llm_ray.distillation.objectives import DiscreteForcing, LossModule
 from d3llm_ray.distillation.objectives.batches import pack
 from d3llm_ray.distillation.objectives.corruption import draws, monotone_ratios
 from d3llm_ray.models import Ragged, Transformer
 from tests.distillation.toys import CANVAS, toy
 
 BLOCK = 4
-OBJECTIVE = DiscreteForcing(BLOCK, 0.2, 0.7)
-UNUSED = Scheduled(epoch=3, window=0, noise_floor=0.0, lr=0.0)
+OBJECTIVE = DiscreteForcing(BLOCK, (0.2, 0.7))
 
 
 def adapted(kind: str) -> tuple[Transformer, PeftModel, object, list]:
@@ -43,8 +42,8 @@ def dense(model: torch.nn.Module, ids: torch.Tensor, allowed: torch.Tensor) -> t
 @pytest.mark.parametrize("head_rows", [100, 2])
 def test_loss_equals_the_literal_one(kind: str, head_rows: int) -> None:
     teacher, student, family, samples = adapted(kind)
-    views = [OBJECTIVE.views(draws(7, 3, one.prompt_id), one, UNUSED, family) for one in samples]
-    micro = pack([one.prompt_id for one in samples], [one.prompt_ids.size for one in samples], views)
+    views = [OBJECTIVE.views(draws(7, 3, sample.prompt_id), sample, None, family) for sample in samples]
+    micro = pack([sample.prompt_id for sample in samples], [sample.prompt_ids.size for sample in samples], views)
     module = LossModule(student, OBJECTIVE, head_rows=head_rows, autocast=False)
     loss, figures = module(module.batch(micro, torch.device("cpu")))
 
@@ -75,8 +74,8 @@ def test_loss_equals_the_literal_one(kind: str, head_rows: int) -> None:
 
 def test_only_the_adapters_learn_and_they_work_again_after_the_teachers_turn() -> None:
     _, student, family, samples = adapted("llada")
-    views = [OBJECTIVE.views(draws(7, 3, one.prompt_id), one, UNUSED, family) for one in samples]
-    micro = pack([one.prompt_id for one in samples], [one.prompt_ids.size for one in samples], views)
+    views = [OBJECTIVE.views(draws(7, 3, sample.prompt_id), sample, None, family) for sample in samples]
+    micro = pack([sample.prompt_id for sample in samples], [sample.prompt_ids.size for sample in samples], views)
     module = LossModule(student, OBJECTIVE, head_rows=100, autocast=False)
     module(module.batch(micro, torch.device("cpu")))[0].backward()
     for name, parameter in student.named_parameters():

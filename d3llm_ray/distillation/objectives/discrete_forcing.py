@@ -14,28 +14,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d3llm_ray.distillation.objectives.base import Batch, LossModule, Scheduled, is_right
-from d3llm_ray.distillation.objectives.batches import MicroBatch, Sample, View
+from d3llm_ray.distillation.objectives.base import Batch, LossModule, Moment, Objective, is_right, parameter
+from d3llm_ray.distillation.objectives.batches import MicroBatch, TrainingSample, View
 from d3llm_ray.distillation.objectives.corruption import Draws, corrupted, mask_blocks, monotone_ratios
+from d3llm_ray.errors import require
 from d3llm_ray.models.families import Family
 from d3llm_ray.models.ragged import BlockCausal, Ragged
 
 
 @dataclass(frozen=True)
-class DiscreteForcing:
-    """Blocks of `block_size` from the start of the answer, masked at ratios between `noise_low` and `noise_high`."""
+class DiscreteForcing(Objective):
+    """Blocks of `block_size` from the start of the answer, each masked at a ratio within `noise`."""
 
-    block_size: int
-    noise_low: float
-    noise_high: float
+    block_size: int = parameter(16, "tokens in a block", gt=0)
+    noise: tuple[float, float] = parameter((0.2, 0.7), "smallest and largest mask ratio of a block")
 
+    name: ClassVar[str] = "d2f"
+    summary: ClassVar[str] = "block-causal student of its own full attention (D2F)"
     figures: ClassVar[tuple[str, ...]] = ("ce", "right")
+    needs_adapter: ClassVar[bool] = True  # the student without its adapter is the teacher
 
-    def views(self, draws: Draws, sample: Sample, scheduled: Scheduled, family: Family) -> list[View]:
+    def __post_init__(self) -> None:
+        low, high = self.noise
+        require(0 < low <= high <= 1, "noise", [low, high], "two ratios in (0, 1], the smaller one first")
+
+    def views(self, draws: Draws, sample: TrainingSample, moment: Moment | None, family: Family) -> list[View]:
         """One view; a token's loss is divided by its block's ratio."""
         assert family.mask_token_id is not None
         block_of = np.arange(sample.response_ids.size) // self.block_size
-        ratios = monotone_ratios(draws.epoch, int(block_of[-1]) + 1, self.noise_low, self.noise_high)
+        ratios = monotone_ratios(draws.epoch, int(block_of[-1]) + 1, *self.noise)
         masked = np.flatnonzero(mask_blocks(draws.epoch, block_of, ratios))
         noisy = corrupted(sample.response_ids, masked, family.mask_token_id)
         return [
