@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -76,6 +76,17 @@ class Settings(SettingsGroup, BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
+
+
+class DecodingOptions(Settings):
+    """What every verb that decodes with a model of its own is told."""
+
+    max_tokens: int = Field(64, gt=0, description="canvas in tokens: what an answer may have at most")
+    temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
+    seed: int = Field(0, ge=0, description="seed of sampling")
+    max_batch_size: int = Field(32, gt=0, description="requests decoded together")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="precision of the weights")
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
 
 
 def to_yaml(settings: Settings) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from d3llm_ray.config import DecoderSettings, Settings, to_yaml
+from d3llm_ray.config import DecoderSettings, DecodingOptions, to_yaml
 from d3llm_ray.decoding import DiffusionLLM, choose_decoder
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import read_configs
@@ -18,7 +18,7 @@ from d3llm_ray.report import write_text
 from d3llm_ray.tasks import read_problems
 
 
-class GenerateSettings(Settings):
+class GenerateSettings(DecodingOptions):
     """Answer prompts offline. Prints the text of `--prompt`, or writes a JSON line for every row of `--prompts`."""
 
     verb: ClassVar[str] = "generate"
@@ -31,12 +31,6 @@ class GenerateSettings(Settings):
         None, description="preset or decoding settings file (.yaml); null: the one for the model's family"
     )
     decoder_settings: DecoderSettings = Field({}, description="settings that override the decoder's")
-    max_tokens: int = Field(64, gt=0, description="tokens an answer may have")
-    temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
-    seed: int = Field(0, ge=0, description="seed of sampling")
-    max_batch_size: int = Field(32, gt=0, description="requests decoded together")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="precision of the weights")
-    device: str = Field("cpu", description="cpu, cuda or cuda:N")
 
 
 def run(settings: GenerateSettings, progress: Progress | None = None) -> str:

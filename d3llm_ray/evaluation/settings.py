@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from d3llm_ray.config import DecoderSettings, Settings, SettingsGroup
+from d3llm_ray.config import DecoderSettings, DecodingOptions, SettingsGroup
 
 Value = bool | int | float | str | None
 
@@ -26,7 +26,7 @@ class Pair(SettingsGroup):
     )
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(DecodingOptions):
     """Measure accuracy, tokens per forward, tokens per second and AUP of models with decoders on tasks."""
 
     verb: ClassVar[str] = "evaluate"
@@ -45,13 +45,7 @@ class EvaluateSettings(Settings):
     tasks: list[str] = Field(["arith"], min_length=1, description="embedded tasks or task files")
     split: Literal["test", "validation"] = Field("test", description="which problems")
     count: int = Field(500, gt=0, description="problems per task")
-    max_tokens: int = Field(64, gt=0, description="canvas length in tokens")
-    temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
-    seed: int = Field(0, ge=0, description="seed of sampling")
-    max_batch_size: int = Field(32, gt=0, description="requests decoded together")
     warmup: int = Field(1, ge=0, description="problems decoded once before the clock of each measurement starts")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="precision of the weights")
-    device: str = Field("cpu", description="cpu, cuda or cuda:N")
     anchors: dict[str, str] = Field(
         {}, description="model label -> label of the model whose vanilla run anchors its AUP; default: its own"
     )

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from d3llm_ray.config import Settings
+from d3llm_ray.config import DecodingOptions
 
 
-class TuneSettings(Settings):
+class TuneSettings(DecodingOptions):
     """Search decoding settings for a model on a task's validation problems."""
 
     verb: ClassVar[str] = "tune"
@@ -32,8 +32,6 @@ class TuneSettings(Settings):
     anchor_model: str | None = Field(
         None, description="whose vanilla run is the anchor, such as a student's teacher; default: the model's own"
     )
-    max_tokens: int = Field(64, gt=0, description="canvas length in tokens")
-    temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
     seed: int = Field(0, ge=0, description="seed of the search and of sampling")
     actors: int = Field(2, gt=0, description="evaluator actors; each trial's problems are shared out over all of them")
     cpus_per_actor: int = Field(1, ge=0, description="CPUs, and threads, of each evaluator")
@@ -41,8 +39,5 @@ class TuneSettings(Settings):
     concurrent_trials: int = Field(
         1, gt=0, description="trials at a time; 1 makes the search repeatable, 2 keeps evaluators busy between trials"
     )
-    max_batch_size: int = Field(32, gt=0, description="requests decoded together by each evaluator")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="precision of the weights")
-    device: str = Field("cpu", description="cpu, cuda or cuda:N")
     resource_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the evaluators to load the model")
     output: Path = Field(Path("runs/tune"), description="folder of settings.yaml and of the search's records")
