@@ -174,14 +174,14 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
     parser.add_argument("--config", metavar="FILE.yaml", help=text)
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
     argv = [_kebab(word, cls) for word in argv]
-    own, rest = _split_own(parser, argv)
+    common, rest = _split_own(parser, argv)
     source: CliSettingsSource[Any] = CliSettingsSource(cls, root_parser=parser, cli_prog_name=parser.prog)
     try:
         flags = source(args=rest)()
     except SettingsError as error:
         raise InputError(" ".join(str(error).split())) from error
-    file_values = read_yaml(recipe_file(own.config, cls)) if own.config else {}
-    return build(cls, merge(file_values, flags)), own.print_config
+    file_values = read_yaml(recipe_file(common.config, cls)) if common.config else {}
+    return build(cls, merge(file_values, flags)), common.print_config
 
 
 def _kebab(word: str, cls: type[Settings]) -> str:

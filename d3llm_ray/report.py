@@ -74,13 +74,13 @@ def _processor() -> str:
 
 def versions() -> dict[str, str | None]:
     """The versions of what computes the figures; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "d3llm-ray": __version__}
+    known: dict[str, str | None] = {"python": platform.python_version(), "d3llm-ray": __version__}
     for package in ("torch", "transformers", "ray"):
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            known[package] = None
+    return known
 
 
 @contextmanager

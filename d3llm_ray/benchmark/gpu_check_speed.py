@@ -64,7 +64,7 @@ def measure_cell(shape: str, batch: int, switch: str, target: Target) -> Figures
         "ms": row.ms,
         "phases_ms": row.phases_ms,
         "overhead": row.overhead,
-        "roofline_percent": {kind: found.roofline_percent for kind, found in rows.items()},
+        "roofline_percent": {kind: limited.roofline_percent for kind, limited in rows.items()},
         "machines": {kind: str(machine) for kind, machine in machines.items()},
         "peak_memory": peak_memory(target.device),
     }

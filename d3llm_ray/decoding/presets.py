@@ -80,13 +80,13 @@ class Decoder:
                     f"{name}: no setting of decoder {self.name!r}; accepted: {', '.join(sorted(accepted)) or 'none'}"
                 )
             _check_number(name, value, accepted[name])
-        own = {name: settings[name] for name in ("block_size", "early_stop") if name in settings}
+        whole = {name: settings[name] for name in ("block_size", "early_stop") if name in settings}
         return replace(
             self,
             schedule=_with(self.schedule, settings),
             selection=_with(self.selection, settings),
             caching=_with(self.caching, settings),
-            **own,
+            **whole,
         )
 
     def scripted(self, tokens_per_forward: float) -> Decoder:

@@ -90,7 +90,7 @@ class Request:
         """The request's canvas before its first forward."""
         chosen = self.decoder or decoder
         size, block = self.canvas_size(decoder, family, context)
-        own = () if self.ignore_eos else family.stop_token_ids
+        ends = () if self.ignore_eos else family.stop_token_ids
         fill = family.eos_token_id if family.mask_token_id is None else family.mask_token_id
         return Canvas(
             self.prompt_ids,
@@ -99,7 +99,7 @@ class Request:
             fill,
             aligned=chosen.schedule.aligned,
             created=chosen.schedule.initial_blocks,
-            stop_ids=(*own, *self.stop_token_ids),
+            stop_ids=(*ends, *self.stop_token_ids),
         )
 
 

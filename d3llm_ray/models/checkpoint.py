@@ -94,14 +94,17 @@ def _shards(path: Path) -> list[Path]:
     return files
 
 
-def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+def _check(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    for problem, names in (
+        ("missing", expected.keys() - shapes.keys()),
+        ("unexpected", shapes.keys() - expected.keys()),
+    ):
         if names:
             listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise InputError(f"model: {problem} tensor in {path}: {listed}")
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise InputError(f"model: tensor {name} in {path} has shape {list(found[name])}; accepted: {list(shape)}")
+        if shapes[name] != shape:
+            raise InputError(f"model: tensor {name} in {path} has shape {list(shapes[name])}; accepted: {list(shape)}")
 
 
 def load_model(
@@ -124,13 +127,13 @@ def load_model(
     tied_head = family.layout.checkpoint_name("lm_head.weight") if config.tie_word_embeddings else None
     shards = _shards(path)
     try:
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
-                found.update((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+                shapes.update((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
         if tied_head is not None:
-            found.pop(tied_head, None)
-        _check(found, expected, path)
+            shapes.pop(tied_head, None)
+        _check(shapes, expected, path)
         for shard in shards:
             with safe_open(shard, framework="pt", device=str(device)) as file:
                 for key in file.keys():  # noqa: SIM118 (safe_open is not iterable)

@@ -117,12 +117,12 @@ class Ragged:
             if bases is not None or int(keys.min()) != span:
                 # Likewise for keys: what lies behind a row's span is another sequence's, or was never written.
                 read = base[:, None] + np.minimum(np.arange(span), keys[:, None] - 1)
-        if any(one is not None for one in by_row):
+        if any(chosen is not None for chosen in by_row):
             query = start[:, None] + np.minimum(np.arange(width), length[:, None] - 1)
             seen = np.broadcast_to(keys[:, None], query.shape).copy()
-            for row, one in enumerate(by_row):
-                if one is not None:
-                    seen[row] = np.minimum(seen[row], one.visible(query[row]))
+            for row, mask_of in enumerate(by_row):
+                if mask_of is not None:
+                    seen[row] = np.minimum(seen[row], mask_of.visible(query[row]))
             if int(seen.min()) != span:
                 mask = np.arange(span) < seen[:, None, :, None]
         elif int(keys.min()) != span:
@@ -142,7 +142,7 @@ class Ragged:
             put(write),
             put(read),
             put(mask),
-            any(one is not None for one in by_row),
+            any(chosen is not None for chosen in by_row),
         )
 
     @staticmethod
