@@ -94,7 +94,7 @@ def plan_memory(
     shape, size, device = model.config, weight.dtype.itemsize, weight.device
     weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
     per_position = shape.kv_bytes(size)
-    widest = max(shape.intermediate_size, shape.hidden_size)
+    widest = shape.widest
     gathered = 2 * per_position // shape.num_layers  # keys and values of one layer, copied into a rectangle
     logits = 4 * min(MAX_CHUNK_ELEMENTS, max_forward_tokens * vocabulary)
     activations = max_forward_tokens * (ACTIVATION_WIDTHS * widest * size + gathered) + LOGIT_COPIES * logits

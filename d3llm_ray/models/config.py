@@ -69,6 +69,11 @@ class ModelConfig:
         return {**attention, "gate_proj": (h, m), "up_proj": (h, m), "down_proj": (m, h)}
 
     @property
+    def widest(self) -> int:
+        """Features of a token's widest activation."""
+        return max(map(max, self.projections.values()))
+
+    @property
     def layer_parameters(self) -> int:
         """Weights of one layer's matrices; its norms and biases, below a thousandth of them, are left out."""
         return sum(inputs * outputs for inputs, outputs in self.projections.values())
