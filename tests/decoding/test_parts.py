@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from d3llm_ray.decoding import PRESETS, decoder
+from d3llm_ray.decoding.batch import Grouping, Span, grouped
 from d3llm_ray.decoding.caches import DelayedCache, NoCache
 from d3llm_ray.decoding.canvas import Canvas
 from d3llm_ray.decoding.contracts import Opening, Window
@@ -232,3 +238,44 @@ def test_presets_and_overrides() -> None:
 def test_bad_settings_are_named(name: str, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         decoder(name, **settings)
+
+
+@given(st.integers(0, 30), st.integers(1, 60), st.integers(1, 9), st.booleans(), st.randoms(use_true_random=False))
+def test_block_states_equal_a_literal_count(
+    prompt: int, size: int, block: int, aligned: bool, rng: random.Random
+) -> None:
+    """Blocks of a canvas, aligned ones to absolute multiples, whose masks are counted anew after every reveal."""
+    canvas = _canvas(prompt, size, block, aligned=aligned)
+    offset = prompt if aligned else 0
+    of = [(offset + position) // block for position in range(size)]
+    blocks = sorted(set(of))
+    assert [canvas.block_of(position) for position in range(size)] == [blocks.index(index) for index in of]
+    positions = list(range(size))
+    rng.shuffle(positions)
+    while positions:
+        revealed = [positions.pop() for _ in range(min(len(positions), rng.randint(1, 4)))]
+        _reveal(canvas, *revealed)
+        counts = [sum(of[position] == index for position in positions) for index in blocks]
+        assert canvas.mask_counts == counts
+        still = [number for number, count in enumerate(counts) if count]
+        assert canvas.first_open_block() == (still[0] if still else len(blocks))
+        assert canvas.committed == min(positions, default=size)
+        sizes = [of.count(index) for index in blocks]
+        assert [canvas.progress(n) for n in range(len(blocks))] == pytest.approx(
+            [1 - count / whole for count, whole in zip(counts, sizes, strict=True)]
+        )
+    assert canvas.progress(-1) == 1.0  # the prompt
+
+
+def test_groups_are_bounded_and_share_what_can_be_shared() -> None:
+    """On a CPU similar windows of at most 512 tokens; on CUDA whatever fits; never with and without a cache."""
+    lengths = [10, 400, 12, 200, 11, 390, 16]
+    spans = [
+        Span(row, np.zeros(length), Window(0, length, length), None if row == 6 else row, np.arange(1))
+        for row, length in enumerate(lengths)
+    ]
+    cpu = [[len(span.tokens) for span in group] for group in grouped(spans, Grouping.on(torch.device("cpu")))]
+    assert cpu == [[10, 11, 12], [200], [390], [400], [16]]  # 390 + 400 are more than 512 together
+    cuda = [[span.row for span in group] for group in grouped(spans, Grouping.on(torch.device("cuda")))]
+    assert cuda == [[0, 4, 2, 3, 5, 1], [6]]
+    assert [len(group) for group in grouped(spans, Grouping(800))] == [5, 1, 1]
