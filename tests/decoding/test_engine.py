@@ -210,6 +210,19 @@ def test_offline_api(tiny_checkpoint: Path) -> None:
     assert llm.engine.active == llm.engine.waiting == 0
 
 
+def test_generate_hands_every_field_to_the_engine(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = DiffusionLLM.from_pretrained(tiny_checkpoint, decoder="d3llm", cache_delay=3)
+    requests, submit = [], llm.engine.submit
+    monkeypatch.setattr(llm.engine, "submit", lambda request: requests.append(request) or submit(request))
+    fields = {"max_tokens": 9, "temperature": 0.4, "seed": 11, "top_p": 0.6, "top_k": 7, "ignore_eos": True}
+    llm.generate([[5, 6]], stop_token_ids=[4, 8], refresh_interval=5, **fields)
+    llm.generate([[5, 6]], decoder="vanilla", steps=3)
+    (own, other) = requests
+    chosen = decoder("d3llm", cache_delay=3, refresh_interval=5)
+    assert own == Request([5, 6], decoder=chosen, stop_token_ids=[4, 8], **fields)
+    assert other == Request([5, 6], decoder=decoder("vanilla", steps=3))
+
+
 def test_ids_without_a_token_are_never_predicted(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """An LM head with more rows than the tokenizer has tokens, the extra ones by far the most probable."""
     model, family = load_model(tiny_checkpoint)

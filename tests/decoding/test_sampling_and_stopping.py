@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import d3llm_ray.decoding.engine as engine_module
 from d3llm_ray.decoding import Completion, DiffusionLLM, Request, decoder
 from d3llm_ray.decoding.api import Output
 from d3llm_ray.errors import InputError
@@ -229,3 +230,25 @@ def test_max_tokens_is_never_exceeded(kind: str) -> None:
             done = decode_all(engine_for(kind, chosen), [Request([5, 6, 7], limit, ignore_eos=True)])[0]
             assert len(done.token_ids) == limit and done.finish_reason == "length"
             assert len(done.response_ids) <= CONTEXT - 3
+
+
+def test_noise_is_keyed_by_the_request_s_own_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that joins late draws what it would have drawn alone."""
+    drawn: list[tuple[int, int]] = []
+    original = engine_module.row_keys
+
+    def spy(seed: int, positions: np.ndarray, forward: int) -> np.ndarray:
+        drawn.append((seed, forward))
+        return original(seed, positions, forward)
+
+    monkeypatch.setattr(engine_module, "row_keys", spy)
+    engine = engine_for("llada", decoder("d3llm", entropy_threshold=0.0))
+    engine.submit(Request([5, 6], 8, temperature=1.0, seed=1))
+    engine.step()
+    engine.step()
+    engine.submit(Request([7], 4, temperature=1.0, seed=2))
+    while engine.active:
+        engine.step()
+    for seed in (1, 2):
+        forwards = [forward for known, forward in drawn if known == seed]
+        assert forwards == list(range(1, len(forwards) + 1)) and len(forwards) > 1
