@@ -155,18 +155,18 @@ class DiffusionLLM:
         chosen = self.decoder(decoder, **settings)
         outputs: dict[int, Output] = {}
         requests: dict[int, Request] = {}
-        for index, prompt in enumerate(prompts):
+        for number, prompt in enumerate(prompts):
             try:
                 ids = self.encode(prompt)
-                requests[index] = Request(
+                requests[number] = Request(
                     ids, max_tokens, temperature, seed, chosen, top_p, top_k, stop_token_ids, ignore_eos
                 )
-                self.engine.check(requests[index])
+                self.engine.check(requests[number])
             except InputError as error:
                 if errors == "raise":
-                    raise InputError(f"prompts[{index}]: {error}") from error
-                requests.pop(index, None)
-                outputs[index] = Output.failed(str(error))
+                    raise InputError(f"prompts[{number}]: {error}") from error
+                requests.pop(number, None)
+                outputs[number] = Output.failed(str(error))
         index_of = {self.engine.submit(request): index for index, request in requests.items()}
         texts = [CommittedText(self.decode, stops) for _ in prompts] if stops else []
         try:
