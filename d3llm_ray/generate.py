@@ -12,7 +12,6 @@ from pydantic import Field
 
 from d3llm_ray.config import DecoderSettings, DecodingOptions, to_yaml
 from d3llm_ray.decoding import DiffusionLLM, Output, choose_decoder
-from d3llm_ray.device import check_device
 from d3llm_ray.errors import IncompleteError, InputError
 from d3llm_ray.models import read_configs
 from d3llm_ray.progress import Progress
@@ -50,10 +49,7 @@ def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise InputError("prompt: accepted: exactly one of --prompt TEXT and --prompts FILE")
-    check_device(settings.device)
-    family = read_configs(settings.model)[1]
-    chosen = choose_decoder(settings.decoder, family, **settings.decoder_settings)
-    chosen.check(family)
+    chosen = choose_decoder(settings.decoder, read_configs(settings.model)[1], **settings.decoder_settings)
     problems = read_problems(settings.prompts) if settings.prompts else []
     _check_ids(problems)
     llm = DiffusionLLM.from_pretrained(

@@ -117,13 +117,14 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("nothing_starts")
 @pytest.mark.parametrize("verb", EARLY)
 def test_a_decoder_that_does_not_fit_the_family_is_refused_before_anything_starts(
-    verb: str, capsys: pytest.CaptureFixture[str]
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*EARLY[verb], "tiny-ar"] + (["--decoder", "d3llm"] if verb == "generate" else [])
     assert main([verb, *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert "decoder: 'd3llm' cannot decode a" in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["space.yaml"]
 
 
 @pytest.mark.usefixtures("nothing_starts")
