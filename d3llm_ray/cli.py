@@ -15,7 +15,7 @@ from typing import Any
 
 from d3llm_ray import __version__
 from d3llm_ray.config import Settings, parse, to_yaml
-from d3llm_ray.errors import InputError, unknown
+from d3llm_ray.errors import DecodingError, IncompleteError, InputError, unknown
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit codes: 0 done, 1 storage that fails and 2 bad input (one line on stderr each),
-    130 interrupted."""
+    """Run one verb. Exit codes: 0 done, 1 storage that fails or rows without a result, 2 bad input (one line
+    on stderr each), 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_usage(), end="")
@@ -154,6 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"d3llm-ray: {error}", file=sys.stderr)
         return 2
+    except (DecodingError, IncompleteError) as error:
+        print(f"d3llm-ray: {error}", file=sys.stderr)
+        return 1
     except OSError as error:  # a full disk, a lost network share
         print(f"d3llm-ray: {error}; what is finished is kept, and the same command goes on from there", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from d3llm_ray.errors import InputError, require
+from d3llm_ray.errors import require
 
 T = TypeVar("T")
 
@@ -40,10 +41,12 @@ def peak_memory(device: torch.device) -> int:
 
 def check_device(name: str) -> None:
     """Raise `InputError` unless the device is here."""
-    accepted = "cpu, or cuda or cuda:N where there is one"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device: got {name!r}; accepted: {accepted}") from error
-    here = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
-    require(here, "device", name, accepted)
+    check_device_name(name)
+    device = torch.device(name)
+    here = device.type == "cpu" or (device.index or 0) < torch.cuda.device_count()
+    require(here, "device", name, "cpu, or cuda or cuda:N where there is one")
+
+
+def check_device_name(name: str) -> None:
+    """Raise `InputError` for what is no device's name: all that can be said where other machines do the work."""
+    require(re.fullmatch(r"cpu|cuda(:\d+)?", name) is not None, "device", name, "cpu, cuda or cuda:N")

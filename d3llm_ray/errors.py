@@ -16,6 +16,10 @@ class DecodingError(RuntimeError):
     """A request that could not be decoded through no fault of its sender, such as NaN logits."""
 
 
+class IncompleteError(RuntimeError):
+    """Work that is done but for some of its rows, which the line names with their reasons. Exit code 1."""
+
+
 def unknown(field: str, value: object, accepted: Iterable[object]) -> InputError:
     """Build the error for a name that is not in a closed set."""
     names = ", ".join(sorted(str(name) for name in accepted))

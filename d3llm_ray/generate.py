@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,12 +11,14 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from d3llm_ray.config import DecoderSettings, DecodingOptions, to_yaml
-from d3llm_ray.decoding import DiffusionLLM, choose_decoder
-from d3llm_ray.errors import InputError
+from d3llm_ray.decoding import DiffusionLLM, Output, choose_decoder
+from d3llm_ray.errors import IncompleteError, InputError
 from d3llm_ray.models import read_configs
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
-from d3llm_ray.tasks import read_problems
+from d3llm_ray.tasks import Problem, read_problems
+
+NAMED_ROWS = 10  # of those without an answer, in the line that ends the verb
 
 
 class GenerateSettings(DecodingOptions):
@@ -34,11 +37,21 @@ class GenerateSettings(DecodingOptions):
 
 
 def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
-    """The answer to `prompt`, or the path of the answers to `prompts`. `InputError` before the model loads."""
+    """The answer to `prompt`, or the path of the answers to `prompts`.
+
+    A line of that file has the row's own `id` where it has one; a prompt that could not be answered has a line with
+    `id` and `error`, the reason.
+
+    Raises:
+        InputError: bad settings or files; before the model loads.
+        DecodingError: `prompt` could not be decoded.
+        IncompleteError: some of `prompts` could not be answered; the file with all others is written.
+    """
     if (settings.prompt is None) == (settings.prompts is None):
         raise InputError("prompt: accepted: exactly one of --prompt TEXT and --prompts FILE")
     chosen = choose_decoder(settings.decoder, read_configs(settings.model)[1], **settings.decoder_settings)
     problems = read_problems(settings.prompts) if settings.prompts else []
+    _check_ids(problems)
     llm = DiffusionLLM.from_pretrained(
         settings.model, chosen, settings.dtype, settings.device, max_batch_size=settings.max_batch_size
     )
@@ -51,9 +64,41 @@ def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
         return llm.generate([settings.prompt], **options)[0].text
     progress = progress or Progress()
     with progress.stage("generate", len(problems), "prompt"):
-        outputs = llm.generate([problem.messages for problem in problems], progress=progress, **options)
-    answers = [{"id": problem.id, **asdict(output)} for problem, output in zip(problems, outputs, strict=True)]
+        outputs = llm.generate(
+            [problem.messages for problem in problems], progress=progress, errors="return", **options
+        )
+    lines = [_line(problem, output) for problem, output in zip(problems, outputs, strict=True)]
     settings.output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(settings.output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    write_text(settings.output, "".join(line + "\n" for line in lines))
     write_text(settings.output.with_suffix(".yaml"), to_yaml(settings))
+    failed = [f"row {row}: {output.error}" for row, output in enumerate(outputs, start=1) if output.error is not None]
+    if failed:
+        more = f"; and {len(failed) - NAMED_ROWS} more" if len(failed) > NAMED_ROWS else ""
+        raise IncompleteError(
+            f"prompts: {len(failed)} of {len(outputs)} not answered, the others are in {settings.output}: "
+            f"{'; '.join(failed[:NAMED_ROWS])}{more}"
+        )
     return str(settings.output)
+
+
+def _check_ids(problems: Sequence[Problem]) -> None:
+    rows: dict[Any, int] = {}
+    for row, problem in enumerate(problems, start=1):
+        if problem.user_id is not None and rows.setdefault(problem.user_id, row) != row:
+            raise InputError(
+                f"prompts: rows {rows[problem.user_id]} and {row} have the id {problem.user_id!r}; "
+                "accepted: an id of its own for each row, or none"
+            )
+
+
+def _line(problem: Problem, output: Output) -> str:
+    named = {"id": problem.id if problem.user_id is None else problem.user_id}
+    values = asdict(output)
+    if values.pop("error") is not None:
+        values = {"error": output.error}
+    line = json.dumps(named | values, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a surrogate pair in an id: JSON can spell it, UTF-8 cannot
+        line = json.dumps(named | values)
+    return line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from d3llm_ray.decoding.presets import Decoder
 from d3llm_ray.decoding.request import Completion, Request
 from d3llm_ray.decoding.settings_file import choose_decoder
 from d3llm_ray.decoding.text import CommittedText
+from d3llm_ray.device import check_device
 from d3llm_ray.errors import DecodingError, InputError, require
 from d3llm_ray.models import Family, Transformer, encode_chat, load_model, load_tokenizer, read_configs
 from d3llm_ray.models.attention import choose_attention
@@ -34,7 +35,7 @@ class Output:
 
     text: str
     token_ids: list[int]  # before the stop token
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop" or "length"; "error" where there is no answer
     prompt_tokens: int
     prompt_ids: list[int]
     forwards: int
@@ -43,6 +44,12 @@ class Output:
     reveal_entropies: list[float]
     reveal_logprobs: list[float]
     response_ids: list[int]
+    error: str | None = None  # why there is no answer; the rest is empty then, and finish_reason "error"
+
+    @staticmethod
+    def failed(reason: str, prompt_ids: Sequence[int] = ()) -> Output:
+        """What stands for the answer to a prompt that has none."""
+        return Output("", [], "error", len(prompt_ids), list(prompt_ids), 0, 0.0, [], [], [], [], reason)
 
 
 class DiffusionLLM:
@@ -75,8 +82,9 @@ class DiffusionLLM:
         `attention`: "auto" takes flash-attn where it is installed on CUDA, "sdpa" or "flash-attn" say which.
         `cuda_graphs` None replays steady-state steps as graphs on CUDA, False never.
 
-        Raises `InputError` for an unknown model, decoder or setting, before any weight is read where possible.
+        Raises `InputError` for an unknown model, decoder, setting or device, before any weight is read where possible.
         """
+        check_device(device)
         family = read_configs(name_or_path)[1]
         chosen = choose_decoder(decoder, family, **settings)
         chosen.check(family)
@@ -130,6 +138,7 @@ class DiffusionLLM:
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         decoder: str | Path | Decoder | None = None,
+        errors: Literal["raise", "return"] = "raise",
         **settings: Any,
     ) -> list[Output]:
         """Decode every prompt; answers come in the order of `prompts` and do not depend on each other.
@@ -137,39 +146,46 @@ class DiffusionLLM:
         Sampling and stopping are those of `Request`; a `stop` string ends the answer before it, and its text is
         left out. `decoder` (as in `from_pretrained`; None: the one of this object) and `settings` that override its
         own hold for this call, in the same engine and memory. Raises `InputError` before any forward, and
-        `DecodingError` for a prompt whose logits are not finite.
+        `DecodingError` for a prompt whose logits are not finite; with `errors="return"` such a prompt costs its own
+        answer alone: its `Output` has the reason in `error`.
         """
+        require(errors in ("raise", "return"), "errors", errors, "raise or return")
         stops = _check_stops(stop)
         require(not stops or self.tokenizer is not None, "stop", stops, "none: this checkpoint has no tokenizer")
         chosen = self.decoder(decoder, **settings)
-        encoded = [self.encode(prompt) for prompt in prompts]
-        requests = [
-            Request(ids, max_tokens, temperature, seed, chosen, top_p, top_k, stop_token_ids, ignore_eos)
-            for ids in encoded
-        ]
-        for number, request in enumerate(requests):
-            try:
-                self.engine.check(request)
-            except InputError as error:
-                raise InputError(f"prompts[{number}]: {error}") from error
-        index_of = {self.engine.submit(request): index for index, request in enumerate(requests)}
-        texts = [CommittedText(self.decode, stops) for _ in prompts] if stops else []
         outputs: dict[int, Output] = {}
+        requests: dict[int, Request] = {}
+        for number, prompt in enumerate(prompts):
+            try:
+                ids = self.encode(prompt)
+                requests[number] = Request(
+                    ids, max_tokens, temperature, seed, chosen, top_p, top_k, stop_token_ids, ignore_eos
+                )
+                self.engine.check(requests[number])
+            except InputError as error:
+                if errors == "raise":
+                    raise InputError(f"prompts[{number}]: {error}") from error
+                requests.pop(number, None)
+                outputs[number] = Output.failed(str(error))
+        index_of = {self.engine.submit(request): index for index, request in requests.items()}
+        texts = [CommittedText(self.decode, stops) for _ in prompts] if stops else []
         try:
-            while len(outputs) < len(requests):
+            while len(outputs) < len(prompts):
                 for event in self.engine.step():
                     index = index_of.get(event.request_id)
                     if index is None:
                         continue
                     if event.error is not None:
-                        raise DecodingError(f"prompts[{index}]: {event.error}")
+                        if errors == "raise":
+                            raise DecodingError(f"prompts[{index}]: {event.error}")
+                        outputs[index] = Output.failed(event.error, requests[index].prompt_ids)
                     completion = event.completion
                     if stops:
                         texts[index].push(event.token_ids)
                         if texts[index].stopped:
                             completion = completion or self.engine.cancel(event.request_id)
                     if completion is not None:
-                        outputs[index] = self._output(encoded[index], completion)
+                        outputs[index] = self._output(list(requests[index].prompt_ids), completion)
                         if stops and texts[index].stopped:
                             outputs[index] = _cut(outputs[index], texts[index])
                     if progress is not None and index in outputs:
@@ -179,7 +195,7 @@ class DiffusionLLM:
             for request_id, index in index_of.items():
                 if index not in outputs:
                     self.engine.cancel(request_id)
-        return [outputs[index] for index in range(len(requests))]
+        return [outputs[index] for index in range(len(prompts))]
 
     def _output(self, prompt_ids: list[int], completion: Completion) -> Output:
         return Output(

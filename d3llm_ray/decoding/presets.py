@@ -153,6 +153,13 @@ def default_decoder(family: Family) -> str:
     return {"full": "d3llm", "block-causal": "fast-dllm-v2", "causal": "autoregressive"}[family.layout.attention]
 
 
+def plain_decoder(family: Family) -> Decoder:
+    """One token a forward, as the family's models are decoded without any acceleration: what speed is compared with."""
+    if family.layout.attention == "block-causal":
+        return decoder("fast-dllm-v2", confidence_threshold=1.0)
+    return decoder("autoregressive" if family.layout.attention == "causal" else "vanilla")
+
+
 def decoder(name: str, /, **overrides: Any) -> Decoder:
     """The preset `name` with `overrides`; `InputError` names the accepted decoders or settings."""
     if name not in PRESETS:

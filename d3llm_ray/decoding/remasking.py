@@ -44,7 +44,9 @@ class TopK:
     defer_stops: bool = False
 
     def __post_init__(self) -> None:
-        require(self.steps is None or self.steps > 0, "steps", self.steps, "a positive whole number or null")
+        steps = self.steps
+        whole = isinstance(steps, int) and not isinstance(steps, bool) and steps > 0
+        require(steps is None or whole, "steps", steps, "a positive whole number or null")
         if self.remasking is not None and self.remasking not in get_args(Remasking):
             raise unknown("remasking", self.remasking, get_args(Remasking))
         for field in ("cfg_scale", "alg_temp"):

@@ -14,6 +14,7 @@ from typing import Any
 
 from d3llm_ray.config import to_yaml
 from d3llm_ray.decoding import Decoder, DiffusionLLM, decoding_settings, override_known, read_decoder
+from d3llm_ray.device import check_device
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.decoders import decoder_label, sweep_decoder
 from d3llm_ray.evaluation.evaluate import evaluate
@@ -21,7 +22,7 @@ from d3llm_ray.evaluation.plots import plot_report
 from d3llm_ray.evaluation.report import EvaluationReport, score
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow
 from d3llm_ray.evaluation.settings import EvaluateSettings
-from d3llm_ray.models import resolve_model
+from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import digest, write_text
@@ -46,9 +47,11 @@ def run(settings: EvaluateSettings, progress: Progress | None = None) -> Evaluat
     `report.md`, `accuracy_vs_tpf.png` and, last of all, `report.json`.
 
     Raises:
-        InputError: an unknown model, decoder, setting or task, or labels that clash; before any model is loaded.
+        InputError: an unknown model, decoder, setting, task or device, a decoder that does not fit its model, or
+            labels that clash; before any model is loaded.
     """
     progress = progress or Progress()
+    check_device(settings.device)
     tasks = {name: load_task(name) for name in settings.tasks}
     problems = {name: task.problems(settings.split, settings.count) for name, task in tasks.items()}
     measurements = _plan(settings, problems)
@@ -69,6 +72,7 @@ def _plan(settings: EvaluateSettings, problems: dict[str, list[Problem]]) -> lis
         checkpoint = fingerprint(resolve_model(pair.model))
         model = pair.model_label or Path(pair.model).name
         labels = (model, pair.decoder_label or decoder_label(pair.decoder, base.name))
+        base.check(read_configs(pair.model)[1])
         for decoder in sweep_decoder(base.override(**pair.decoder_settings), settings.sweep):
             for task in settings.tasks:
                 content = [labels, checkpoint, decoding_settings(decoder), [problem.id for problem in problems[task]]]

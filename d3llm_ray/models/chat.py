@@ -45,6 +45,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise InputError(f"messages.{number}: accepted: an object with string fields 'role' and 'content'")
+        _require_encodable(message["role"] + message["content"], f"messages.{number}")
     if not messages:
         raise InputError("messages: got an empty list; accepted: one or more messages")
     special = tokenizer.all_special_tokens
@@ -61,7 +62,21 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     return ids + encode_text(tokenizer, rendered, control=True)
 
 
+def _require_encodable(text: str, field: str) -> None:
+    """Refuse half a surrogate pair, which JSON can spell (a cut emoji) and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise InputError(f"{field}: {half} is half a surrogate pair; accepted: text of whole characters") from error
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """The template's text. `InputError` with the template's reason where it refuses the messages."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is the checkpoint's program: it may raise by intent, or fail in any way
+        reason = " ".join(str(error).split())
+        raise InputError(f"messages: the model's chat template refuses them: {reason}") from error
     assert isinstance(text, str)
     return text

@@ -1,11 +1,13 @@
 """Bodies of the OpenAI chat API, as far as a diffusion decoder can honour them.
 
 Requests are strict: a field that is not listed here is refused, and so is a value that would have to be ignored.
+`null` is the same as leaving a field out, whatever the field: clients write it for all that they do not use.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -36,11 +38,33 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
 }
+
+# Fields of an answer's message that clients send back with the conversation; empty, they say nothing.
+EMPTY_MESSAGE_FIELDS = (
+    "refusal",
+    "annotations",
+    "tool_calls",
+    "function_call",
+    "audio",
+    "reasoning",
+    "reasoning_content",
+)
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_sent(cls, body: Any) -> Any:
+        return _without_nulls(body) if isinstance(body, dict) else body
+
+
+def _without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def _join_parts(content: object) -> object:
@@ -53,15 +77,21 @@ def _join_parts(content: object) -> object:
 
 
 def _is_text_part(part: object) -> bool:
-    if not isinstance(part, dict) or part.keys() != {"type", "text"}:
+    if not isinstance(part, dict) or _without_nulls(part).keys() != {"type", "text"}:
         return False
     return part["type"] == "text" and isinstance(part["text"], str)
 
 
 def _as_list(stop: object) -> object:
-    if stop is None:
-        return []
     return [stop] if isinstance(stop, str) else stop
+
+
+def _system_for_developer(role: object) -> object:
+    return "system" if role == "developer" else role  # OpenAI's newer name for it, which no chat template knows
+
+
+def _off_for_minus_one(top_k: object) -> object:
+    return 0 if type(top_k) is int and top_k == -1 else top_k  # vLLM's older way to say it
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -70,19 +100,30 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 class Message(_Strict):
     """One turn of the conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_system_for_developer)]
     content: Annotated[str, BeforeValidator(_join_parts)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_is_empty(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        said = {name: value for name, value in message.items() if name not in EMPTY_MESSAGE_FIELDS or value}
+        if said.get("role") == "assistant" and said.get("content") is None:
+            said["content"] = ""  # OpenAI's own type of an answer allows it
+        return said
 
 
 class StreamOptions(_Strict):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class ChatRequest(_Strict):
     """`POST /v1/chat/completions`.
 
     `diffusion` overrides decoding settings of the server's decoder for this request, for example
-    `{"entropy_threshold": 0.3}`. `top_k` (0: off), `stop_token_ids` and `ignore_eos` mean what they mean in vLLM.
+    `{"entropy_threshold": 0.3}`. `top_k` (0 or -1: off), `stop_token_ids` and `ignore_eos` mean what they mean in vLLM.
     `user` is accepted and ignored.
     """
 
@@ -92,7 +133,7 @@ class ChatRequest(_Strict):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
-    top_k: int | None = Field(None, ge=0)
+    top_k: Annotated[int | None, BeforeValidator(_off_for_minus_one)] = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS)
     ignore_eos: bool | None = None
@@ -108,6 +149,7 @@ class ChatRequest(_Strict):
         if not isinstance(body, dict):
             return body
         _require_encodable(body)
+        _require_finite(body)
         for name in NEUTRAL_VALUES.keys() & body.keys():
             if body[name] is not None and not _is_neutral(name, body[name]):
                 accepted = " or ".join(json.dumps(neutral) for neutral in NEUTRAL_VALUES[name])
@@ -138,6 +180,19 @@ def _require_encodable(body: dict[str, Any]) -> None:
         json.dumps(body, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError) as error:
         raise _refusal("body", "accepted: valid Unicode, reasonably nested", "invalid_json") from error
+
+
+def _require_finite(body: dict[str, Any]) -> None:
+    """Refuse `NaN`, `Infinity` and what overflows to it, wherever it is: Python's parser reads them, JSON has none."""
+    rest: list[tuple[str, Any]] = [("", body)]
+    while rest:  # no recursion: a body may be nested deeply
+        path, value = rest.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _refusal(path[1:], f"got {json.dumps(value)}, which JSON does not have; accepted: a finite number")
+        if isinstance(value, dict):
+            rest += [(f"{path}.{name}", item) for name, item in value.items()]
+        if isinstance(value, list):
+            rest += [(f"{path}.{index}", item) for index, item in enumerate(value)]
 
 
 def _is_neutral(name: str, value: object) -> bool:

@@ -7,12 +7,11 @@ import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from jinja2 import TemplateError
-
 from d3llm_ray.decoding import Decoder, DiffusionLLM, Request
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.errors import ApiError, bad_input
 from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest, FinishReason, ModelCard, Usage
 from d3llm_ray.serving.settings import ReplicaSettings
@@ -166,18 +165,17 @@ class ChatService:
     def _decoder(self, request: ChatRequest) -> Decoder | None:
         if not request.diffusion:
             return None
+        usual, limit = self.llm.engine.decoder, self.settings.max_tokens_limit
+        wanted = request.wanted_tokens or self.settings.max_tokens
         try:
-            return self.llm.engine.decoder.override(**request.diffusion)
+            check_overrides(request.diffusion, usual, self.llm.family, wanted, limit)
+            return usual.override(**request.diffusion)
         except InputError as error:
             raise bad_input(error, "diffusion.") from error
 
     async def _encode(self, request: ChatRequest) -> list[int]:
         messages = [{"role": message.role, "content": message.content} for message in request.messages]
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.llm.encode, messages)
-        except TemplateError as error:
-            message = f"messages: the model's chat template refuses them: {error}"
-            raise ApiError(400, message, param="messages", code="invalid_value") from error
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.llm.encode, messages)
 
     def _max_tokens(self, request: ChatRequest, prompt_tokens: int) -> int:
         """The answer length asked for, or as much of the default as the context has room for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ ONE_PROMPT = "exactly one of 'messages', 'prompt' and 'question'"
 ACCEPTED = (
     f"a .jsonl, .jsonl.gz or .parquet file with {ONE_PROMPT}, and optionally 'reference', 'gt_answer' or 'answer'"
 )
+USER_ID = "id"  # optional: text or a number, which comes back with the answer
 BUFFER_BYTES = 1 << 20  # one request to a remote storage
 BATCH_ROWS = 256
 
@@ -77,7 +79,7 @@ def _parquet(filesystem: fs.FileSystem, path: str, name: str) -> Iterator[tuple[
         with filesystem.open_input_file(path) as stream:
             # Else a whole row group is read at once.
             file = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
-            used = [column for column in file.schema_arrow.names if column in PROMPTS + REFERENCES]
+            used = [column for column in file.schema_arrow.names if column in (*PROMPTS, *REFERENCES, USER_ID)]
             batches = file.iter_batches(BATCH_ROWS, columns=used or None)
             for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
                 yield f"row {number}", row
@@ -120,7 +122,12 @@ def to_problem(row: Any, where: str) -> Problem:
             "with text 'role' and 'content'"
         )
     chat: list[Message] = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return Problem(problem_id(chat, reference or None), chat, reference or None)
+    return Problem(problem_id(chat, reference or None), chat, reference or None, _user_id(row.get(USER_ID)))
+
+
+def _user_id(value: Any) -> str | int | float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if number or isinstance(value, str) else None
 
 
 def _listed(columns: Any) -> str:

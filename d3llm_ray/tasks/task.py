@@ -21,11 +21,15 @@ _MARKED = re.compile(r"####\s*(-?[\d,.]+)")
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt as chat messages, with the reference answer where there is one."""
+    """One prompt as chat messages, with the reference answer where there is one.
+
+    `id` is made of the content; `user_id` is what the user calls the row, where it has a name.
+    """
 
     id: str
     messages: list[Message]
     reference: str | None = None
+    user_id: str | int | float | None = None
 
 
 @dataclass(frozen=True)

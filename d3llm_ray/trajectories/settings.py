@@ -51,7 +51,7 @@ class TrajectorySettings(Settings):
     seed: int = Field(0, ge=0, description="seeds every row, together with its prompt_id")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="weights of the teacher")
-    device: str = Field("cpu", description="of a teacher actor: cpu, cuda or cuda:N")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="of a teacher actor: cpu, cuda or cuda:N")
     actors: int = Field(2, ge=1, description="teacher actors; each takes one CPU, or gpus_per_actor GPUs as well")
     min_actors: int | None = Field(
         None, ge=1, validate_default=True, description="actors to begin with, up to `actors` as the cluster has room"

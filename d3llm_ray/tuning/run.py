@@ -7,11 +7,12 @@ from pathlib import Path
 
 from d3llm_ray.cluster import connect
 from d3llm_ray.config import read_yaml, to_yaml
-from d3llm_ray.decoding import is_settings_file, written_settings
+from d3llm_ray.decoding import Decoder, decoding_settings, is_settings_file, written_settings
+from d3llm_ray.decoding.presets import plain_decoder
+from d3llm_ray.device import check_device_name
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import Point
-from d3llm_ray.evaluation.report import ANCHOR_DECODER
-from d3llm_ray.models import resolve_model
+from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
@@ -41,9 +42,9 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     """
     progress = progress or Progress()
     space = read_space(settings.space)
-    resolve_model(settings.model)
-    if settings.anchor_model is not None:
-        resolve_model(settings.anchor_model)
+    check_device_name(settings.device)
+    space.base().check(read_configs(settings.model)[1])
+    plain = plain_decoder(read_configs(settings.anchor_model or settings.model)[1])
     problems = len(load_task(settings.task).problems(settings.split, settings.count))
     if problems < settings.actors:
         raise InputError(f"actors: got {settings.actors} for {problems} problems; accepted: at most one a problem")
@@ -56,10 +57,10 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     anchor = _known_anchor(settings)
     if anchor is None and settings.anchor_model is not None:  # before the model's own evaluators take the room
         with evaluator_pool(settings.model_copy(update={"model": settings.anchor_model})) as pool:
-            anchor = _measure_anchor(settings, pool, progress)
+            anchor = _measure_anchor(settings, pool, plain, progress)
     with evaluator_pool(settings) as pool:
         if anchor is None:
-            anchor = _measure_anchor(settings, pool, progress)
+            anchor = _measure_anchor(settings, pool, plain, progress)
         objective = SearchObjective(settings.metric, anchor, settings.max_accuracy_drop)
         trials = search(settings, space, objective, pool, progress)
     return write_records(settings.output, space, objective, trials)
@@ -90,9 +91,9 @@ def _known_anchor(settings: TuneSettings) -> Point | None:
     return values["tpf"], values["accuracy"]
 
 
-def _measure_anchor(settings: TuneSettings, pool: Pool, progress: Progress) -> Point:
+def _measure_anchor(settings: TuneSettings, pool: Pool, plain: Decoder, progress: Progress) -> Point:
     with progress.stage("anchor", settings.count, "problem"):
-        row = measure(pool, {"decoder": ANCHOR_DECODER})
+        row = measure(pool, decoding_settings(plain))
         progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
     write_text(settings.output / ANCHOR_FILE, f"tpf: {row.tpf!r}\naccuracy: {row.accuracy!r}\n")
     return row.tpf, row.accuracy

@@ -27,10 +27,10 @@ class TuneSettings(DecodingOptions):
     )
     max_accuracy_drop: float = Field(2.0, ge=0.0, le=100.0, description="points of accuracy that tpf and tps may cost")
     anchor: tuple[float, float] | None = Field(
-        None, description="(TPF, accuracy in percent) of vanilla on these problems; default: measured first"
+        None, description="(TPF, accuracy in percent) of one token a forward on these problems; default: measured"
     )
     anchor_model: str | None = Field(
-        None, description="whose vanilla run is the anchor, such as a student's teacher; default: the model's own"
+        None, description="whose run at one token a forward is the anchor, such as the teacher; default: the model"
     )
     seed: int = Field(0, ge=0, description="seed of the search and of sampling")
     actors: int = Field(2, gt=0, description="evaluator actors; each trial's problems are shared out over all of them")

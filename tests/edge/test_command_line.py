@@ -88,6 +88,61 @@ def test_bad_input_is_one_line_and_exit_code_two(
     assert not any(path.is_file() for path in tmp_path.rglob("*.safetensors"))
 
 
+EARLY = {
+    "generate": ["--prompt", "x", "--model"],
+    "evaluate": ["--decoders", "d3llm", "--models"],
+    "tune": ["--space", "space.yaml", "--model"],
+    "ablate": ["--decoder", "d3llm", "--teacher"],
+    "benchmark": ["--decoders", "d3llm", "--model"],
+    "serve": ["--decoder", "d3llm", "--model"],
+    "trajectories": ["--decoder", "d3llm", "--teacher"],
+}
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fail where a weight is read or Ray is started."""
+
+    def started(*_: object, **__: object) -> None:
+        pytest.fail("the work has begun")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("d3llm_ray.decoding.api.load_model", started)
+    monkeypatch.setattr("d3llm_ray.benchmark.workload.load_model", started)
+    monkeypatch.setattr("d3llm_ray.models.checkpoint.load_model", started)
+    monkeypatch.setattr("ray.init", started)
+    (tmp_path / "space.yaml").write_text("decoder: d3llm\nparameters: {cache_delay: {type: int, low: 1, high: 2}}")
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize("verb", EARLY)
+def test_a_decoder_that_does_not_fit_the_family_is_refused_before_anything_starts(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*EARLY[verb], "tiny-ar"] + (["--decoder", "d3llm"] if verb == "generate" else [])
+    assert main([verb, *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "decoder: 'd3llm' cannot decode a" in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["space.yaml"]
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize("device", ["cdua", "cuda:99", "cuda:x", "meta"])
+@pytest.mark.parametrize("verb", EARLY)
+def test_a_device_that_is_misspelt_or_absent_is_refused_before_anything_starts(
+    verb: str, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_a_cluster = verb not in ("generate", "evaluate", "benchmark")  # other machines may have it
+    if on_a_cluster and device == "cuda:99":
+        return
+    fitting = "tiny-dream" if verb == "ablate" else "tiny-llada"
+    assert main([verb, *EARLY[verb], fitting, "--device", device]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert f"device: got {device!r}" in captured.err and "cuda" in captured.err
+
+
 def test_flags_override_the_file_and_the_result_can_be_repeated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from openai.types.chat import ChatCompletionChunk
+from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from pydantic import ValidationError
 
 from d3llm_ray.serving.schemas import ChatChunk, ChatRequest, ChunkChoice, ChunkDelta, Usage
@@ -42,6 +43,66 @@ def test_both_names_of_the_answer_length() -> None:
 )
 def test_parameters_that_ask_for_nothing_are_accepted(neutral: dict[str, Any]) -> None:
     assert request(**neutral) == request()
+
+
+@pytest.mark.parametrize("name", sorted({*CompletionCreateParamsBase.__annotations__, *ChatRequest.model_fields}))
+def test_null_is_not_sent_in_any_field_of_ours_and_of_openai(name: str) -> None:
+    if ChatRequest.model_fields.get(name) is not None and ChatRequest.model_fields[name].is_required():
+        with pytest.raises(ValidationError) as caught:
+            request(**{name: None})
+        assert [(error["type"], error["loc"]) for error in caught.value.errors()] == [("missing", (name,))]
+    else:
+        assert request(**{name: None}) == request()
+
+
+def test_null_is_not_sent_inside_either() -> None:
+    parts = [{"type": "text", "text": "hi", "prompt_cache_breakpoint": None}]
+    streaming = {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": None}}
+    asked = request(messages=[{"role": "user", "content": parts, "name": None}], **streaming)
+    assert asked == request(stream=True, stream_options={})
+    assert not asked.wants_stream_usage
+
+
+def test_an_answer_as_the_openai_package_sends_it_back_is_history() -> None:
+    answer = ChatCompletionMessage(role="assistant", content="hello")
+    plain = {"role": "assistant", "content": "hello"}
+    for sent in (
+        answer.model_dump(),
+        answer.model_dump(exclude_none=True),
+        answer.model_dump() | {"tool_calls": [], "annotations": [], "reasoning": "", "reasoning_content": None},
+        answer.model_dump() | {"parsed": None},
+    ):
+        assert request(messages=[*MESSAGES, sent]) == request(messages=[*MESSAGES, plain])
+    silent = ChatCompletionMessage(role="assistant", content=None).model_dump()
+    assert request(messages=[*MESSAGES, silent]).messages[1].content == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tool_calls", [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
+        ("refusal", "I cannot"),
+        ("reasoning_content", "let me think"),
+        ("colour", "red"),
+        ("colour", ""),
+    ],
+)
+def test_what_a_message_says_besides_its_text_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        request(messages=[{"role": "assistant", "content": "hello", field: value}])
+    assert caught.value.errors()[0]["loc"] == ("messages", 0, field)
+
+
+def test_a_developer_is_the_system() -> None:
+    told = [{"role": "developer", "content": "be brief"}, *MESSAGES]
+    assert request(messages=told) == request(messages=[{"role": "system", "content": "be brief"}, *MESSAGES])
+
+
+def test_minus_one_switches_top_k_off() -> None:
+    assert request(top_k=-1).top_k == request(top_k=0).top_k == 0
+    for refused in (-2, -1.0, True):
+        with pytest.raises(ValidationError):
+            request(top_k=refused)
 
 
 @pytest.mark.parametrize(

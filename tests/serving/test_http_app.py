@@ -178,7 +178,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "hi", "tool_calls": []}]}, "messages.0.tool_calls"),
+    ({"messages": [{"role": "user", "content": "hi", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
     ({"messages": [{"role": "user", "content": "a " * 300}]}, "messages"),
     ({"messages": [{"role": "user", "content": "hi"}] * 2000}, "messages"),
     ({"stream": "yes"}, "stream"),
@@ -196,6 +196,18 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"diffusion": {"block_size": [8]}}, "diffusion.block_size"),
     ({"diffusion": {"refresh_interval": "x"}}, "diffusion.refresh_interval"),
     ({"diffusion": {"suffix": {}}}, "diffusion.suffix"),
+    ({"diffusion": {"entropy_threshold": float("inf")}}, "diffusion.entropy_threshold"),
+    ({"diffusion": {"x": [1.0, -float("inf")]}}, "diffusion.x.1"),
+    ({"logit_bias": {"5": float("nan")}}, "logit_bias.5"),
+    ({"messages": [{"role": "user", "content": "hi", "weight": float("inf")}]}, "messages.0.weight"),
+    ({"extra": float("inf")}, "extra"),
+    ({"diffusion": {"block_size": 1_000_000}, "max_tokens": 1}, "diffusion.block_size"),
+    ({"diffusion": {"block_size": 129}, "max_tokens": 1}, "diffusion.block_size"),
+    ({"diffusion": {"block_size": 80}, "max_tokens": 128}, "diffusion.block_size"),
+    ({"diffusion": {"cache_delay": 129}}, "diffusion.cache_delay"),
+    ({"diffusion": {"refresh_interval": 10_001}}, "diffusion.refresh_interval"),
+    ({"diffusion": {"entropy_threshold": 1e300}}, "diffusion.entropy_threshold"),
+    ({"top_k": -2}, "top_k"),
 ]
 
 
@@ -214,6 +226,66 @@ def test_bad_field_is_named(client: TestClient, service: ChatService, fields: di
     assert service.worker.in_flight == 0
 
 
+def test_overrides_within_the_bounds_are_answered_and_the_range_is_named(client: TestClient) -> None:
+    largest = {"block_size": 128, "cache_delay": 128, "refresh_interval": 10_000}
+    assert client.post(CHAT, json=body(max_tokens=1, diffusion=largest)).status_code == 200
+    error = client.post(CHAT, json=body(max_tokens=1, diffusion={"block_size": 1_000_000})).json()["error"]
+    assert error["message"] == "diffusion.block_size: got 1000000; accepted: 1 to 128"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "param"),
+    [
+        ({"steps": 10**30}, "steps"),
+        ({"steps": "8"}, "steps"),
+        ({"steps": 1.5}, "steps"),
+        ({"cfg_scale": 1e30}, "cfg_scale"),
+    ],
+)
+def test_overrides_of_vanilla_are_bounded(
+    make_service: Any, client_of: Any, overrides: dict[str, Any], param: str
+) -> None:
+    with client_of(make_service(decoder="vanilla", max_tokens_limit=64)) as client:
+        response = client.post(CHAT, json=body(max_tokens=8, diffusion=overrides))
+        assert (response.status_code, response.json()["error"]["param"]) == (400, f"diffusion.{param}")
+        assert client.post(CHAT, json=body(max_tokens=8, diffusion={"steps": 64})).status_code == 200
+
+
+def test_what_the_operator_has_set_is_within_the_bounds(make_service: Any, client_of: Any) -> None:
+    settings = {"cache_delay": 500, "block_size": 160}
+    service = make_service(decoder_settings=settings, max_tokens_limit=64)
+    with client_of(service) as client:
+        assert client.post(CHAT, json=body(max_tokens=8, diffusion=settings)).status_code == 200
+        assert client.post(CHAT, json=body(max_tokens=8, diffusion={"cache_delay": 501})).status_code == 400
+
+
+def test_a_history_of_the_openai_package_is_answered(client: TestClient) -> None:
+    answer = ChatCompletion.model_validate(client.post(CHAT, json=body(max_tokens=8)).json()).choices[0].message
+    follow_up = {"role": "user", "content": "And 2 more?"}
+    told = {"role": "developer", "content": "Be brief."}
+    history = [told, *body()["messages"], answer.model_dump(), follow_up]
+    plain = [told | {"role": "system"}, *body()["messages"], answer.model_dump(include={"role", "content"}), follow_up]
+    answers = [client.post(CHAT, json=body(max_tokens=8) | {"messages": told}) for told in (history, plain)]
+    assert [response.status_code for response in answers] == [200, 200]
+    assert answers[0].json()["usage"] == answers[1].json()["usage"]
+
+
+def test_a_template_that_refuses_the_messages_is_quoted(
+    make_service: Any, client_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make_service()
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no\nsystem role') }}{% endif %}hi"
+    monkeypatch.setattr(service.llm.tokenizer, "chat_template", refusing)
+    with client_of(service) as client:
+        told = [{"role": "developer", "content": "Be brief."}]
+        response = client.post(CHAT, json=body() | {"messages": told})
+        assert client.post(CHAT, json=body()).status_code == 200
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["message"] == "messages: the model's chat template refuses them: no system role"
+    assert error["param"] == "messages"
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -228,6 +300,8 @@ def test_bad_field_is_named(client: TestClient, service: ChatService, fields: di
         b"[" * 100_000,
         b'{"seed": ' + b"[" * 900 + b"]" * 900 + b"}",
         b'{"seed": ' + b"9" * 10_000 + b"}",
+        b'{"model": "tiny-random", "messages": [{"role": "user", "content": "hi"}], "temperature": 1e999}',
+        b"NaN",
     ],
     ids=lambda value: repr(value[:20]),
 )
