@@ -12,10 +12,11 @@ from pydantic import Field
 
 from d3llm_ray.config import DecoderSettings, DecodingOptions, to_yaml
 from d3llm_ray.decoding import DiffusionLLM, Output, choose_decoder
-from d3llm_ray.errors import IncompleteError, InputError
+from d3llm_ray.errors import IncompleteError, InputError, require
 from d3llm_ray.models import read_configs
+from d3llm_ray.output_folder import is_written
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import write_text
+from d3llm_ray.report import check_output, write_text
 from d3llm_ray.tasks import Problem, read_problems
 
 NAMED_ROWS = 10  # of those without an answer, in the line that ends the verb
@@ -29,7 +30,9 @@ class GenerateSettings(DecodingOptions):
     model: str = Field("tiny-llada", description="zoo name or checkpoint folder")
     prompt: str | None = Field(None, description="one prompt; its answer is printed")
     prompts: Path | None = Field(None, description=".jsonl or .parquet file with messages or prompt")
-    output: Path = Field(Path("runs/generate.jsonl"), description="file for the answers to `prompts`")
+    output: Path = Field(
+        Path("runs/generate.jsonl"), description="file for the answers to `prompts`; the resolved settings go beside it"
+    )
     decoder: str | None = Field(
         None, description="preset or decoding settings file (.yaml); null: the one for the model's family"
     )
@@ -52,6 +55,8 @@ def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
     chosen = choose_decoder(settings.decoder, read_configs(settings.model)[1], **settings.decoder_settings)
     problems = read_problems(settings.prompts) if settings.prompts else []
     _check_ids(problems)
+    if settings.prompts is not None:
+        _check_output(settings, settings.prompts)
     llm = DiffusionLLM.from_pretrained(
         settings.model, chosen, settings.dtype, settings.device, max_batch_size=settings.max_batch_size
     )
@@ -68,9 +73,10 @@ def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
             [problem.messages for problem in problems], progress=progress, errors="return", **options
         )
     lines = [_line(problem, output) for problem, output in zip(problems, outputs, strict=True)]
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    for file in (settings.output, settings_file(settings.output)):
+        check_output(file, "output").parent.mkdir(parents=True, exist_ok=True)
     write_text(settings.output, "".join(line + "\n" for line in lines))
-    write_text(settings.output.with_suffix(".yaml"), to_yaml(settings))
+    write_text(settings_file(settings.output), to_yaml(settings))
     failed = [f"row {row}: {output.error}" for row, output in enumerate(outputs, start=1) if output.error is not None]
     if failed:
         more = f"; and {len(failed) - NAMED_ROWS} more" if len(failed) > NAMED_ROWS else ""
@@ -102,3 +108,31 @@ def _line(problem: Problem, output: Output) -> str:
     except UnicodeEncodeError:  # half a surrogate pair in an id: JSON can spell it, UTF-8 cannot
         line = json.dumps(named | values)
     return line
+
+
+def settings_file(output: Path) -> Path:
+    """Where the resolved settings of these answers are."""
+    return output.with_name(f"{output.name}.settings.yaml")
+
+
+def _check_output(settings: GenerateSettings, prompts: Path) -> None:
+    """`InputError` where answers or settings would replace something that is not an earlier run's."""
+    output, beside = settings.output, settings_file(settings.output)
+    accepted = "a name that is free, or the answers of an earlier run"
+    real = check_output(output, "output")
+    require(real != prompts.resolve(), "output", str(output), f"{accepted}; this is the file of prompts")
+    require(_is_answers(real), "output", str(output), f"{accepted}; this file holds something else")
+    ours = not check_output(beside, "output").exists() or is_written(beside, GenerateSettings)
+    require(ours, "output", str(output), f"{accepted}; {str(beside)!r} would be overwritten, which no run has written")
+
+
+def _is_answers(file: Path) -> bool:
+    """Whether a file is absent, empty, or begins as the answers that `run` writes."""
+    if not file.exists() or file.stat().st_size == 0:
+        return True
+    try:
+        with file.open(encoding="utf-8") as lines:
+            first = json.loads(lines.readline())
+    except ValueError:
+        return False
+    return isinstance(first, dict) and "id" in first and ("forwards" in first or "error" in first)

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,11 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3llm_ray import __version__
+from d3llm_ray.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DIGEST_CHARACTERS = 10  # 40 bits
+PARTIAL = re.compile(
+    r"\..*\.[0-9a-f]{32}\.partial"
+)  # a file or folder that is being written, or whose writer was killed
 
 
 class WrittenReport(ABC):
@@ -83,12 +89,52 @@ def versions() -> dict[str, str | None]:
     return known
 
 
+def check_output(path: str | os.PathLike[str], field: str, *, folder: bool = False) -> Path:
+    """Where writing to `path` will end, symbolic links followed; `InputError` for what is no regular file (or folder).
+
+    A pipe, a device or a socket is not replaced by a file, and nothing can be made below a file.
+    """
+    real = Path(os.path.realpath(path))
+    accepted = "a folder, or a name that is free" if folder else "a regular file, or a name that is free"
+    if os.path.lexists(real) and not (real.is_dir() if folder else real.is_file()):
+        raise InputError(f"{field}: {os.fspath(path)!r} is {_kind(real)}; accepted: {accepted}")
+    parent = next(place for place in real.parents if os.path.lexists(place))
+    if not parent.is_dir():
+        raise InputError(f"{field}: {os.fspath(path)!r} lies below {_kind(parent)}; accepted: {accepted}")
+    return real
+
+
+def _kind(path: Path) -> str:
+    kinds = {
+        "a folder": path.is_dir,
+        "a symbolic link that leads nowhere": path.is_symlink,
+        "a file": path.is_file,
+        "a named pipe": path.is_fifo,
+        "a socket": path.is_socket,
+    }
+    return next((name for name, holds in kinds.items() if holds()), "a device")
+
+
+def partial_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other writer uses."""
+    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.partial")  # a name has 255 bytes at most
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end of the block: a file that is there is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    partial.replace(path)
+    """A temporary path beside `path`, renamed to it at the end of the block: a file that is there is whole.
+
+    What a symbolic link points to is replaced, not the link. `InputError` for what is no regular file. A block that
+    fails leaves nothing.
+    """
+    target = check_output(path, "output")
+    partial = partial_name(target)
+    try:
+        yield partial
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,9 +16,9 @@ from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.ablation.trial import Measure, read_record, record_file, run_trial
 from d3llm_ray.ablation.trial import measure as measure_student
 from d3llm_ray.cluster import connect, wait_for_resources
-from d3llm_ray.config import build, to_yaml
+from d3llm_ray.config import build
+from d3llm_ray.output_folder import claim
 from d3llm_ray.progress import Progress, polled
-from d3llm_ray.report import write_text
 from d3llm_ray.tasks import EMBEDDED
 from d3llm_ray.trajectories.pipeline import run as write_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings
@@ -53,8 +53,7 @@ def run(
     task = settings.task if settings.task in EMBEDDED else os.path.abspath(settings.task)
     settings = settings.model_copy(update={"output": settings.output.absolute(), "task": task})
     design = make_design(settings)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    write_text(settings.output / "ablate.yaml", to_yaml(settings))
+    claim(settings.output, "ablate.yaml", settings)
     trials = plan_trials(design, *_rows(design, progress))
     steps = check_trials(trials)
     failures = _run_missing(settings, trials, measure, progress)

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 
 from d3llm_ray import cluster
-from d3llm_ray.benchmark.files import keep
+from d3llm_ray.benchmark.files import begin, keep
 from d3llm_ray.benchmark.rates import RateRow, rate_columns
 from d3llm_ray.benchmark.ratios import Ratio
 from d3llm_ray.benchmark.report import BenchmarkReport
@@ -97,7 +97,7 @@ def run(settings: DistillBenchmarkSettings, progress: Progress | None = None) ->
     progress = progress or Progress()
     kinds = sorted({1, settings.workers})
     output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
+    begin(settings, output)
     cluster.connect(min_cpus=settings.workers * settings.cpus_per_actor + settings.workers)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         trajectories = settings.trajectories or _decode(settings, Path(folder) / "trajectories", progress)

@@ -23,10 +23,11 @@ from d3llm_ray.benchmark.gpu_check_base import CheckFailed, CheckPart, Target, U
 from d3llm_ray.benchmark.gpu_check_report import GpuCheckReport, facts_of
 from d3llm_ray.device import check_device, synchronise
 from d3llm_ray.errors import require
-from d3llm_ray.report import digest, write_text
+from d3llm_ray.report import check_output, digest, write_text
 
 DONE, FAILED, LEFT = 0, 1, 3  # exit codes; 2 is bad input
 PASSED, SKIPPED, BROKEN = "passed", "skipped", "failed"
+STARTED = ".started"  # ends the name of a part's file while it runs
 MOST_TRIES = 2  # of a part that takes the process with it, or never ends
 
 
@@ -78,7 +79,7 @@ class Records:
         return [record for record in loaded if record is not None]
 
     def _started(self, part: CheckPart) -> Path:
-        return self.folder / f"{part.name}.started"
+        return self.folder / f"{part.name}{STARTED}"
 
     def _load(self, path: Path) -> dict[str, Any] | None:
         try:
@@ -129,10 +130,11 @@ def check(device: str, *, quick: bool, output: Path, limit_s: float, again: bool
     `again` forgets what has failed. Writes `gpu_check.json` and `gpu_check.md` to `output`, of the parts so far.
 
     Raises:
-        InputError: no such device.
+        InputError: no such device; an output folder that holds something else.
     """
     target = target_of(device, quick)
     facts, parts = facts_of(target), all_parts(target)
+    _check_folder(output, parts)
     output.mkdir(parents=True, exist_ok=True)
     records = Records(output, digest([facts["sources"], facts["card"], quick]))
     if again:
@@ -149,6 +151,12 @@ def check(device: str, *, quick: bool, output: Path, limit_s: float, again: bool
         print("parts are left: run the same command again")
         return LEFT
     return FAILED if failed else DONE
+
+
+def _check_folder(output: Path, parts: Sequence[CheckPart]) -> None:
+    names = {path.name for path in check_output(output, "output", folder=True).glob("[!.]*")}
+    begun = any(f"{part.name}{suffix}" in names for part in parts for suffix in (".json", STARTED))
+    require(begun or not names, "output", str(output), "an empty folder, or that of an earlier check")
 
 
 def _run(part: CheckPart, target: Target, clock: Callable[[], float]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from d3llm_ray.benchmark.files import keep
+from d3llm_ray.benchmark.files import begin, check, keep
 from d3llm_ray.benchmark.host import HostRow, measure_host
 from d3llm_ray.benchmark.measure import benchmark
 from d3llm_ray.benchmark.report import BenchmarkReport
@@ -19,13 +19,14 @@ def run(settings: BenchmarkSettings, progress: Progress | None = None) -> Benchm
     """Measure decoding, and write the report, with a plot beside it where matplotlib is installed.
 
     Raises:
-        InputError: a plan that cannot be carried out, before any weight is read or made.
+        InputError: a plan that cannot be carried out, or a folder that is not ours, before any weight is read or made.
     """
+    check(settings, settings.output)
     report = benchmark(settings.plan(), progress)
     if find_spec("matplotlib") is not None:  # not needed to measure, and seldom on a machine rented for its GPU
         from d3llm_ray.benchmark.plots import plot_report
 
-        settings.output.mkdir(parents=True, exist_ok=True)
+        begin(settings, settings.output)
         plot_report(report, settings.output / "tokens_per_second.png")
     return keep(report, settings, settings.output)
 
@@ -34,9 +35,10 @@ def run_step(settings: StepBenchmarkSettings) -> BenchmarkReport[StepRow]:
     """Measure an optimizer step, and write the report.
 
     Raises:
-        InputError: a plan that cannot be carried out, before any weight is read or made.
+        InputError: a plan that cannot be carried out, or a folder that is not ours, before any weight is read or made.
         RuntimeError: a loss that is not finite.
     """
+    check(settings, settings.output)
     return keep(measure_step(settings.plan()), settings, settings.output)
 
 
@@ -44,6 +46,7 @@ def run_host(settings: HostBenchmarkSettings, progress: Progress | None = None) 
     """Measure the host's share of a step, and write the report.
 
     Raises:
-        InputError: a plan that cannot be carried out.
+        InputError: a plan that cannot be carried out, or a folder that is not ours.
     """
+    check(settings, settings.output)
     return keep(measure_host(settings.plan(), progress), settings, settings.output)

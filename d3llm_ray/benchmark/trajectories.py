@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from d3llm_ray.benchmark.files import keep
+from d3llm_ray.benchmark.files import begin, keep
 from d3llm_ray.benchmark.rates import RateRow, rate_columns
 from d3llm_ray.benchmark.ratios import Ratio
 from d3llm_ray.benchmark.report import BenchmarkReport
@@ -55,7 +55,7 @@ def run(settings: TrajectoryBenchmarkSettings, progress: Progress | None = None)
     plan = make_plan(settings)
     prompts, progress = list(plan.prompts()), progress or Progress()
     output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
+    begin(settings, output)
     measured: dict[str, tuple[float, list[Any]]] = {}
     if settings.single:
         measured["single"] = _loop(settings, plan.source, prompts, batch_size=1)

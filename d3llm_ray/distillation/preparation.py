@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +30,12 @@ from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family, ModelConfig, Transformer, load_tokenizer, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress, polled
+from d3llm_ray.report import check_output
 from d3llm_ray.tasks import load_task
 from d3llm_ray.yaml_file import read_yaml
 
 SETTINGS_FILE, LAST = "settings.yaml", "last"
+FINGERPRINT_CHARACTERS = 12  # 48 bits
 
 # How a run is carried out, not what it computes: a resumed run may change these.
 HOW = {"workers", "device", "cpus_per_actor", "zero_stage", "offload", "activation_checkpointing", "head_rows"}
@@ -41,7 +45,8 @@ HOW |= {"resource_timeout_s", "checkpoint_every", "keep_checkpoints", "max_failu
 def finished(settings: DistillSettings) -> Path | None:
     """The student's folder when an earlier run has completed it; `InputError` when the name is taken."""
     output = Path(settings.output).absolute()
-    if not output.exists():
+    check_output(output, "output", folder=True)
+    if not os.path.lexists(output):
         return None
     file = output / SETTINGS_FILE
     if file.is_file() and _what(build(DistillSettings, read_yaml(file))) == _what(absolute(settings)):
@@ -101,7 +106,7 @@ def run_fingerprint(settings: DistillSettings, plan: TrainingPlan) -> str:
     """Name of what a run computes: its settings, the teacher's files and the rows' ids."""
     teacher = resolve_model(settings.teacher)
     known = json.dumps([_what(settings), str(teacher), fingerprint(teacher), plan.samples.prompt_ids.tolist()])
-    return hashlib.sha256(known.encode()).hexdigest()[:12]
+    return hashlib.sha256(known.encode()).hexdigest()[:FINGERPRINT_CHARACTERS]
 
 
 def _what(settings: DistillSettings) -> dict[str, object]:
@@ -154,6 +159,12 @@ def settle(job: Job) -> Path:
     plot_loss(read_metrics(work / METRICS_FILE), student / "loss.png")
     (student / SETTINGS_FILE).write_text(to_yaml(settings))
     student.rename(output)
-    for superseded in output.parent.glob(f".{output.name}.*.partial"):  # this run's, and any left by other settings
-        shutil.rmtree(superseded)
+    for folder in work_folders(output):
+        shutil.rmtree(folder)
     return output
+
+
+def work_folders(output: Path) -> list[Path]:
+    """What runs of any settings that interruptions have stopped have left beside `output`."""
+    name = re.compile(rf"\.{re.escape(output.name)}\.[0-9a-f]{{{FINGERPRINT_CHARACTERS}}}\.partial")
+    return sorted(path for path in output.parent.iterdir() if name.fullmatch(path.name) and path.is_dir())

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from d3llm_ray.config import to_yaml
 from d3llm_ray.decoding import Decoder, DiffusionLLM, decoding_settings, override_known, read_decoder
 from d3llm_ray.device import check_device
 from d3llm_ray.errors import InputError
@@ -24,6 +23,7 @@ from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
+from d3llm_ray.output_folder import claim
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import digest, write_text
 from d3llm_ray.tasks import Problem, Task, load_task
@@ -47,16 +47,16 @@ def run(settings: EvaluateSettings, progress: Progress | None = None) -> Evaluat
     `report.md`, `accuracy_vs_tpf.png` and, last of all, `report.json`.
 
     Raises:
-        InputError: an unknown model, decoder, setting, task or device, a decoder that does not fit its model, or
-            labels that clash; before any model is loaded.
+        InputError: an unknown model, decoder, setting, task or device, a decoder that does not fit its model, labels
+            that clash, or a folder that is not ours; before any model is loaded.
     """
     progress = progress or Progress()
     check_device(settings.device)
     tasks = {name: load_task(name) for name in settings.tasks}
     problems = {name: task.problems(settings.split, settings.count) for name, task in tasks.items()}
     measurements = _plan(settings, problems)
-    (settings.output / "samples").mkdir(parents=True, exist_ok=True)
-    write_text(settings.output / "evaluate.yaml", to_yaml(settings))
+    claim(settings.output, "evaluate.yaml", settings)
+    (settings.output / "samples").mkdir(exist_ok=True)
     rows = dict(_measure_all(settings, measurements, tasks, problems, progress))
     report = score([rows[item.key] for item in measurements], settings.anchors)
     plot_report(report, settings.output / "accuracy_vs_tpf.png")

@@ -7,6 +7,7 @@ that memory holds one copy of the model and one tensor.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from d3llm_ray.errors import InputError, unknown
 from d3llm_ray.models.config import ModelConfig
 from d3llm_ray.models.families import Family, read_family
 from d3llm_ray.models.transformer import Transformer
+from d3llm_ray.report import check_output, partial_name
 
 ZOO = Path(__file__).parent / "zoo"
 ZOO_NAMES = (
@@ -33,6 +35,7 @@ DTYPES: dict[str, torch.dtype | None] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -154,29 +157,43 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 def save_model(model: Transformer, family: Family, directory: str | Path) -> Path:
     """Write `config.json`, `generation_config.json` and (sharded) safetensors in the family's own layout.
 
-    Files appear under their final names only when complete.
+    Files appear under their final names only when complete; weights of an earlier checkpoint in `directory` go.
+    `InputError` where other weights are there, which would be read as this model's.
     """
-    directory = Path(directory)
-    partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    directory = check_output(directory, "directory", folder=True)
+    foreign = [file.name for file in directory.glob("*.safetensors*") if not WEIGHTS.fullmatch(file.name)]
+    if foreign:
+        accepted = "a folder without other weights"
+        raise InputError(f"directory: {str(directory)!r} holds {', '.join(sorted(foreign))}; accepted: {accepted}")
+    partial = partial_name(directory)
     partial.mkdir(parents=True)
+    try:
+        _write_checkpoint(model, family, partial)
+        _move_checkpoint(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def _write_checkpoint(model: Transformer, family: Family, folder: Path) -> None:
     tensors = {
         family.layout.checkpoint_name(name): parameter.detach().contiguous()
         for name, parameter in model.named_parameters()
     }
-    save_torch_state_dict(tensors, partial, max_shard_size="5GB")
+    save_torch_state_dict(tensors, folder, max_shard_size="5GB")
     if family.generation_config:
-        (partial / "generation_config.json").write_text(json.dumps(family.generation_config, indent=2) + "\n")
-    (partial / "config.json").write_text(json.dumps(family.config, indent=2) + "\n")
+        (folder / "generation_config.json").write_text(json.dumps(family.generation_config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(family.config, indent=2) + "\n")
+    for file in folder.iterdir():  # safetensors writes files that only their owner may read
+        shutil.copymode(folder / "config.json", file)
+
+
+def _move_checkpoint(partial: Path, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for file in partial.iterdir():  # safetensors writes files that only their owner may read
-        shutil.copymode(partial / "config.json", file)
     for stale in directory.glob("*.safetensors*"):
         stale.unlink()
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last
         file.replace(directory / file.name)
-    partial.rmdir()
-    return directory
 
 
 def copy_tokenizer(source: str | Path, directory: str | Path) -> None:

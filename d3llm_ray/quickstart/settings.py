@@ -31,7 +31,9 @@ class QuickstartSettings(Settings):
     max_tokens: int = Field(64, gt=0, description="canvas in tokens")
     seed: int = Field(0, ge=0, description="seed of every stage")
     output: Path = Field(Path("runs/quickstart"), description="folder of everything that is made")
-    fresh: bool = Field(False, description="remove that folder first, instead of skipping finished stages")
+    fresh: bool = Field(
+        False, description="remove what an earlier quickstart has left there first, instead of skipping finished stages"
+    )
     question: str = Field(
         "Tom has 12 apples. Tom buys 7 more. Then Tom loses 5 apples. How many apples does Tom have now?",
         description="what the served student is asked",

@@ -26,7 +26,7 @@ from d3llm_ray.models import load_tokenizer, read_configs
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.published import ChatTemplate, Imported, PublishedTeacher, import_answer, import_trajectory
 from d3llm_ray.trajectories.schema import MAX_CANVAS, build_table, file_metadata
-from d3llm_ray.trajectories.shards import ShardWriter, check_errors
+from d3llm_ray.trajectories.shards import ShardWriter, check_errors, check_folder
 from d3llm_ray.trajectories.storage import SUCCESS, Location
 
 TRAJECTORY = ("trajectory", "prompt_ids", "final_output", "question", "gt_answer", "llm_answer", "is_correct")
@@ -96,6 +96,7 @@ def run(settings: ImportSettings, progress: Progress | None = None) -> str:
     output = Location.of(settings.output, "output")
     finished = (output / SUCCESS).exists
     require(not finished, "output", settings.output, f"a folder without a finished run ({SUCCESS})")
+    check_folder(output)
     source = _open(settings.source)
     convert, metadata = _converter(settings, source.columns)
     writer = ShardWriter(output, metadata, settings.rows_per_file)

@@ -13,6 +13,7 @@ from d3llm_ray.models import ZOO_NAMES, Family, read_configs, resolve_model
 from d3llm_ray.trajectories.prompts import Prompt, distinct_prompts
 from d3llm_ray.trajectories.schema import file_metadata
 from d3llm_ray.trajectories.settings import TrajectorySettings
+from d3llm_ray.trajectories.shards import STAGING
 from d3llm_ray.trajectories.sources import Source, open_source
 from d3llm_ray.trajectories.storage import Location
 
@@ -29,7 +30,7 @@ class TrajectoryPlan:
 
     @property
     def staging(self) -> Location:
-        return self.output / "_staging"
+        return self.output / STAGING
 
     @property
     def staged_prompts(self) -> Location:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import fs
 
 from d3llm_ray.config import Settings, to_yaml
 from d3llm_ray.errors import InputError
+from d3llm_ray.output_folder import named
+from d3llm_ray.report import check_output
 from d3llm_ray.trajectories.schema import ERROR_SCHEMA, ERRORS, SCHEMA, build_table, check_table, with_metadata
-from d3llm_ray.trajectories.storage import SUCCESS, Location
+from d3llm_ray.trajectories.storage import LEFTOVER, STARTED, SUCCESS, Location
+
+STAGING, STAGED = "_staging", {"prompts", "parts", "remaining", "manifest.json"}  # what is half done, and its parts
+SHARD = re.compile(r"trajectories-\d{5,}\.parquet")
 
 
 class ShardWriter:
@@ -22,6 +29,7 @@ class ShardWriter:
     `keep` "correct" leaves out rows whose answer is wrong; one that could not be checked stays.
 
     Every file is complete under its name or absent; the folder counts as finished when `finish` has set its marker.
+    `InputError` for a folder that is not ours, see `check_folder`.
     """
 
     def __init__(self, folder: Location, metadata: Mapping[str, Any], rows_per_file: int, keep: Keep = "all") -> None:
@@ -32,7 +40,9 @@ class ShardWriter:
         self._buffer: list[pa.Table] = []
         self._buffered = self._kept = 0
         self._files: list[Location] = []
+        check_folder(folder)
         folder.make_folder()
+        (folder / STARTED).write_text("")
 
     def write(self, rows: pa.Table) -> None:
         """Append rows of `SCHEMA`; `InputError` for rows that contradict themselves."""
@@ -53,7 +63,7 @@ class ShardWriter:
     def finish(self, settings: Settings, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Write what is left, the errors, the summary and, last, the marker; returns the summary.
 
-        What an earlier, interrupted attempt has left and this one has not written again is removed.
+        What an earlier, interrupted attempt has left and this one has not written again is removed, and nothing else.
         """
         if self._buffered or not self._files:
             self._write_file(self._buffered)
@@ -61,7 +71,8 @@ class ShardWriter:
         if self.errors:
             errors.write_table(build_table(self.errors, ERROR_SCHEMA))
         kept = {file.path for file in self._files} | ({errors.path} if self.errors else set())
-        stale = [file for file in self._folder.files(".parquet") if file.path not in kept]
+        files = [self._folder / name for name in self._folder.names() if SHARD.fullmatch(name) or name == ERRORS]
+        stale = [file for file in files if file.path not in kept]
         for file in [*stale, *self._folder.leftovers()]:
             file.remove()
         summary = {**self.totals.figures(), "kept": self._kept, "errors": len(self.errors), **figures}
@@ -70,6 +81,7 @@ class ShardWriter:
         (self._folder / "settings.yaml").write_text(to_yaml(settings))
         (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         (self._folder / SUCCESS).write_text("")
+        (self._folder / STARTED).remove()
         return summary
 
     def _write_file(self, count: int) -> None:
@@ -121,6 +133,29 @@ class Totals:
 
 
 Keep = Literal["all", "correct"]
+
+
+def check_folder(folder: Location) -> None:
+    """`InputError` unless rows can be written to `folder`: absent, empty (but for hidden files), or begun by a run.
+
+    A run's folder has a marker: that of its end, that of a writer, or what is staged. Other files in it stay, and
+    those that would be read as rows are refused.
+    """
+    if isinstance(folder.filesystem, fs.LocalFileSystem):
+        check_output(folder.path, "output", folder=True)
+    names = [name for name in folder.names() if not (name.startswith(".") or LEFTOVER.fullmatch(name))]
+    staged = {name for name in (folder / STAGING).names() if not LEFTOVER.fullmatch(name)} if STAGING in names else None
+    finished = {SUCCESS, "summary.json"} <= set(names)
+    begun = finished or STARTED in names or staged is not None
+    rows = [name for name in names if name.endswith(".parquet") and not name.startswith("_")]  # as readers see them
+    strange = [name for name in rows if not SHARD.fullmatch(name) and name != ERRORS]
+    if staged is not None and staged - STAGED:
+        strange.append(STAGING)
+    if strange or (names and not begun):
+        raise InputError(
+            f"output: {folder.name!r} holds {named(strange or names)}, which no run of this kind has written; "
+            "accepted: an empty folder, one that such a run has begun, or a name that is free"
+        )
 
 
 def check_errors(failed: int, total: int, allowed: float, example: str) -> None:

@@ -23,7 +23,8 @@ from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.plan import TrajectoryPlan
 from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.schema import MESSAGES
-from d3llm_ray.trajectories.storage import SUCCESS, Location
+from d3llm_ray.trajectories.shards import check_folder
+from d3llm_ray.trajectories.storage import STARTED, SUCCESS, Location
 
 PROMPT_SCHEMA = pa.schema(
     [
@@ -74,7 +75,8 @@ def stage(plan: TrajectoryPlan, progress: Progress) -> Manifest:
 
 
 def is_finished(plan: TrajectoryPlan, progress: Progress) -> bool:
-    """Whether the output already holds exactly this run; `InputError` when it holds another one."""
+    """Whether the output already holds exactly this run; `InputError` when it holds another one, or other files."""
+    check_folder(plan.output)
     if not (plan.output / SUCCESS).exists:
         return False
     summary, inputs = json.loads((plan.output / "summary.json").read_text()), _inputs(plan)
@@ -82,6 +84,8 @@ def is_finished(plan: TrajectoryPlan, progress: Progress) -> bool:
     if not unchanged and summary.get("fingerprint") != _number(plan, progress, write=False).fingerprint:
         raise _other_run(plan, "finished")
     plan.staging.remove_folder()
+    if (plan.output / STARTED).exists:  # stopped behind the other marker
+        (plan.output / STARTED).remove()
     return True
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,9 +14,12 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from d3llm_ray.errors import InputError
+from d3llm_ray.report import check_output
 
 SUCCESS = "_SUCCESS"
+LEFTOVER = re.compile(r"_partial\.[0-9a-f]+\..+")
 PARTIAL = "_partial"  # begins the names of files that are being written; Parquet readers skip names that begin with "_"
+STARTED = "_STARTED"  # the marker of a folder whose writer has not finished
 COMPRESSION_LEVEL = 9  # zstd; rows are written once and read at every epoch
 
 
@@ -61,14 +65,24 @@ class Location:
 
     def leftovers(self) -> list[Location]:
         """What writers that were killed have left in this folder."""
-        return [self / name for name in self._names() if name.startswith(PARTIAL)]
+        return [self / name for name in self._names() if LEFTOVER.fullmatch(name)]
+
+    def names(self) -> list[str]:
+        """Everything directly in this folder, sorted; nothing without the folder."""
+        entries = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(item.base_name for item in entries)
 
     def _names(self) -> list[str]:
         entries = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return sorted(item.base_name for item in entries if item.type == fs.FileType.File)
 
+    def resolved(self, folder: bool = False) -> str:
+        """The path that writing ends at: on this machine, behind symbolic links. `InputError` for a pipe or device."""
+        local = isinstance(self.filesystem, fs.LocalFileSystem)
+        return str(check_output(self.path, "output", folder=folder)) if local else self.path
+
     def make_folder(self) -> None:
-        self.filesystem.create_dir(self.path, recursive=True)
+        self.filesystem.create_dir(self.resolved(folder=True), recursive=True)
 
     def remove_folder(self) -> None:
         if self.exists:
@@ -100,11 +114,19 @@ class Location:
 
     @contextmanager
     def _replaced(self) -> Iterator[str]:
-        """Where the bytes go before the rename: in the same folder, under a name of this writer's own."""
-        folder, _, file = self.path.rpartition("/")
+        """Where the bytes go before the rename: in the same folder, under a name of this writer's own.
+
+        A writer that fails leaves nothing.
+        """
+        target = self.resolved()
+        folder, _, file = target.rpartition("/")
         partial = f"{folder}/{PARTIAL}.{uuid.uuid4().hex[:8]}.{file}"
         try:
             yield partial
-            self.filesystem.move(partial, self.path)
-        except OSError as error:  # Arrow's does not say which file
-            raise OSError(error.errno, f"{error.strerror or error}: {self.name}") from error
+            self.filesystem.move(partial, target)
+        except BaseException as error:
+            with suppress(OSError):
+                self.filesystem.delete_file(partial)
+            if isinstance(error, OSError):  # Arrow's does not say which file
+                raise OSError(error.errno, f"{error.strerror or error}: {self.name}") from error
+            raise

@@ -14,6 +14,7 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import Point
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
+from d3llm_ray.output_folder import check_folder
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task
@@ -26,6 +27,7 @@ from d3llm_ray.tuning.space import SearchSpace, read_space
 from d3llm_ray.tuning.trial import Pool, measure
 
 ANCHOR_FILE = "anchor.yaml"
+MARKER = "tune.yaml"
 
 
 def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
@@ -48,7 +50,7 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     problems = len(load_task(settings.task).problems(settings.split, settings.count))
     if problems < settings.actors:
         raise InputError(f"actors: got {settings.actors} for {problems} problems; accepted: at most one a problem")
-    settings.output.mkdir(parents=True, exist_ok=True)
+    check_folder(settings.output, MARKER, TuneSettings).mkdir(parents=True, exist_ok=True)
     _claim(settings, space)
     chosen = settings.output / "settings.yaml"
     if chosen.is_file():
@@ -69,7 +71,7 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
 def _claim(settings: TuneSettings, space: SearchSpace) -> None:
     """Write down what is searched, or check that the folder's earlier search is the same one."""
     model = json.dumps(fingerprint(resolve_model(settings.model)))
-    texts = {"space.yaml": to_yaml(space), "tune.yaml": to_yaml(settings), "model.json": model}
+    texts = {MARKER: to_yaml(settings), "space.yaml": to_yaml(space), "model.json": model}
     if is_settings_file(space.decoder):  # the space holds its path only
         texts["decoder.json"] = json.dumps(written_settings(space.decoder))
     for name, text in texts.items():

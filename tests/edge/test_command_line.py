@@ -303,5 +303,5 @@ def test_generate_writes_a_line_a_prompt(
     assert main([*argv, "--max-tokens", "16"]) == 0
     lines = [yaml.safe_load(line) for line in output.read_text().splitlines()]
     assert len(lines) == 2 and all(line["forwards"] <= 16 and len(line["response_ids"]) == 16 for line in lines)
-    assert yaml.safe_load(output.with_suffix(".yaml").read_text())["max_tokens"] == 16
+    assert yaml.safe_load((output.parent / "answers.jsonl.settings.yaml").read_text())["max_tokens"] == 16
     assert not list(output.parent.glob(".*partial"))

@@ -57,6 +57,27 @@ def test_saving_writes_the_same_tensors_back(golden: Path, tmp_path: Path, famil
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_saving_removes_an_earlier_checkpoint_and_nothing_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model, family = load_model(tiny_checkpoint)
+    (tmp_path / "disk" / "copy").mkdir(parents=True)
+    (tmp_path / "copy").symlink_to(tmp_path / "disk" / "copy")
+    (tmp_path / "copy.partial").mkdir()
+    kept = [tmp_path / "copy.partial" / "mine", tmp_path / "copy" / "notes.txt"]
+    for file in kept:
+        file.write_text("mine")
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / "copy" / name).write_text("of an earlier checkpoint, of two shards")
+    save_model(model, family, tmp_path / "copy")
+    assert [file.read_text() for file in kept] == ["mine", "mine"] and (tmp_path / "copy").is_symlink()
+    assert load_model(tmp_path / "copy")[1].name == family.name  # the earlier index is gone
+    assert not list((tmp_path / "disk").glob(".*"))
+    (tmp_path / "copy" / "adapter_model.safetensors").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").iterdir()}
+    with pytest.raises(InputError, match=r"directory: .* holds adapter_model\.safetensors"):
+        save_model(model, family, tmp_path / "copy")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").iterdir()}
+
+
 def test_sharded_and_bfloat16_checkpoints_load(tiny_checkpoint: Path, tmp_path: Path) -> None:
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(tiny_checkpoint / "model.safetensors").items()}
     names, weight_map = sorted(tensors), {}

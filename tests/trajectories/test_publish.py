@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,7 +19,9 @@ from d3llm_ray.trajectories.plan import TrajectoryPlan, make_plan
 from d3llm_ray.trajectories.publish import IncompleteRun
 from d3llm_ray.trajectories.schema import build_table
 from d3llm_ray.trajectories.settings import TrajectorySettings
+from d3llm_ray.trajectories.shards import ShardWriter, check_folder
 from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage, stage_remaining
+from d3llm_ray.trajectories.storage import Location
 from d3llm_ray.trajectories.worker import STAGED_SCHEMA
 
 TEXTS = [f"prompt {number}" for number in range(10)]
@@ -203,3 +207,53 @@ def test_what_remains_is_what_no_part_holds(plan: TrajectoryPlan) -> None:
     assert [[row["row"] for row in chunk] for chunk in chunks] == [[0, 1, 2], [6, 8], [9]]
     prompts = {prompt.row: prompt.prompt_id for prompt in plan.prompts()}
     assert all(row["prompt_id"] == prompts[row["row"]] for chunk in chunks for row in chunk)
+
+
+@pytest.mark.parametrize("marker", ["_SUCCESS", "_STARTED"])
+def test_other_files_of_the_folder_stay(plan: TrajectoryPlan, marker: str) -> None:
+    """Those that are no rows; Parquet files would be read as such, and are refused before they come in the way."""
+    folder = Path(plan.output.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text("{}")
+    for name in (marker, "notes.txt", "_partial_results.csv", "trajectories-00007.parquet", "_partial.1a2b.x.parquet"):
+        (folder / name).write_text("")
+    writer = ShardWriter(plan.output, plan.metadata, rows_per_file=4)
+    (folder / "late.parquet").write_text("of somebody else")  # while the run goes on
+    writer.finish(plan.settings, {})
+    names = {path.name for path in folder.iterdir()} - {"_staging"}
+    kept = {"notes.txt", "_partial_results.csv", "late.parquet"}
+    assert names == {"trajectories-00000.parquet", "settings.yaml", "summary.json", "_SUCCESS", *kept}
+    with pytest.raises(InputError, match=r"output: .* holds 'late.parquet'"):
+        check_folder(plan.output)
+
+
+@pytest.mark.parametrize(
+    "names", [["_SUCCESS", "part-0.parquet"], ["_SUCCESS"], ["settings.yaml"], ["_staging/prompts/a", "_staging/mine"]]
+)
+def test_folder_without_a_marker_of_ours_is_refused(plan: TrajectoryPlan, tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        file = tmp_path / "theirs" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    with pytest.raises(InputError, match=r"^output: .*theirs"):
+        check_folder(Location.of(tmp_path / "theirs"))
+    theirs = make_plan(plan.settings.model_copy(update={"output": str(tmp_path / "theirs")}))
+    with pytest.raises(InputError, match=r"^output: .*theirs"):
+        is_finished(theirs, QUIET)
+    assert all((tmp_path / "theirs" / name).read_text() == "mine" for name in names)
+
+
+def test_failed_write_leaves_no_partial_file_and_links_are_written_through(tmp_path: Path) -> None:
+    (tmp_path / "link.parquet").symlink_to(tmp_path / "real.parquet")
+    link = Location.of(tmp_path / "link.parquet")
+    link.write_table(pa.table({"number": [1]}))
+    assert (tmp_path / "link.parquet").is_symlink() and pq.read_table(tmp_path / "real.parquet").num_rows == 1
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="named pipe"):
+        Location.of(tmp_path / "pipe").write_text("never")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises((TypeError, AttributeError)):
+        (Location.of(tmp_path) / "rows.parquet").write_table("no table")  # type: ignore[arg-type]
+    with pytest.raises(InputError):
+        (Location.of(tmp_path) / "folder").write_text("never")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link.parquet", "pipe", "real.parquet"]

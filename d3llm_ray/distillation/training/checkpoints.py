@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from d3llm_ray.distillation.training.engines import AdamState, TrainingEngine
 from d3llm_ray.errors import InputError
+from d3llm_ray.report import replacing, write_text
 
 NAME = re.compile(r"step-\d+")
 SHARD = re.compile(r"shard-\d+-of-(\d+)\.(?:json|safetensors)")
@@ -62,9 +63,9 @@ def write(engine: TrainingEngine, directory: Path, step: int, extra: Mapping[str
     file = directory / f"{_shard_name(engine.rank, engine.world_size)}.safetensors"
     names = _share(engine.trained, engine.rank, engine.world_size)
     states = engine.collect(names)
-    partial = file.with_name(f".{file.name}.partial")
-    save_file({_key(kind, name): tensor for name in names for kind, tensor in states[name]._asdict().items()}, partial)
-    partial.replace(file)
+    tensors = {_key(kind, name): tensor for name in names for kind, tensor in states[name]._asdict().items()}
+    with replacing(file) as partial:
+        save_file(tensors, partial)
     record = {
         "step": step,
         "updates": engine.updates,
@@ -73,8 +74,7 @@ def write(engine: TrainingEngine, directory: Path, step: int, extra: Mapping[str
         "bytes": file.stat().st_size,
         "extra": json.loads(json.dumps(extra)) if engine.rank == 0 else {},  # as it will be read
     }
-    partial.write_text(json.dumps({**record, "digest": _digest(file, record)}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file.with_suffix(".json"))
+    write_text(file.with_suffix(".json"), json.dumps({**record, "digest": _digest(file, record)}, indent=2) + "\n")
 
 
 def read(engine: TrainingEngine, directory: Path) -> tuple[int, dict[str, Any]]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from d3llm_ray.report import write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -15,9 +17,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, done: int) -> None:
         kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= done]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
 
     def log(self, line: Mapping[str, float | int | str]) -> None:
