@@ -171,6 +171,7 @@ def test_cancel_frees_the_slot(loaded) -> None:
         (Request([5] * 250, 7), "context of 256"),
         (Request([100_000], 8), "prompt"),
         (Request([-1], 8), "prompt"),
+        (Request([5, 2, 6], 8), "prompt: got 'the mask token 2 at position 1'; accepted: ids of a text"),
     ],
 )
 def test_bad_requests_are_named(loaded, request_: Request, message: str) -> None:
