@@ -139,6 +139,7 @@ class DiffusionLLM:
         own hold for this call, in the same engine and memory. Raises `InputError` before any forward, and
         `DecodingError` for a prompt whose logits are not finite.
         """
+        require(not isinstance(prompts, str), "prompts", prompts, "a list of prompts; for a single text: [text]")
         stops = _check_stops(stop)
         require(not stops or self.tokenizer is not None, "stop", stops, "none: this checkpoint has no tokenizer")
         chosen = self.decoder(decoder, **settings)

@@ -24,6 +24,7 @@ from d3llm_ray.models.config import ModelConfig
 from d3llm_ray.models.families import Family, read_family
 from d3llm_ray.models.folder import check_file, no_weights, not_a_checkpoint
 from d3llm_ray.models.transformer import Transformer
+from d3llm_ray.paths import expanded
 
 ZOO = Path(__file__).parent / "zoo"
 ZOO_NAMES = (
@@ -57,7 +58,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """The checkpoint folder of a zoo name or a path; `InputError` when it is neither."""
     if str(name_or_path) in ZOO_NAMES:
         return ZOO / str(name_or_path)
-    path = Path(name_or_path)
+    path = Path(expanded(name_or_path, "model"))
     if not (path / "config.json").is_file():
         accepted = [*ZOO_NAMES, "a folder with config.json and *.safetensors"]
         raise not_a_checkpoint(path) or unknown("model", str(name_or_path), accepted)

@@ -211,6 +211,11 @@ def test_offline_api(tiny_checkpoint: Path) -> None:
     assert llm.engine.active == llm.engine.waiting == 0
 
 
+def test_a_single_text_is_no_list_of_prompts(tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=r"prompts: got 'Tom has 5'; accepted: a list of prompts; .* \[text\]"):
+        DiffusionLLM.from_pretrained(tiny_checkpoint).generate("Tom has 5")
+
+
 def test_generate_hands_every_field_to_the_engine(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = DiffusionLLM.from_pretrained(tiny_checkpoint, decoder="d3llm", cache_delay=3)
     requests, submit = [], llm.engine.submit
