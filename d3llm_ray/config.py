@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -22,6 +29,8 @@ from pydantic_settings import (
 )
 
 from d3llm_ray.errors import InputError
+from d3llm_ray.paths import expanded
+from d3llm_ray.yaml_file import dump_yaml, parse_yaml
 from d3llm_ray.yaml_file import read_yaml as read_yaml  # for those who read settings
 
 S = TypeVar("S", bound="Settings")
@@ -31,10 +40,26 @@ def _as_in_yaml(values: Any) -> Any:
     """`--decoder-settings steps=64` gives text: take it as a YAML file's."""
     if not isinstance(values, dict):
         return values
-    return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in values.items()}
+    try:
+        return {name: parse_yaml(value) if isinstance(value, str) else value for name, value in values.items()}
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
 DecoderSettings = Annotated[dict[str, Any], BeforeValidator(_as_in_yaml)]  # setting of a decoder -> value
+
+
+# Settings that are, or may be, a path; one name means the same in every verb. Those of type `Path` are paths anyway.
+PATHS = {"model", "models", "teacher", "anchor_model", "anchors", "decoder", "decoders", "val_decoder", "task", "tasks"}
+PATHS |= {"val_task", "prompts", "source", "trajectories", "reference_trajectories", "path", "output"}
+
+
+def _expanded(value: Any, field: str) -> Any:
+    if isinstance(value, str | Path):
+        return type(value)(expanded(value, field))
+    if isinstance(value, dict):
+        return {key: _expanded(inner, field) for key, inner in value.items()}
+    return [_expanded(inner, field) for inner in value] if isinstance(value, list | tuple) else value
 
 
 class SettingsGroup(BaseModel):
@@ -42,6 +67,21 @@ class SettingsGroup(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     renamed: ClassVar[dict[str, str]] = {}  # old name -> today's, with a dot where it is inside another setting now
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_paths(cls, values: Any) -> Any:
+        """`~` and environment variables, the same in every setting."""
+        if not isinstance(values, dict):
+            return values
+        expanded_values = dict(values)
+        for name in values.keys() & cls.model_fields.keys():
+            value, annotation = values[name], cls.model_fields[name].annotation
+            is_path = Path in (annotation, *get_args(annotation))
+            group = isinstance(value, dict) and name != "anchors"  # settings in themselves, as quickstart's `tune`
+            if is_path or (name in PATHS and not group):
+                expanded_values[name] = _expanded(value, name)
+        return expanded_values
 
     @model_validator(mode="before")
     @classmethod
@@ -64,6 +104,7 @@ class Settings(SettingsGroup, BaseSettings):
         protected_namespaces=(),
     )
     verb: ClassVar[str] = ""
+    verbatim: ClassVar[frozenset[str]] = frozenset()  # lists of texts: a flag is an item, commas and brackets included
     recipes: ClassVar[Path | None] = None  # folder of shipped YAML files, which `--config` takes by name as well
 
     @classmethod
@@ -90,13 +131,12 @@ class DecodingOptions(Settings):
 
 
 def to_yaml(settings: Settings) -> str:
-    text: str = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    return text
+    return dump_yaml(settings.model_dump(mode="json"))
 
 
 def recipe_file(name: str | Path, cls: type[Settings], field: str = "config") -> Path:
     """A YAML file by its path, or one that is shipped with these settings by its name; `InputError` for neither."""
-    path = Path(name)
+    path = Path(expanded(name, field))
     if path.is_file() or cls.recipes is None:
         return path
     shipped = {file.stem: file for file in sorted(cls.recipes.glob("*.yaml"))}
@@ -173,15 +213,15 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
     text = f"read settings from a YAML file{named}; flags override it"
     parser.add_argument("--config", metavar="FILE.yaml", help=text)
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
-    argv = [_kebab(word, cls) for word in argv]
-    common, rest = _split_own(parser, argv)
+    common, rest = _split_own(parser, [_kebab(word, cls) for word in argv])
+    texts, rest = _split_verbatim(rest, cls)
     source: CliSettingsSource[Any] = CliSettingsSource(cls, root_parser=parser, cli_prog_name=parser.prog)
     try:
         flags = source(args=rest)()
     except SettingsError as error:
         raise InputError(" ".join(str(error).split())) from error
     file_values = read_yaml(recipe_file(common.config, cls)) if common.config else {}
-    return build(cls, merge(file_values, flags)), common.print_config
+    return build(cls, merge(file_values, {**flags, **texts})), common.print_config
 
 
 def _kebab(word: str, cls: type[Settings]) -> str:
@@ -196,6 +236,15 @@ def _kebab(word: str, cls: type[Settings]) -> str:
         raise InputError(_renamed(old, cls.renamed[old]))
     known = name.partition(".")[0] in cls.model_fields
     return f"{flag.replace('_', '-')}{equals}{value}" if known else word
+
+
+def _split_verbatim(argv: list[str], cls: type[Settings]) -> tuple[dict[str, list[str]], list[str]]:
+    """Values of `verbatim` flags by setting, and the other words."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in sorted(cls.verbatim):
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, action="append")
+    values, rest = parser.parse_known_args(argv)
+    return {name: texts for name, texts in vars(values).items() if texts is not None}, rest
 
 
 def _split_own(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

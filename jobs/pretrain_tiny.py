@@ -27,8 +27,8 @@ from pretraining.shapes import CONFIGS, llama_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast
 
+from d3llm_ray.distillation.convert import group_queries
 from d3llm_ray.models import Family, ModelConfig, Transformer, load_model, save_model
-from d3llm_ray.models.convert import group_queries
 from d3llm_ray.models.families import read_family
 from d3llm_ray.tasks.arith import vocabulary_texts
 from d3llm_ray.tasks.tokenizer import build_tokenizer

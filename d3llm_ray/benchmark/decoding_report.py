@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from d3llm_ray.benchmark.profile import PHASES
 from d3llm_ray.benchmark.report import Columns, between
 from d3llm_ray.benchmark.rows import BenchmarkRow
-from d3llm_ray.decoding.profile import PHASES
 
 COUNTING = {
     "tokens": "tokens before the first stop token, summed over all requests; with synthetic prompts or a scripted TPF "

@@ -14,8 +14,8 @@ import torch
 
 from d3llm_ray.benchmark.gpu_check_base import Target
 from d3llm_ray.benchmark.gpu_check_speed import BASE, SPEED, STEP
+from d3llm_ray.benchmark.profile import PHASES
 from d3llm_ray.benchmark.report import between
-from d3llm_ray.decoding.profile import PHASES
 from d3llm_ray.report import WrittenReport, digest, machine, table, versions
 
 PACKAGE = Path(__file__).parents[1]

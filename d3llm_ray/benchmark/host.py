@@ -21,6 +21,7 @@ from torch import Tensor
 from d3llm_ray.benchmark.host_plan import HostPlan
 from d3llm_ray.benchmark.machine import MACHINES, Machine
 from d3llm_ray.benchmark.measure import count_tokens, decode
+from d3llm_ray.benchmark.profile import PHASES, profiled
 from d3llm_ray.benchmark.report import BenchmarkReport, Columns, between
 from d3llm_ray.benchmark.roofline import roofline
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
@@ -28,7 +29,6 @@ from d3llm_ray.benchmark.workload import synthetic_prompts
 from d3llm_ray.decoding import Engine, Event, Request, decoder
 from d3llm_ray.decoding.batch import Grouping, ModelCall, StepBatch
 from d3llm_ray.decoding.presets import default_decoder
-from d3llm_ray.decoding.profile import PHASES, profiled
 from d3llm_ray.decoding.runners import EagerRunner
 from d3llm_ray.decoding.scoring import GREEDY_STATS, Stat
 from d3llm_ray.decoding.static import Shape, StaticRunner

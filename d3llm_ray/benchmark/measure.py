@@ -19,6 +19,7 @@ import torch
 from d3llm_ray.benchmark.decoding_report import COLUMNS, COUNTING
 from d3llm_ray.benchmark.machine import Machine, find_machine
 from d3llm_ray.benchmark.plan import BenchmarkPlan
+from d3llm_ray.benchmark.profile import CapturingRunner, profiled
 from d3llm_ray.benchmark.ratios import decoding_ratios
 from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.benchmark.roofline import roofline
@@ -26,8 +27,6 @@ from d3llm_ray.benchmark.rows import BenchmarkRow, Round, spread
 from d3llm_ray.benchmark.workload import Cell, Workload, prepare
 from d3llm_ray.decoding import Completion, Engine, Event, Request
 from d3llm_ray.decoding.batch import ModelCall
-from d3llm_ray.decoding.profile import profiled
-from d3llm_ray.decoding.runners import CapturingRunner
 from d3llm_ray.device import peak_memory, timed
 from d3llm_ray.models import Transformer, Work
 from d3llm_ray.progress import Progress

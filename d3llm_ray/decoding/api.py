@@ -150,6 +150,7 @@ class DiffusionLLM:
         answer alone: its `Output` has the reason in `error`.
         """
         require(errors in ("raise", "return"), "errors", errors, "raise or return")
+        require(not isinstance(prompts, str), "prompts", prompts, "a list of prompts; for a single text: [text]")
         stops = _check_stops(stop)
         require(not stops or self.tokenizer is not None, "stop", stops, "none: this checkpoint has no tokenizer")
         chosen = self.decoder(decoder, **settings)

@@ -1,4 +1,4 @@
-"""Runners: from a step's batch to the statistics of its scored rows. What records or measures forwards wraps one."""
+"""Runners: from a step's batch to the statistics of its scored rows. `benchmark.profile` wraps one to measure it."""
 
 from __future__ import annotations
 
@@ -64,19 +64,3 @@ class EagerRunner:
             guidance=unconditional,
             margins=batch.margins,
         )
-
-
-class CapturingRunner:
-    """An eager runner that keeps its model calls, so that a benchmark can replay them."""
-
-    def __init__(self, runner: EagerRunner) -> None:
-        self._runner = runner
-        self.calls: list[ModelCall] = []
-
-    def forward(self, batch: StepBatch) -> Tensor:
-        calls = self._runner.calls(batch)
-        self.calls += calls
-        return self._runner.compute(calls)
-
-    def statistics(self, batch: StepBatch, computed: Tensor) -> TokenStatistics:
-        return self._runner.statistics(batch, computed)

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 
+from d3llm_ray.distillation.convert import group_queries
 from d3llm_ray.distillation.lora import add_lora, save_adapter, transformer_of
 from d3llm_ray.distillation.objectives import OBJECTIVES, LossModule
 from d3llm_ray.errors import InputError, require
@@ -24,7 +25,6 @@ from d3llm_ray.models import (
     read_configs,
     save_model,
 )
-from d3llm_ray.models.convert import group_queries
 from d3llm_ray.models.families import FAST_DLLM_V2_MASK, Attention
 
 if TYPE_CHECKING:

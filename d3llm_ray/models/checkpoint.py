@@ -7,8 +7,10 @@ that memory holds one copy of the model and one tensor.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from torch import nn
 from d3llm_ray.errors import InputError, unknown
 from d3llm_ray.models.config import ModelConfig
 from d3llm_ray.models.families import Family, read_family
+from d3llm_ray.models.folder import check_file, no_weights, not_a_checkpoint
 from d3llm_ray.models.transformer import Transformer
+from d3llm_ray.paths import expanded
 from d3llm_ray.report import check_output, partial_name
 
 ZOO = Path(__file__).parent / "zoo"
@@ -36,6 +40,12 @@ DTYPES: dict[str, torch.dtype | None] = {
     "float16": torch.float16,
 }
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+STORED_DTYPES = {  # as safetensors spells them; no quantised weights
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,13 +61,15 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """The checkpoint folder of a zoo name or a path; `InputError` when it is neither."""
     if str(name_or_path) in ZOO_NAMES:
         return ZOO / str(name_or_path)
-    path = Path(name_or_path)
+    path = Path(expanded(name_or_path, "model"))
     if not (path / "config.json").is_file():
-        raise unknown("model", str(name_or_path), [*ZOO_NAMES, "a folder with config.json and *.safetensors"])
+        accepted = [*ZOO_NAMES, "a folder with config.json and *.safetensors"]
+        raise not_a_checkpoint(path) or unknown("model", str(name_or_path), accepted)
     return path
 
 
 def _read_json(path: Path, required: bool) -> dict[str, Any]:
+    check_file(path)
     if not path.is_file() and not required:
         return {}
     try:
@@ -84,17 +96,43 @@ def fingerprint(folder: Path) -> list[tuple[str, int, int]]:
 
 def _shards(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() or index.is_symlink():
         weight_map = _read_json(index, required=True).get("weight_map", {})
         files = [path / name for name in sorted(set(weight_map.values()))]
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise InputError(f"model: no *.safetensors file in {path}; accepted: safetensors weights only")
+        raise no_weights(path)
     for file in files:
+        check_file(file)
         if not file.is_file():
             raise InputError(f"model: shard {file.name} named in {index.name} is missing from {path}")
     return files
+
+
+def _headers(shards: list[Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and types of all tensors by name. `InputError` for a name that two files have: which holds is unknown."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, str] = {}
+    homes: dict[str, str] = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (safe_open is not iterable)
+                if key in homes:
+                    where = f"{homes[key]} and {shard.name} of {shard.parent}"
+                    raise InputError(f"model: tensor {key} is in both {where}; accepted: every tensor once")
+                homes[key], part = shard.name, file.get_slice(key)
+                shapes[key], stored[key] = tuple(part.get_shape()), part.get_dtype()
+    return shapes, stored
+
+
+def _common_dtype(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, str]) -> torch.dtype:
+    """The type of most weights; a transformer computes in a single one."""
+    counts = Counter[str]()
+    for name, shape in shapes.items():
+        counts[stored[name]] += math.prod(shape)
+    ((kind, _),) = counts.most_common(1)
+    return STORED_DTYPES[kind]
 
 
 def _check(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
@@ -115,7 +153,8 @@ def load_model(
 ) -> tuple[Transformer, Family]:
     """Load a zoo model or a checkpoint folder (LLaDA, Dream, Qwen2 or Llama layout).
 
-    `dtype`: "float32", "bfloat16", "float16", or "auto" to keep each tensor's own. Raises `InputError` for an
+    `dtype`: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own: where its tensors differ (norms in
+    float32), the one that most weights have. Raises `InputError` for an
     unknown name, an unsupported config, and a missing, unexpected or mis-shaped tensor, naming it.
     """
     if dtype not in DTYPES:
@@ -130,18 +169,21 @@ def load_model(
     tied_head = family.layout.checkpoint_name("lm_head.weight") if config.tie_word_embeddings else None
     shards = _shards(path)
     try:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for shard in shards:
-            with safe_open(shard, framework="pt") as file:
-                shapes.update((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+        shapes, stored = _headers(shards)
         if tied_head is not None:
             shapes.pop(tied_head, None)
         _check(shapes, expected, path)
+        for name, kind in stored.items():
+            if kind not in STORED_DTYPES:
+                raise InputError(
+                    f"model: tensor {name} in {path} is stored as {kind}; accepted: {', '.join(STORED_DTYPES)}"
+                )
+        precision = DTYPES[dtype] or _common_dtype(shapes, stored)
         for shard in shards:
             with safe_open(shard, framework="pt", device=str(device)) as file:
                 for key in file.keys():  # noqa: SIM118 (safe_open is not iterable)
                     if key in names:
-                        _assign(model, names[key], file.get_tensor(key).to(DTYPES[dtype]))
+                        _assign(model, names[key], file.get_tensor(key).to(precision))
     except SafetensorError as error:
         raise InputError(f"model: {path} holds an unreadable safetensors file: {error}") from error
     if config.tie_word_embeddings:

@@ -72,6 +72,22 @@ def _expect(config: JsonDict, accepted: Mapping[str, object]) -> None:
         require(config.get(name, value) == value, f"config.json: {name}", config.get(name), repr(value))
 
 
+def _refuse_rotary_scaling(config: JsonDict) -> None:
+    """Rotary embedding is the plain one, however a config spells another (also one mapping a layer type)."""
+    for field in ("rope_scaling", "rope_parameters"):
+        settings = config.get(field) or {}
+        require(isinstance(settings, dict), f"config.json: {field}", settings, "a mapping, or null")
+        nested = {f".{name}": inner for name, inner in settings.items() if isinstance(inner, dict)}
+        for where, values in {"": settings, **nested}.items():
+            kind = values.get("rope_type") or values.get("type") or "default"
+            accepted = "'default' (rotary scaling is not implemented)"
+            require(kind == "default", f"config.json: {field}{where}.rope_type", kind, accepted)
+        accepted = "one for all layers"
+        require(not nested, f"config.json: {field}", f"settings by layer type: {', '.join(settings)}", accepted)
+        part = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+        require(part == 1.0, "config.json: partial_rotary_factor", part, "1.0")
+
+
 def _llada_config(config: JsonDict) -> ModelConfig:
     _expect(config, {"block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms", "rope": True})
     _expect(config, dict.fromkeys(("alibi", "include_bias", "bias_for_layer_norm", "scale_logits"), False))
@@ -94,11 +110,12 @@ def _llada_config(config: JsonDict) -> ModelConfig:
 
 def _llama_config(config: JsonDict) -> ModelConfig:
     _expect(config, {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False})
-    require(not config.get("rope_scaling"), "config.json: rope_scaling", config.get("rope_scaling"), "null")
     heads = _field(config, "num_attention_heads")
     # transformers 5 writes rotary settings as a mapping, older files as one number.
-    theta = config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta")
-    require(theta is not None, "config.json: rope_theta", theta, "a number")
+    rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}  # in transformers' order
+    theta = rotary.get("rope_theta") or config.get("rope_theta")
+    if not isinstance(theta, int | float):
+        raise InputError(f"config.json: rope_theta: got {theta!r}; accepted: a number")
     return ModelConfig(
         vocab_size=_field(config, "vocab_size"),
         hidden_size=_field(config, "hidden_size"),
@@ -175,6 +192,7 @@ def _llama_layout(family: str, attention: Attention) -> Layout:
     )
 
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in a config of such models
 FAST_DLLM_V2_MASK = 151665
 
 LAYOUTS: dict[str, Layout] = {  # by config.json's model_type
@@ -189,9 +207,13 @@ LAYOUTS: dict[str, Layout] = {  # by config.json's model_type
 def read_family(config: JsonDict, generation_config: JsonDict) -> tuple[ModelConfig, Family]:
     """Interpret the two JSON files of a checkpoint folder; raises `InputError` naming the field at fault."""
     model_type = _field(config, "model_type")
+    experts = next((name for name in EXPERTS if config.get(name)), None)
+    if experts is not None:
+        raise InputError(f"config.json: {experts}: a mixture-of-experts model; accepted: dense models")
     if model_type not in LAYOUTS:
         raise unknown("config.json: model_type", model_type, LAYOUTS)
     layout = LAYOUTS[model_type]
+    _refuse_rotary_scaling(config)
     shape = layout.read_config(config)
     eos = _field(config, "eos_token_id")
     eos_ids = [eos] if isinstance(eos, int) else list(eos)

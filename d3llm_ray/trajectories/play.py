@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from d3llm_ray.models.chat import control_tokens
+
 MASKED = "░"
 PRINTED_FRAMES = 8  # where nothing can be drawn in place
 ENTER, LEAVE, HOME = "\x1b[?1049h", "\x1b[?1049l", "\x1b[H\x1b[J"  # the terminal's second screen; its start, cleared
@@ -35,7 +37,7 @@ class Unmasking:
     def of(cls, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, block_size: int | None) -> Unmasking:
         """From a row of `schema.SCHEMA` whose `reveal_step` is not null."""
         ids, entropy = row["response_ids"], row["reveal_entropy"]
-        special = [] if tokenizer is None else tokenizer.all_special_ids
+        special = [] if tokenizer is None else list(control_tokens(tokenizer).values())
         return cls(
             prompt_id=row["prompt_id"],
             texts=[f" {token}" for token in ids] if tokenizer is None else token_texts(tokenizer, ids),
@@ -75,10 +77,11 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
     Control characters are replaced: an answer may not steer the terminal.
     """
     texts: dict[int, str] = {}
+    special = set(control_tokens(tokenizer).values())
     for token in set(ids):
         alone, twice = (str(tokenizer.decode([token] * n, clean_up_tokenization_spaces=False)) for n in (1, 2))
         # The first token of a text may lose its space, the second does not.
-        texts[token] = legible(alone if token in tokenizer.all_special_ids else twice[len(alone) :])
+        texts[token] = legible(alone if token in special else twice[len(alone) :])
     return [texts[token] for token in ids]
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family, encode_chat
-from d3llm_ray.models.chat import Message, encode_text
+from d3llm_ray.models.chat import Message, control_tokens, encode_text
 from d3llm_ray.tasks import Task
 from d3llm_ray.tasks.task import no_problems
 from d3llm_ray.trajectories.prompts import prompt_id
@@ -73,7 +73,7 @@ class ChatTemplate:
             return question
         content = text[len(opened[0]) : -len(self._after)].strip() if opened and closed else None
         # A chat of several turns has control tokens inside.
-        several = content is None or any(token in content for token in self._tokenizer.all_special_tokens)
+        several = content is None or any(token in content for token in control_tokens(self._tokenizer))
         return None if several else content
 
 

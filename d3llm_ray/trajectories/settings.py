@@ -21,13 +21,15 @@ class TrajectorySettings(Settings):
         "early_stop": "decoder_settings.early_stop",
     }
 
+    verbatim: ClassVar[frozenset[str]] = frozenset({"texts"})
+
     teacher: str = Field("tiny-llada", description="zoo name or checkpoint folder of the teacher")
     prompts: str = Field(
         "arith",
         description="embedded task; .jsonl or .parquet file, or a folder of them, local, s3:// or gs://; "
         "or a `datasets` name, OWNER/NAME[:CONFIG]",
     )
-    texts: list[str] = Field([], description="prompts written here; they replace `prompts` when there are any")
+    texts: list[str] = Field([], description="prompts written here, a flag each; they replace `prompts`")
     split: Split = Field("train", description="split of an embedded task or of a `datasets` name")
     count: int | None = Field(
         None, ge=1, description="prompts to decode; null: a whole source, 2000 of an embedded task"

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from d3llm_ray.errors import InputError
+from d3llm_ray.paths import expanded
 from d3llm_ray.report import check_output
 
 SUCCESS = "_SUCCESS"
@@ -36,7 +37,7 @@ class Location:
         """Resolve a local path or a URI; `InputError` names `field` when no file system serves it."""
         text = os.fspath(name)
         if "://" not in text:
-            absolute = os.path.abspath(os.path.expanduser(text))
+            absolute = os.path.abspath(expanded(text, field))
             return cls(fs.LocalFileSystem(), absolute, absolute)
         try:
             filesystem, path = fs.FileSystem.from_uri(text)

@@ -19,14 +19,13 @@ import yaml
 from d3llm_ray.benchmark.decoding_report import COUNTING
 from d3llm_ray.benchmark.measure import benchmark, decode, measure, replay
 from d3llm_ray.benchmark.plan import BenchmarkPlan
+from d3llm_ray.benchmark.profile import CapturingRunner, profiled
 from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.benchmark.rows import BenchmarkRow
 from d3llm_ray.benchmark.shapes import SHAPES
 from d3llm_ray.benchmark.workload import prepare
 from d3llm_ray.cli import main
 from d3llm_ray.decoding import Engine
-from d3llm_ray.decoding.profile import profiled
-from d3llm_ray.decoding.runners import CapturingRunner
 from d3llm_ray.progress import Progress
 
 SMALL_PLAN = {"prompt_tokens": 20, "max_tokens": (64,), "count": 4, "batch_sizes": (1, 4), "rounds": 2}

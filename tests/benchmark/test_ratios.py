@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from d3llm_ray.benchmark.profile import PHASES
 from d3llm_ray.benchmark.ratios import Ratio, decoding_ratios
 from d3llm_ray.benchmark.rows import BenchmarkRow, Round
-from d3llm_ray.decoding.profile import PHASES
 
 
 def row(decoder: str, batch_size: int, max_tokens: int, rounds: list[Round], **settings: object) -> BenchmarkRow:

@@ -171,6 +171,7 @@ def test_cancel_frees_the_slot(loaded) -> None:
         (Request([5] * 250, 7), "context of 256"),
         (Request([100_000], 8), "prompt"),
         (Request([-1], 8), "prompt"),
+        (Request([5, 2, 6], 8), "prompt: got 'the mask token 2 at position 1'; accepted: ids of a text"),
     ],
 )
 def test_bad_requests_are_named(loaded, request_: Request, message: str) -> None:
@@ -208,6 +209,11 @@ def test_offline_api(tiny_checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"prompts\[1\].*context"):
         llm.generate([messages, [5] * 300])
     assert llm.engine.active == llm.engine.waiting == 0
+
+
+def test_a_single_text_is_no_list_of_prompts(tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match=r"prompts: got 'Tom has 5'; accepted: a list of prompts; .* \[text\]"):
+        DiffusionLLM.from_pretrained(tiny_checkpoint).generate("Tom has 5")
 
 
 def test_generate_hands_every_field_to_the_engine(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 
+from d3llm_ray.benchmark.profile import CapturingRunner, profiled
 from d3llm_ray.decoding import Completion, Decoder, Engine, Request, decoder, static
 from d3llm_ray.decoding.batch import Span
 from d3llm_ray.decoding.contracts import Window
-from d3llm_ray.decoding.profile import profiled
-from d3llm_ray.decoding.runners import CapturingRunner
 from d3llm_ray.decoding.static import SCRATCH, Shape, bucket
 from d3llm_ray.models import BlockCausal, Ragged
 from tests.decoding.models import VOCABULARY, decode_all, engine_for, loaded

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from d3llm_ray.distillation.convert import block_diffusion_family, group_queries
 from d3llm_ray.distillation.objectives import BlockDiffusion, LossModule
 from d3llm_ray.distillation.objectives.batches import TrainingSample, pack
 from d3llm_ray.distillation.objectives.corruption import draws
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import BlockCausal, Ragged
-from d3llm_ray.models.convert import block_diffusion_family, group_queries
 from tests.distillation.toys import CANVAS, family_of, toy
 
 BLOCK = 4

@@ -16,7 +16,12 @@ from pydantic import Field
 from d3llm_ray.cli import VERBS, main
 from d3llm_ray.config import Settings, SettingsGroup, build, parse
 from d3llm_ray.errors import InputError
+from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.generate import GenerateSettings
+from d3llm_ray.trajectories.settings import TrajectorySettings
+from d3llm_ray.trajectories.storage import Location
+from d3llm_ray.tuning.settings import TuneSettings
+from d3llm_ray.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,3 +310,67 @@ def test_generate_writes_a_line_a_prompt(
     assert len(lines) == 2 and all(line["forwards"] <= 16 and len(line["response_ids"]) == 16 for line in lines)
     assert yaml.safe_load((output.parent / "answers.jsonl.settings.yaml").read_text())["max_tokens"] == 16
     assert not list(output.parent.glob(".*partial"))
+
+
+def test_paths_are_expanded_alike_in_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RUNS", "runs/today")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for cls, name, many in (
+        (GenerateSettings, "output", False),
+        (GenerateSettings, "prompts", False),
+        (GenerateSettings, "model", False),
+        (GenerateSettings, "decoder", False),
+        (TrajectorySettings, "output", False),
+        (TrajectorySettings, "prompts", False),
+        (EvaluateSettings, "models", True),
+        (EvaluateSettings, "tasks", True),
+        (TuneSettings, "space", False),
+    ):
+        for written, meant in (
+            ("~/a.yaml", f"{tmp_path}/a.yaml"),
+            ("$RUNS/a", "runs/today/a"),
+            ("~/${RUNS}", f"{tmp_path}/runs/today"),
+            ("s3://bucket/~/$RUNS", "s3://bucket/~/$RUNS"),
+        ):
+            if "://" in written and cls.model_fields[name].annotation not in (str, list[str]):
+                continue
+            value = getattr(build(cls, {name: [written] if many else written}), name)
+            assert str(value[0] if many else value) == meant
+        with pytest.raises(InputError, match=rf"{name}: .*environment variable NOWHERE is not set"):
+            build(cls, {name: ["$NOWHERE/a"] if many else "$NOWHERE/a"})
+    assert build(GenerateSettings, {"prompt": "~ $5 and $NOWHERE"}).prompt == "~ $5 and $NOWHERE"
+    assert Location.of("~/runs/t").path == f"{tmp_path}/runs/t"
+    (tmp_path / "a.yaml").write_text("max_tokens: 7\noutput: ~/out/a.jsonl\n")
+    settings = parse(GenerateSettings, ["--config=~/a.yaml"])[0]
+    assert settings.max_tokens == 7 and settings.output == tmp_path / "out/a.jsonl"
+
+
+def test_a_key_comes_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    for text, lines in (("seed: 1\nmodel: a\nseed: 1\n", "1 and again in line 3"), ("x: {seed: 1, seed: 2}", "1")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=rf"config: '{path}': key 'seed' stands in line {lines}.*every key once"):
+            read_yaml(path)
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b\n  <<: *a\n  x: 3\nc: {<<: *b, y: 4}\n")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
+
+
+def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
+    path, values = tmp_path / "a.yaml", [3e-1, 3e5, -2.0e3, 5e-3, 0.3, 1e-5]
+    path.write_text("values: [3e-1, 3E5, -2.e3, .5e-2, 0.3, 1e-05]\ntexts: ['3e-1', e3, 1e, 3e-1x]\n")
+    read = read_yaml(path)
+    assert read == {"values": values, "texts": ["3e-1", "e3", "1e", "3e-1x"]}
+    assert parse_yaml(dump_yaml(read)) == read
+    settings = parse(GenerateSettings, ["--decoder-settings", "entropy_threshold=3e-1"])[0]
+    assert settings.decoder_settings == {"entropy_threshold": 0.3}
+    with pytest.raises(InputError, match="decoder_settings: .*not YAML"):
+        parse(GenerateSettings, ["--decoder-settings", "entropy_threshold=[3"])
+
+
+def test_a_text_is_a_prompt_commas_included() -> None:
+    texts = ["five apples, and two more", "[a, b]", 'say "5"']
+    words = [word for text in texts for word in ("--texts", text)]
+    assert parse(TrajectorySettings, words)[0].texts == texts
+    assert parse(TrajectorySettings, [f"--texts={text}" for text in texts])[0].texts == texts
+    assert parse(EvaluateSettings, ["--tasks", "arith,arith-long"])[0].tasks == ["arith", "arith-long"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.models import Ragged, Transformer, load_model, resolve_model, save_model
+from d3llm_ray.models import Ragged, Transformer, load_model, load_tokenizer, resolve_model, save_model
 from d3llm_ray.models.families import read_family
 
 DREAM = {
@@ -169,3 +169,120 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
     model, _ = load_model(tmp_path / "tied")
     assert model.lm_head.weight is model.embed_tokens.weight
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 133\n"
+LLAMA = {
+    "model_type": "llama", "vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 8, "max_position_embeddings": 16, "rms_norm_eps": 1e-6, "eos_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn", "longrope"])
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_scaled_rotary_embedding_is_refused_by_name(tiny_checkpoint: Path, field: str, kind: str) -> None:
+    llada = json.loads((tiny_checkpoint / "config.json").read_text())
+    for config in (DREAM, llada, {**LLAMA, "rope_theta": 1e4}):
+        for spelling in ("rope_type", "type"):
+            values = {spelling: kind, "factor": 2.0, "rope_theta": 1e4}
+            with pytest.raises(InputError, match=rf"config.json: {field}\.rope_type: got '{kind}'"):
+                read_family({**config, field: values}, {})
+            with pytest.raises(InputError, match=rf"{field}\.full_attention\.rope_type: got '{kind}'"):
+                read_family({**config, field: {"full_attention": values}}, {})
+    with pytest.raises(InputError, match=f"{field}: got 'yarn'; accepted: a mapping"):
+        read_family({**DREAM, field: "yarn"}, {})
+
+
+def test_plain_rotary_embedding_is_read_in_both_spellings() -> None:
+    for config in (
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 1e4},
+    ):
+        assert read_family({**LLAMA, **config}, {})[0].rope_theta == 5e5
+    layers = {name: {"rope_type": "default", "rope_theta": 1e4} for name in ("full_attention", "sliding_attention")}
+    with pytest.raises(InputError, match="rope_parameters: got 'settings by layer type: full_attention, sliding"):
+        read_family({**LLAMA, "rope_parameters": layers}, {})
+    with pytest.raises(InputError, match="partial_rotary_factor: got 0.5"):
+        read_family({**LLAMA, "rope_theta": 1e4, "partial_rotary_factor": 0.5}, {})
+
+
+def test_mixtures_of_experts_are_refused_as_such(tiny_checkpoint: Path) -> None:
+    config = {"model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "num_experts": 64, "hidden_size": 2048}
+    for moe in (config, {"model_type": "qwen2_moe", "num_experts": 60}, {**LLAMA, "num_local_experts": 8}):
+        with pytest.raises(InputError, match="experts: a mixture-of-experts model; accepted: dense models"):
+            read_family(moe, {})
+
+
+def test_a_tensor_in_two_files_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    broken = _copy(tiny_checkpoint, tmp_path / "a")
+    save_file({"model.transformer.ln_f.weight": torch.zeros(32)}, broken / "other.safetensors")
+    with pytest.raises(InputError, match=r"ln_f\.weight is in both model\.safetensors and other\.safetensors"):
+        load_model(broken)
+
+
+@pytest.mark.parametrize(("norm", "rest"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_auto_takes_the_precision_of_most_weights(tiny_checkpoint: Path, tmp_path: Path, norm, rest) -> None:
+    tensors = load_file(tiny_checkpoint / "model.safetensors")
+    mixed = {name: tensor.to(norm if tensor.dim() == 1 else rest) for name, tensor in tensors.items()}
+    model, _ = load_model(_copy(tiny_checkpoint, tmp_path / "a", **mixed), dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {rest}
+    assert model.logits(model(torch.tensor([5, 6]), Ragged.build([2]))).isfinite().all()
+    integers = _copy(tiny_checkpoint, tmp_path / "b", **{name: tensor.to(torch.int8) for name, tensor in mixed.items()})
+    for dtype in ("auto", "float32"):
+        with pytest.raises(InputError, match="is stored as I8; accepted: F64, F32, F16, BF16"):
+            load_model(integers, dtype)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(LFS_POINTER, "is a Git LFS pointer, not the file"), ("", "is empty"), (None, "broken")]
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"])
+def test_stand_ins_for_files_are_named(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    broken = shutil.copytree(tiny_checkpoint, tmp_path / "a")
+    (broken / name).unlink(missing_ok=True)
+    if content is None:
+        (broken / name).symlink_to("../blobs/0a1b")
+    else:
+        (broken / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name} .*{message}|{name} is a {message} symbolic link to \.\./blobs/0a1b"):
+        load_tokenizer(broken, load_model(broken)[1])
+
+
+def test_a_damaged_tokenizer_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny_checkpoint, tmp_path / "a")
+    for content in ("{", "{}", (broken / "tokenizer.json").read_text()[:500]):
+        (broken / "tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match="the tokenizer files of .* are damaged") as caught:
+            load_tokenizer(broken, load_model(broken)[1])
+        assert "\n" not in str(caught.value)
+
+
+def test_folders_of_other_kinds_are_said_to_be_what_they_are(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    with pytest.raises(InputError, match="the folder .* is empty"):
+        resolve_model(adapter)
+    (adapter / "README.md").touch()
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        resolve_model(adapter)
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="a LoRA adapter without its base model"):
+        resolve_model(adapter)
+    with pytest.raises(InputError, match="is a file; accepted: the folder"):
+        resolve_model(tiny_checkpoint / "model.safetensors")
+    hub = tmp_path / "hub"
+    snapshot = hub / "models--GSAI-ML--LLaDA-8B-Instruct" / "snapshots" / "08b83a6f"
+    shutil.copytree(tiny_checkpoint, snapshot)
+    for folder in (hub, snapshot.parents[1]):
+        with pytest.raises(InputError, match=f"a cache of the Hugging Face Hub; accepted: .*{snapshot}"):
+            resolve_model(folder)
+    load_model(snapshot)
+    (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"has its weights in pytorch_model\.bin; accepted: safetensors"):
+        load_model(snapshot)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(InputError, match="is a broken symbolic link to nowhere"):
+        resolve_model(tmp_path / "link")

@@ -22,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d3llm_ray.distillation.convert import block_diffusion_family
 from d3llm_ray.distillation.objectives.base import Batch, LossModule, Moment, Objective, is_right, parameter
 from d3llm_ray.distillation.objectives.batches import MicroBatch, TrainingSample, View
 from d3llm_ray.distillation.objectives.corruption import Draws, block_ratios, corrupted, mask_blocks
 from d3llm_ray.errors import require
 from d3llm_ray.models.config import ModelConfig
-from d3llm_ray.models.convert import block_diffusion_family
 from d3llm_ray.models.families import Attention, Family
 from d3llm_ray.models.ragged import Ragged
 

@@ -1,4 +1,4 @@
-"""Where an engine's time goes, and how much work its forwards had."""
+"""Wrappers of an engine's runner: where a step's time goes, how much work it had, and its model calls for replay."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d3llm_ray.decoding.batch import StepBatch
+from d3llm_ray.decoding.batch import ModelCall, StepBatch
 from d3llm_ray.decoding.request import Event
-from d3llm_ray.decoding.runners import Runner
+from d3llm_ray.decoding.runners import EagerRunner, Runner
 from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.device import synchronise
 from d3llm_ray.models import Work
@@ -69,6 +69,22 @@ class StepProfile:
             self.rows += 1
             self.work += Work(length, length * keys, keys, len(span.scored))
         self._since = perf_counter()
+
+
+class CapturingRunner:
+    """An eager runner that keeps its model calls, so that a benchmark can replay them."""
+
+    def __init__(self, runner: EagerRunner) -> None:
+        self._runner = runner
+        self.calls: list[ModelCall] = []
+
+    def forward(self, batch: StepBatch) -> Tensor:
+        calls = self._runner.calls(batch)
+        self.calls += calls
+        return self._runner.compute(calls)
+
+    def statistics(self, batch: StepBatch, computed: Tensor) -> TokenStatistics:
+        return self._runner.statistics(batch, computed)
 
 
 @contextmanager

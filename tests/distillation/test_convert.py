@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from d3llm_ray.distillation.convert import group_queries, mean_pool_heads
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import ModelConfig, Ragged, Transformer
-from d3llm_ray.models.convert import group_queries, mean_pool_heads
 
 SHAPE = ModelConfig(37, 16, 2, 4, 4, 24, 64, 1e4, 1e-5, qkv_bias=False, tie_word_embeddings=False)
 GROUPED = dataclasses.replace(SHAPE, num_kv_heads=2, qkv_bias=True)
