@@ -53,7 +53,7 @@ def model_of(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("bad", "options", "reason"),
     [
-        (HALF, {}, "half a surrogate pair"),
+        (HALF, {}, "half of a surrogate pair"),
         ({"prompt": "5 " * 300}, {}, "exceed the model's context"),
         ({"messages": [{"role": "system", "content": "hi"}]}, {"template": REFUSING}, "no system role"),
         (
@@ -90,13 +90,13 @@ def test_one_prompt_alone_ends_in_one_line(model_of: Any, capsys: pytest.Capture
     assert main(["generate", "--prompt", "cut \ud83d"]) == 2
     assert main(["generate", "--prompt", GOOD + " Sara"]) == 1
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "half a surrogate pair" in said[0] and "NaN or infinite" in said[1]
+    assert len(said) == 2 and "half of a surrogate pair" in said[0] and "NaN or infinite" in said[1]
 
 
 def test_python_raises_unless_told_otherwise(tiny_checkpoint: Path) -> None:
     llm = DiffusionLLM.from_pretrained(tiny_checkpoint)
     prompts = [GOOD, HALF["prompt"]]
-    with pytest.raises(InputError, match=r"^prompts\[1\]: messages.0: .* half a surrogate pair"):
+    with pytest.raises(InputError, match=r"^prompts\[1\]: messages.0: .* half of a surrogate pair"):
         llm.generate(prompts, max_tokens=8)
     with pytest.raises(InputError, match="^errors: got 'ignore'"):
         llm.generate(prompts, max_tokens=8, errors="ignore")  # type: ignore[arg-type]
