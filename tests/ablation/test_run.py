@@ -23,9 +23,9 @@ TPF = {"teacher": 1.0, "recipe": 3.0, "order-random": 2.0}
 
 def pretend(trial: AblationTrial, settings: AblateSettings) -> None:
     """Stands for a student whose figures are known; breaks where the folder says so, and notes that it was called."""
-    with (settings.output / "calls").open("a") as calls:
+    with (settings.output / ".calls").open("a") as calls:
         calls.write(f"{trial.variant}-{trial.seed}\n")
-    if trial.variant == "order-random" and trial.seed == 1 and (settings.output / "break").exists():
+    if trial.variant == "order-random" and trial.seed == 1 and (settings.output / ".break").exists():
         raise RuntimeError("the student broke")
     tokens = round(1000 * (TPF[trial.variant] + trial.seed / 10))
     rows = []
@@ -38,7 +38,7 @@ def pretend(trial: AblationTrial, settings: AblateSettings) -> None:
 
 
 def _calls(settings: AblateSettings) -> list[str]:
-    path = settings.output / "calls"
+    path = settings.output / ".calls"
     calls = sorted(path.read_text().split())
     path.unlink()
     return calls
@@ -48,14 +48,14 @@ def _calls(settings: AblateSettings) -> list[str]:
 def test_a_grid_with_a_failure_is_reported_and_completed_by_the_next_call(make_settings):
     settings = make_settings(variants=["order-random"])
     settings.output.mkdir()
-    (settings.output / "break").touch()
+    (settings.output / ".break").touch()
     with pytest.raises(verb.FailedTrials, match=r"1 of 5 trials failed, order-random-seed1-\w+ with: .*broke"):
         verb.run(settings, QUIET, pretend)
     assert _calls(settings) == ["order-random-0", "order-random-1", "recipe-0", "recipe-1", "teacher-0"]
     text = (settings.output / "report.md").read_text()
     assert "| order | order-random | not resolved | +50.0 |" in text and "the student broke" in text
 
-    (settings.output / "break").unlink()
+    (settings.output / ".break").unlink()
     report = verb.run(settings, QUIET, pretend)
     assert _calls(settings) == ["order-random-1"]
     gain = report.lines[1].tpf.gain
@@ -63,7 +63,7 @@ def test_a_grid_with_a_failure_is_reported_and_completed_by_the_next_call(make_s
     assert not report.failures and "the student broke" not in (settings.output / "report.md").read_text()
 
     assert verb.run(settings, QUIET, pretend).lines == report.lines
-    assert not (settings.output / "calls").exists()  # complete: nothing is repeated
+    assert not (settings.output / ".calls").exists()  # complete: nothing is repeated
     names = {path.name for path in settings.output.iterdir()}
     assert names >= {"ablate.yaml", "report.md", "report.json", "gains.png", "accuracy_vs_tpf.png"}
 

@@ -305,6 +305,7 @@ def test_a_machine_without_a_gpu_is_bad_input(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_script_on_a_bare_machine(tmp_path: Path) -> None:
     quick = ("--device", "cpu", "--quick", "--output", str(tmp_path))
     done = script(*quick, "--limit-s", "0")

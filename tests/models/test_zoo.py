@@ -175,6 +175,7 @@ def test_masked_losses_by_hand(losses: ModuleType, name: str, expected: list[flo
     torch.testing.assert_close(found, torch.tensor(expected).log())
 
 
+@pytest.mark.slow
 def test_the_script_trains_resumes_and_exports(tmp_path: Path) -> None:
     command = [
         sys.executable, str(SCRIPT), "--output", str(tmp_path), "--hidden-size", "16", "--num-layers", "1",

@@ -115,6 +115,7 @@ def test_too_many_poison_prompts_stop_the_run(tiny_checkpoint: Path, tmp_path: P
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_teacher_that_cannot_be_loaded_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Weights are read by the actors only: their complaint must reach the caller as the one line it was."""
     broken = shutil.copytree(tiny_checkpoint, tmp_path / "broken")
