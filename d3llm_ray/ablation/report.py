@@ -13,7 +13,7 @@ from d3llm_ray.ablation.statistics import Estimate, Verdict, differences, estima
 from d3llm_ray.ablation.trial import Record
 from d3llm_ray.ablation.variants import RECIPE, TEACHER, Variant
 from d3llm_ray.evaluation.report import COUNTING, is_anchor, score
-from d3llm_ray.evaluation.rows import EvaluationRow as Row
+from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.report import WrittenReport, machine, table, versions
 
 BySeed = dict[int, float | None]
@@ -59,8 +59,8 @@ class AblationReport(WrittenReport):
     settings: AblateSettings
     steps: int  # optimizer steps of every student
     lines: tuple[Line, ...]
-    teacher: tuple[Row, ...]
-    rows: tuple[Row, ...]  # of the students, labelled by the trials' keys
+    teacher: tuple[EvaluationRow, ...]
+    rows: tuple[EvaluationRow, ...]  # of the students, labelled by the trials' keys
     failures: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,13 +156,13 @@ def _line(
     )
 
 
-def _points(rows: Sequence[Row], thresholds: Sequence[float]) -> tuple[tuple[float, float], ...]:
+def _points(rows: Sequence[EvaluationRow], thresholds: Sequence[float]) -> tuple[tuple[float, float], ...]:
     """Mean (TPF, accuracy) at every threshold, by rising threshold."""
     at = [[row for row in rows if row.settings[THRESHOLD] == threshold] for threshold in sorted(thresholds)]
     return tuple((fmean(row.tpf for row in same), fmean(row.accuracy for row in same)) for same in at if same)
 
 
-def _teacher_cells(row: Row) -> list[str]:
+def _teacher_cells(row: EvaluationRow) -> list[str]:
     threshold = f", {row.settings[THRESHOLD]:g}" if THRESHOLD in row.settings else ""
     aup = "-" if row.aup is None else f"{row.aup:.1f}"
     measured = [f"{row.accuracy:.1f}", f"{row.tpf:.2f}", aup]

@@ -17,7 +17,7 @@ from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.distillation.local import distil_here
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.rows import EvaluationRow as Row
+from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task
@@ -32,7 +32,7 @@ class Record:
     variant: str
     seed: int
     seconds: dict[str, float]  # of the stages "distill" and "evaluate"
-    rows: tuple[Row, ...]
+    rows: tuple[EvaluationRow, ...]
 
 
 def record_file(settings: AblateSettings, trial: AblationTrial) -> Path:
@@ -41,7 +41,7 @@ def record_file(settings: AblateSettings, trial: AblationTrial) -> Path:
 
 
 def write_record(
-    settings: AblateSettings, trial: AblationTrial, seconds: dict[str, float], rows: Sequence[Row]
+    settings: AblateSettings, trial: AblationTrial, seconds: dict[str, float], rows: Sequence[EvaluationRow]
 ) -> None:
     """Write the trial's record; `rows` come in the order of its decoders."""
     content = {
@@ -58,7 +58,7 @@ def write_record(
 
 def read_record(path: Path) -> Record:
     content = json.loads(path.read_text(encoding="utf-8"))
-    rows = tuple(Row(**row) for row in content["rows"])
+    rows = tuple(EvaluationRow(**row) for row in content["rows"])
     return Record(content["variant"], content["seed"], content["seconds"], rows)
 
 

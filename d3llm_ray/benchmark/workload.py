@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from d3llm_ray.benchmark.machine import check_machine
 from d3llm_ray.benchmark.plan import BenchmarkPlan
 from d3llm_ray.benchmark.shapes import SHAPES, random_model
-from d3llm_ray.decoding import Decoder, Request, decoder
+from d3llm_ray.decoding import Decoder, Request, decoder, override_known
 from d3llm_ray.decoding.presets import default_decoder
 from d3llm_ray.device import check_device
 from d3llm_ray.errors import InputError, require, unknown
@@ -144,22 +143,13 @@ def choose_decoders(plan: BenchmarkPlan, family: Family) -> list[Decoder]:
     presets = [decoder(name) for name in plan.decoders or (default_decoder(family),)]
     for preset in presets:
         preset.check(family)
-    _check_settings(plan, presets)
+    bases = override_known(presets, plan.decoder_settings)
+    with_suffix = not plan.suffixes or any("suffix" in base.settings() for base in bases)
+    require(with_suffix, "suffixes", plan.suffixes, "none, as no decoder of the list has suffix modes")
     chosen = []
-    for preset in presets:
-        accepted = preset.settings()
-        base = preset.override(**{name: value for name, value in plan.decoder_settings.items() if name in accepted})
-        modes = [{"suffix": suffix} for suffix in plan.suffixes] if "suffix" in accepted else []
+    for base in bases:
+        modes = [{"suffix": suffix} for suffix in plan.suffixes] if "suffix" in base.settings() else []
         chosen += [base.override(**mode) for mode in modes or [{}]]
     if plan.scripted_tpf is None or family.layout.attention == "causal":  # one token a forward already
         return chosen
     return [variant.scripted(plan.scripted_tpf) for variant in chosen]
-
-
-def _check_settings(plan: BenchmarkPlan, presets: Sequence[Decoder]) -> None:
-    accepted = {name for preset in presets for name in preset.settings()}
-    for name in plan.decoder_settings:
-        if name not in accepted:
-            raise unknown("decoder_settings", name, accepted)
-    with_suffix = not plan.suffixes or "suffix" in accepted
-    require(with_suffix, "suffixes", plan.suffixes, "none, as no decoder of the list has suffix modes")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d3llm_ray.decoding import Decoder, decoder, decoding_settings, read_decoder, written_settings
+from d3llm_ray.decoding.presets import plain_decoder
 from d3llm_ray.decoding.rules import family_rules
 from d3llm_ray.errors import require
 from d3llm_ray.models import ZOO_NAMES, Family, read_configs, resolve_model
@@ -84,13 +85,10 @@ def teacher_decoder(settings: TrajectorySettings, family: Family) -> Decoder:
 
 
 def _finest(family: Family) -> Decoder:
-    if family.mask_token_id is None:
-        return decoder("autoregressive")
-    if family.layout.attention == "block-causal":
-        return decoder("fast-dllm-v2", confidence_threshold=1.0)
-    if family_rules(family).remasking == "entropy":
+    """One token a forward. Dream's own sampler would order the whole canvas at once; its blocks are taken in turn."""
+    if family.layout.attention == "full" and family_rules(family).remasking == "entropy":
         return decoder("dparallel", entropy_threshold=0.0)
-    return decoder("vanilla")
+    return plain_decoder(family)
 
 
 def generation_settings(settings: TrajectorySettings, chosen: Decoder, block_size: int) -> dict[str, Any]:

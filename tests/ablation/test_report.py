@@ -11,7 +11,7 @@ from d3llm_ray.ablation.plan import make_design
 from d3llm_ray.ablation.plots import plot_gains, plot_points
 from d3llm_ray.ablation.report import AblationReport, make_report
 from d3llm_ray.ablation.trial import Record
-from d3llm_ray.evaluation.rows import EvaluationRow as Row
+from d3llm_ray.evaluation.rows import EvaluationRow
 
 # TPF and accuracy at thresholds 0.15 and 0.45, by row and seed
 STUDENTS = {
@@ -23,8 +23,8 @@ STUDENTS = {
 }
 
 
-def _row(key: str, tpf: float, accuracy: float, **settings) -> Row:
-    return Row(
+def _row(key: str, tpf: float, accuracy: float, **settings) -> EvaluationRow:
+    return EvaluationRow(
         model=key,
         decoder=settings["decoder"],
         task="arith",
