@@ -29,7 +29,7 @@ from pydantic_settings import (
 )
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.paths import expanded
+from d3llm_ray.paths import expanded, not_uploaded
 from d3llm_ray.yaml_file import dump_yaml, parse_yaml
 from d3llm_ray.yaml_file import read_yaml as read_yaml  # for those who read settings
 
@@ -141,7 +141,8 @@ def recipe_file(name: str | Path, cls: type[Settings], field: str = "config") ->
         return path
     shipped = {file.stem: file for file in sorted(cls.recipes.glob("*.yaml"))}
     if str(name) not in shipped:
-        raise InputError(f"{field}: no file {str(name)!r}; accepted: a YAML file, or one of {', '.join(shipped)}")
+        accepted = f"a YAML file, or one of {', '.join(shipped)}"
+        raise InputError(f"{field}: no file {str(name)!r}; accepted: {accepted}{not_uploaded(path)}")
     return shipped[str(name)]
 
 

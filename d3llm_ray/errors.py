@@ -12,12 +12,20 @@ class InputError(ValueError):
     """
 
 
-class DecodingError(RuntimeError):
+class WorkError(RuntimeError):
+    """Work that failed through no fault of its input, in one line. Exit code 1."""
+
+
+class DecodingError(WorkError):
     """A request that could not be decoded through no fault of its sender, such as NaN logits."""
 
 
-class IncompleteError(RuntimeError):
-    """Work that is done but for some of its rows, which the line names with their reasons. Exit code 1."""
+class IncompleteError(WorkError):
+    """Work that is done but for some of its parts, which the line names with their reasons."""
+
+
+class StorageError(OSError):
+    """An output that the storage refused to take: a full disk, a lost share. Exit code 1."""
 
 
 def unknown(field: str, value: object, accepted: Iterable[object]) -> InputError:

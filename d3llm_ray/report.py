@@ -7,16 +7,19 @@ import json
 import os
 import platform
 import re
+import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3llm_ray import __version__
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, StorageError
+from d3llm_ray.paths import in_job_package
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,18 +93,58 @@ def versions() -> dict[str, str | None]:
 
 
 def check_output(path: str | os.PathLike[str], field: str, *, folder: bool = False) -> Path:
-    """Where writing to `path` will end, symbolic links followed; `InputError` for what is no regular file (or folder).
+    """Where writing to `path` will end, symbolic links followed; for before the work that is to be written.
 
-    A pipe, a device or a socket is not replaced by a file, and nothing can be made below a file.
+    `InputError` for what is no regular file (or folder), for a place that cannot be written to, and for one that would
+    be lost: in the package of a Ray job, where relative paths of a job lie.
     """
-    real = Path(os.path.realpath(path))
-    accepted = "a folder, or a name that is free" if folder else "a regular file, or a name that is free"
-    if os.path.lexists(real) and not (real.is_dir() if folder else real.is_file()):
-        raise InputError(f"{field}: {os.fspath(path)!r} is {_kind(real)}; accepted: {accepted}")
-    parent = next(place for place in real.parents if os.path.lexists(place))
-    if not parent.is_dir():
-        raise InputError(f"{field}: {os.fspath(path)!r} lies below {_kind(parent)}; accepted: {accepted}")
+    real = _destination(path, field, folder=folder)
+    if in_job_package(real):
+        raise InputError(
+            f"{field}: {os.fspath(path)!r} lies in the package of this Ray job, which Ray deletes; accepted: an "
+            "absolute path on storage that all nodes see"
+        )
+    place = real if real.is_dir() else next(parent for parent in real.parents if parent.is_dir())
+    probe = partial_name(place / "probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{field}: {os.fspath(path)!r} cannot be written: {error.strerror}: {str(place)!r}; accepted: "
+            f"{'a folder' if folder else 'a file'} where this user may write"
+        ) from error
     return real
+
+
+def _destination(path: str | os.PathLike[str], field: str, *, folder: bool = False) -> Path:
+    """Where writing to `path` ends. `InputError`: a pipe, a device or a socket is not replaced by a file, and nothing
+    can be made below a file."""
+    text = os.fspath(path)
+    accepted = "a folder, or a name that is free" if folder else "a regular file, or a name that is free"
+    if re.match(r"[a-z][a-z0-9+.-]+:/", text):  # a `Path` has one slash of a URL's two
+        raise InputError(f"{field}: {text!r} is a URL; accepted: a local path, such as one on a mounted share")
+    try:
+        real = Path(os.path.realpath(path))
+        there = _exists(real)
+        parent = next(place for place in real.parents if _exists(place))
+    except (OSError, ValueError) as error:  # a name that is too long, a NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{field}: {text!r} cannot be written: {reason}; accepted: {accepted}") from error
+    if there and not (real.is_dir() if folder else real.is_file()):
+        raise InputError(f"{field}: {text!r} is {_kind(real)}; accepted: {accepted}")
+    if not parent.is_dir():
+        raise InputError(f"{field}: {text!r} lies below {_kind(parent)}; accepted: {accepted}")
+    return real
+
+
+def _exists(path: Path) -> bool:
+    """Whether anything has this name, a link that leads nowhere included; `OSError` where nothing can have it."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _kind(path: Path) -> str:
@@ -124,17 +167,27 @@ def partial_name(path: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it at the end of the block: a file that is there is whole.
 
-    What a symbolic link points to is replaced, not the link. `InputError` for what is no regular file. A block that
-    fails leaves nothing.
+    What a symbolic link points to is replaced, not the link. `InputError` for what is no regular file, `StorageError`
+    where the storage fails. A block that fails leaves nothing.
     """
-    target = check_output(path, "output")
+    target = _destination(path, "output")
     partial = partial_name(target)
+    with storing(target):
+        try:
+            yield partial
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def storing(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an `OSError` of the block, which writes `name`, into a `StorageError` that names it."""
     try:
-        yield partial
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise StorageError(error.errno, f"{error.strerror or error}: {os.fspath(name)}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -147,6 +200,18 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG as a whole."""
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
+
+
+def can_plot(*files: Path) -> bool:
+    """Whether matplotlib is there, which an installation without the extra `cluster` lacks; else says what is left out.
+
+    What was measured must not be lost for want of a picture of it.
+    """
+    if find_spec("matplotlib") is not None:
+        return True
+    names = ", ".join(map(str, files))
+    print(f'd3llm-ray: left out, for want of matplotlib (pip install "d3llm-ray[cluster]"): {names}', file=sys.stderr)
+    return False
 
 
 def digest(content: Any) -> str:

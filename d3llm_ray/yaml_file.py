@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.paths import expanded
+from d3llm_ray.paths import expanded, not_uploaded
 
 
 class DuplicateKey(yaml.YAMLError):
@@ -58,6 +58,7 @@ def read_yaml(path: str | Path, field: str = "config") -> dict[str, Any]:
     except OSError as error:
         raise InputError(
             f"{field}: cannot read {str(path)!r}: {error.strerror}; accepted: a readable YAML file"
+            f"{not_uploaded(expanded(path, field))}"
         ) from error
     except DuplicateKey as error:
         raise InputError(f"{field}: {str(path)!r}: {error}; accepted: every key once") from error

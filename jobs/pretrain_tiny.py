@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from d3llm_ray.distillation.convert import group_queries
 from d3llm_ray.models import Family, ModelConfig, Transformer, load_model, save_model
 from d3llm_ray.models.families import read_family
+from d3llm_ray.report import check_output
 from d3llm_ray.tasks.arith import vocabulary_texts
 from d3llm_ray.tasks.tokenizer import build_tokenizer
 
@@ -132,7 +133,7 @@ def main() -> None:
         parser.add_argument(f"--{stage}-steps", type=int, default=steps)
         parser.add_argument(f"--{stage}-lr", type=float, default=lr)
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_output(args.output, "output", folder=True).mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(vocabulary_texts())
     torch.manual_seed(args.seed)
     if args.start:

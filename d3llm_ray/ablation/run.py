@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from ray import tune
 
 from d3llm_ray.ablation.plan import AblationTrial, Design, check_trials, file_digest, make_design, plan_trials
-from d3llm_ray.ablation.plots import plot_gains, plot_points
 from d3llm_ray.ablation.references import write_reference_answers
 from d3llm_ray.ablation.report import AblationReport, make_report
 from d3llm_ray.ablation.settings import AblateSettings
@@ -17,17 +16,20 @@ from d3llm_ray.ablation.trial import Measure, read_record, record_file, run_tria
 from d3llm_ray.ablation.trial import measure as measure_student
 from d3llm_ray.cluster import connect, wait_for_resources
 from d3llm_ray.config import build
+from d3llm_ray.errors import IncompleteError
 from d3llm_ray.output_folder import claim
 from d3llm_ray.progress import Progress, polled
+from d3llm_ray.report import can_plot
 from d3llm_ray.tasks import EMBEDDED
 from d3llm_ray.trajectories.pipeline import run as write_trajectories
+from d3llm_ray.trajectories.schema import open_dataset
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.storage import SUCCESS, Location
 
 TUNE_FOLDER = "tune"
 
 
-class FailedTrials(RuntimeError):
+class FailedTrials(IncompleteError):
     """Some students could not be trained or measured; the report of the others is written."""
 
 
@@ -59,8 +61,12 @@ def run(
     failures = _run_missing(settings, trials, measure, progress)
     records = [read_record(path) for trial in trials if (path := record_file(settings, trial)).is_file()]
     report = make_report(design, steps, records, failures)
-    plot_gains(report, settings.output / "gains.png")
-    plot_points(report, settings.output / "accuracy_vs_tpf.png")
+    plots = settings.output / "gains.png", settings.output / "accuracy_vs_tpf.png"
+    if can_plot(*plots):
+        from d3llm_ray.ablation.plots import plot_gains, plot_points
+
+        plot_gains(report, plots[0])
+        plot_points(report, plots[1])
     report.write(settings.output)
     if failures:
         key, reason = next(iter(failures.items()))
@@ -74,6 +80,9 @@ def run(
 def _rows(design: Design, progress: Progress) -> tuple[str, str | None]:
     """The folders of the teacher's rows and, where they are needed, of reference answers; made unless given."""
     settings, trajectories = design.settings, design.settings.trajectories
+    for given in (trajectories, settings.reference_trajectories):
+        if given is not None:
+            open_dataset(given)
     if trajectories is None:
         values = {
             "teacher": design.teacher,

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 
 from d3llm_ray import cluster
-from d3llm_ray.benchmark.files import begin, keep
+from d3llm_ray.benchmark.files import begin, check, keep
 from d3llm_ray.benchmark.rates import RateRow, rate_columns
 from d3llm_ray.benchmark.ratios import Ratio
 from d3llm_ray.benchmark.report import BenchmarkReport
@@ -34,9 +34,10 @@ from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.student import build_student, student_family
 from d3llm_ray.distillation.training.engines import torch_engine
 from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
-from d3llm_ray.errors import require
+from d3llm_ray.errors import WorkError, require
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.pipeline import run as run_trajectories
+from d3llm_ray.trajectories.schema import open_dataset
 from d3llm_ray.trajectories.settings import TrajectorySettings
 
 SAME_LOSS = 1e-4  # relative: sums in another order, and bfloat16's kernels for other numbers of threads
@@ -92,11 +93,15 @@ def run(settings: DistillBenchmarkSettings, progress: Progress | None = None) ->
 
     Raises:
         InputError: settings or rows that `d3llm-ray distill` refuses, or too few rows for a step behind the warm-up.
-        RuntimeError: loop and job have not computed the same.
+        WorkError: loop and job have not computed the same.
     """
     progress = progress or Progress()
     kinds = sorted({1, settings.workers})
     output = Path(settings.output)
+    check(settings, output)
+    student_family(settings)
+    if settings.trajectories:
+        open_dataset(settings.trajectories)
     begin(settings, output)
     cluster.connect(min_cpus=settings.workers * settings.cpus_per_actor + settings.workers)
     with tempfile.TemporaryDirectory(dir=output) as folder:
@@ -216,4 +221,4 @@ def _check_same(runs: Sequence[Run]) -> None:
     """All have the same first loss, unless they do not train on the same."""
     losses = torch.tensor([run.loss for run in runs], dtype=torch.float64)
     if not torch.allclose(losses, losses[:1], rtol=SAME_LOSS, atol=0.0):
-        raise RuntimeError(f"first losses that differ: {', '.join(f'{run.name} {run.loss:.6g}' for run in runs)}")
+        raise WorkError(f"first losses that differ: {', '.join(f'{run.name} {run.loss:.6g}' for run in runs)}")

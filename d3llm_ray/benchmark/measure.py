@@ -28,6 +28,7 @@ from d3llm_ray.benchmark.workload import Cell, Workload, prepare
 from d3llm_ray.decoding import Completion, Engine, Event, Request
 from d3llm_ray.decoding.batch import ModelCall
 from d3llm_ray.device import peak_memory, timed
+from d3llm_ray.errors import DecodingError
 from d3llm_ray.models import Transformer, Work
 from d3llm_ray.progress import Progress
 
@@ -117,7 +118,7 @@ def decode(
     """Decode all requests, `batch_size` at a time whatever the engine could hold; yields what each step completed.
 
     Raises:
-        RuntimeError: a request failed; figures of the others would not be those of the plan.
+        DecodingError: a request failed; figures of the others would not be those of the plan.
     """
     pending = deque(requests)
     while pending or engine.active:
@@ -126,7 +127,7 @@ def decode(
         events = step(engine)
         for event in events:
             if event.error is not None:
-                raise RuntimeError(event.error)
+                raise DecodingError(event.error)
         yield [event.completion for event in events if event.completion is not None]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from d3llm_ray.benchmark.files import begin, check, keep
 from d3llm_ray.benchmark.host import HostRow, measure_host
 from d3llm_ray.benchmark.measure import benchmark
@@ -13,6 +11,7 @@ from d3llm_ray.benchmark.settings import BenchmarkSettings, HostBenchmarkSetting
 from d3llm_ray.benchmark.step import measure_step
 from d3llm_ray.benchmark.step_rows import StepRow
 from d3llm_ray.progress import Progress
+from d3llm_ray.report import can_plot
 
 
 def run(settings: BenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[BenchmarkRow]:
@@ -23,11 +22,11 @@ def run(settings: BenchmarkSettings, progress: Progress | None = None) -> Benchm
     """
     check(settings, settings.output)
     report = benchmark(settings.plan(), progress)
-    if find_spec("matplotlib") is not None:  # not needed to measure, and seldom on a machine rented for its GPU
+    if can_plot(plot := settings.output / "tokens_per_second.png"):  # seldom on a machine rented for its GPU
         from d3llm_ray.benchmark.plots import plot_report
 
         begin(settings, settings.output)
-        plot_report(report, settings.output / "tokens_per_second.png")
+        plot_report(report, plot)
     return keep(report, settings, settings.output)
 
 
@@ -36,7 +35,7 @@ def run_step(settings: StepBenchmarkSettings) -> BenchmarkReport[StepRow]:
 
     Raises:
         InputError: a plan that cannot be carried out, or a folder that is not ours, before any weight is read or made.
-        RuntimeError: a loss that is not finite.
+        WorkError: a loss that is not finite.
     """
     check(settings, settings.output)
     return keep(measure_step(settings.plan()), settings, settings.output)

@@ -34,7 +34,7 @@ from d3llm_ray.distillation.objectives.corruption import draws
 from d3llm_ray.distillation.student import recompute_layers
 from d3llm_ray.distillation.training.engines import EngineOptions, torch_engine
 from d3llm_ray.distillation.training.loop import attention_kernel
-from d3llm_ray.errors import require, unknown
+from d3llm_ray.errors import WorkError, require, unknown
 from d3llm_ray.models import Family, ModelConfig, Transformer, Work, load_model, read_configs
 from d3llm_ray.models.families import read_family
 
@@ -105,7 +105,7 @@ def measure_step(plan: StepPlan) -> BenchmarkReport[StepRow]:
     losses.append(take(clocked, share=steps[-1]))
     values = torch.stack(losses).tolist()
     if not all(map(math.isfinite, values)):
-        raise RuntimeError(f"losses that are not finite: {values}")
+        raise WorkError(f"losses that are not finite: {values}")
     work = reduce(add, map(_work, steps[0]))
     flops = step_flops(
         config,

@@ -23,14 +23,13 @@ from d3llm_ray.distillation.student import student_family, with_adapters
 from d3llm_ray.distillation.training import checkpoints
 from d3llm_ray.distillation.training.job import CHECKPOINTS, STUDENT, Job
 from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
-from d3llm_ray.distillation.training.plots import plot_loss
 from d3llm_ray.distillation.training.trackers import TENSORBOARD
 from d3llm_ray.distillation.training.validation import BEST, validation_decoder, validation_problems
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family, ModelConfig, Transformer, load_tokenizer, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.progress import Progress, polled
-from d3llm_ray.report import check_output
+from d3llm_ray.report import can_plot, check_output
 from d3llm_ray.tasks import load_task
 from d3llm_ray.yaml_file import read_yaml
 
@@ -156,7 +155,10 @@ def settle(job: Job) -> Path:
     shutil.copyfile(work / METRICS_FILE, student / METRICS_FILE)
     if (work / TENSORBOARD).is_dir():
         shutil.copytree(work / TENSORBOARD, student / TENSORBOARD, dirs_exist_ok=True)
-    plot_loss(read_metrics(work / METRICS_FILE), student / "loss.png")
+    if can_plot(output / "loss.png"):
+        from d3llm_ray.distillation.training.plots import plot_loss
+
+        plot_loss(read_metrics(work / METRICS_FILE), student / "loss.png")
     (student / SETTINGS_FILE).write_text(to_yaml(settings))
     student.rename(output)
     for folder in work_folders(output):

@@ -17,7 +17,6 @@ from d3llm_ray.device import check_device
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.decoders import decoder_label, sweep_decoder
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.plots import plot_report
 from d3llm_ray.evaluation.report import EvaluationReport, score
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow
 from d3llm_ray.evaluation.settings import EvaluateSettings
@@ -25,7 +24,7 @@ from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.output_folder import claim
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import digest, write_text
+from d3llm_ray.report import can_plot, digest, write_text
 from d3llm_ray.tasks import Problem, Task, load_task
 
 
@@ -59,7 +58,10 @@ def run(settings: EvaluateSettings, progress: Progress | None = None) -> Evaluat
     (settings.output / "samples").mkdir(exist_ok=True)
     rows = dict(_measure_all(settings, measurements, tasks, problems, progress))
     report = score([rows[item.key] for item in measurements], settings.anchors)
-    plot_report(report, settings.output / "accuracy_vs_tpf.png")
+    if can_plot(plot := settings.output / "accuracy_vs_tpf.png"):
+        from d3llm_ray.evaluation.plots import plot_report
+
+        plot_report(report, plot)
     report.write(settings.output)
     return report
 

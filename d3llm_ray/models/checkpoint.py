@@ -25,7 +25,7 @@ from d3llm_ray.models.config import ModelConfig
 from d3llm_ray.models.families import Family, read_family
 from d3llm_ray.models.folder import check_file, no_weights, not_a_checkpoint
 from d3llm_ray.models.transformer import Transformer
-from d3llm_ray.paths import expanded
+from d3llm_ray.paths import expanded, not_uploaded
 from d3llm_ray.report import check_output, partial_name
 
 ZOO = Path(__file__).parent / "zoo"
@@ -63,7 +63,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return ZOO / str(name_or_path)
     path = Path(expanded(name_or_path, "model"))
     if not (path / "config.json").is_file():
-        accepted = [*ZOO_NAMES, "a folder with config.json and *.safetensors"]
+        accepted = [*ZOO_NAMES, f"a folder with config.json and *.safetensors{not_uploaded(path)}"]
         raise not_a_checkpoint(path) or unknown("model", str(name_or_path), accepted)
     return path
 
@@ -106,7 +106,9 @@ def _shards(path: Path) -> list[Path]:
     for file in files:
         check_file(file)
         if not file.is_file():
-            raise InputError(f"model: shard {file.name} named in {index.name} is missing from {path}")
+            raise InputError(
+                f"model: shard {file.name} named in {index.name} is missing from {path}{not_uploaded(path)}"
+            )
     return files
 
 

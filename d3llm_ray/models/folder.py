@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from d3llm_ray.errors import InputError
+from d3llm_ray.paths import not_uploaded
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
@@ -47,7 +48,8 @@ def not_a_checkpoint(path: Path) -> InputError | None:
         )
     if path.is_dir():
         files = "is empty" if not any(path.iterdir()) else "has no config.json"
-        return InputError(f"model: the folder {path} {files}; accepted: a folder with config.json and *.safetensors")
+        accepted = f"a folder with config.json and *.safetensors{not_uploaded(path)}"
+        return InputError(f"model: the folder {path} {files}; accepted: {accepted}")
     return None
 
 
@@ -59,4 +61,4 @@ def no_weights(path: Path) -> InputError:
             f"model: {path} has its weights in {others[0]}; accepted: safetensors "
             "(save_pretrained of transformers writes them)"
         )
-    return InputError(f"model: no *.safetensors file in {path}; accepted: safetensors weights only")
+    return InputError(f"model: no *.safetensors file in {path}; accepted: safetensors weights only{not_uploaded(path)}")

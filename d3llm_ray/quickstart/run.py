@@ -24,10 +24,11 @@ from d3llm_ray.evaluation.report import EvaluationReport
 from d3llm_ray.evaluation.run import run as evaluate
 from d3llm_ray.models import resolve_model
 from d3llm_ray.output_folder import check_folder, claim, named
+from d3llm_ray.paths import not_uploaded
 from d3llm_ray.progress import Progress
 from d3llm_ray.quickstart.memory import PeakMemory
 from d3llm_ray.quickstart.settings import QuickstartSettings
-from d3llm_ray.report import PARTIAL, write_text
+from d3llm_ray.report import PARTIAL, check_output, write_text
 from d3llm_ray.serving.server import serve_in_background
 from d3llm_ray.tasks import load_task
 from d3llm_ray.trajectories.pipeline import run as write_trajectories
@@ -98,12 +99,22 @@ def _check(settings: QuickstartSettings) -> None:
     resolve_model(settings.teacher)
     problems = load_task(settings.task).problems("test", 1)
     require(problems[0].reference is not None, "task", settings.task, "a task whose problems have a reference")
-    settings.trajectory_settings(), settings.distill_settings(), settings.evaluate_settings()
     settings.serve_settings()
+    outputs = {
+        "trajectories": settings.trajectory_settings().output,
+        "distill": settings.distill_settings().output,
+        "tune": settings.tune_settings().output,
+        "evaluate": settings.evaluate_settings().output,
+    }
     space = settings.tune_settings().space
     if not space.is_file():
-        raise InputError(f"tune.space: no file {str(space)!r} from here; accepted: a search space in YAML")
+        raise InputError(
+            f"tune.space: no file {str(space)!r} from here; accepted: a search space in YAML{not_uploaded(space)}"
+        )
     check_folder(settings.output, MARKER, QuickstartSettings)
+    for name, output in outputs.items():
+        if "://" not in str(output):
+            check_output(output, f"{name}.output", folder=True)
     if settings.fresh and settings.output.is_dir() and (strange := _entries(settings.output)[1]):
         raise InputError(
             f"output: {str(settings.output)!r} holds {named(strange)}, which no quickstart has written; accepted with "

@@ -18,7 +18,7 @@ import ray
 from ray import serve
 
 from d3llm_ray.cluster import connect
-from d3llm_ray.errors import InputError, require
+from d3llm_ray.errors import InputError, WorkError, require
 from d3llm_ray.progress import Progress
 from d3llm_ray.serving.app import application
 from d3llm_ray.serving.settings import ServeSettings
@@ -134,7 +134,7 @@ def _wait_healthy(url: str) -> None:
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{url}/health did not answer within {HEALTHY_WITHIN_S:g} s: {error}") from error
+                raise WorkError(f"{url}/health did not answer within {HEALTHY_WITHIN_S:g} s: {error}") from error
             time.sleep(0.1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from d3llm_ray.errors import unknown
+from d3llm_ray.paths import not_uploaded
 from d3llm_ray.tasks import arith
 from d3llm_ray.tasks.files import ENDINGS, read_problems, stem
 from d3llm_ray.tasks.task import SPLITS, Problem, Split, Task
@@ -25,6 +26,10 @@ def load_task(name_or_file: str) -> Task:
     if name_or_file in EMBEDDED:
         return EMBEDDED[name_or_file]
     if not name_or_file.endswith(ENDINGS):
-        raise unknown("task", name_or_file, [*EMBEDDED, "a .jsonl, .jsonl.gz or .parquet file of prompts"])
+        raise unknown(
+            "task",
+            name_or_file,
+            [*EMBEDDED, f"a .jsonl, .jsonl.gz or .parquet file of prompts{not_uploaded(name_or_file)}"],
+        )
     problems = read_problems(name_or_file)
     return Task(stem(name_or_file), lambda _split, count: problems[:count])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from d3llm_ray.errors import InputError
+from d3llm_ray.paths import not_uploaded
 from d3llm_ray.tasks.task import Message, Problem, problem_id
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def stream_problems(filesystem: fs.FileSystem, path: str, name: str) -> Iterator
 
 def unreadable(name: str, why: object) -> InputError:
     """The error for prompts that cannot be read, in one line."""
-    return InputError(f"prompts: cannot read {name!r}: {' '.join(str(why).split())}; accepted: {ACCEPTED}")
+    return InputError(
+        f"prompts: cannot read {name!r}: {' '.join(str(why).split())}; accepted: {ACCEPTED}{not_uploaded(name)}"
+    )
 
 
 def no_rows(name: str) -> InputError:

@@ -23,6 +23,7 @@ from pydantic import Field
 from d3llm_ray.config import Settings
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import load_tokenizer, read_configs
+from d3llm_ray.paths import not_uploaded
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.published import ChatTemplate, Imported, PublishedTeacher, import_answer, import_trajectory
 from d3llm_ray.trajectories.schema import MAX_CANVAS, build_table, file_metadata
@@ -153,11 +154,12 @@ def _converter(settings: ImportSettings, columns: list[str]) -> tuple[Callable[[
 def _open(name: str) -> ImportSource:
     """Find the files of a source and open them by their ending."""
     location = Location.of(name, "source")
-    require(location.exists, "source", name, f"a file or folder that exists: {FORMATS}")
+    hint = not_uploaded(location.name)
+    require(location.exists, "source", name, f"a file or folder that exists: {FORMATS}{hint}")
     if location.is_folder:
         kinds = {ending: files for ending in (".parquet", ".jsonl", ".arrow") if (files := location.files(ending))}
         names = f"files {', '.join(kinds)}" if kinds else "no data files"
-        require(len(kinds) == 1, "source", f"{name} with {names}", f"a folder of one kind of files: {FORMATS}")
+        require(len(kinds) == 1, "source", f"{name} with {names}", f"a folder of one kind of files: {FORMATS}{hint}")
         ((ending, files),) = kinds.items()
     else:
         ending, files = f".{location.path.rpartition('.')[2]}", [location]

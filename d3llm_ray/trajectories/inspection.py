@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from d3llm_ray.config import Settings
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import load_tokenizer, read_configs
 from d3llm_ray.progress import Progress
+from d3llm_ray.report import can_plot, check_output
 from d3llm_ray.trajectories.play import Unmasking, legible, play
 from d3llm_ray.trajectories.reveals import Histogram, Reveals
 from d3llm_ray.trajectories.schema import ERRORS, check_table, decode_metadata, open_dataset
@@ -63,9 +63,10 @@ def run(settings: InspectSettings, progress: Progress | None = None) -> str:
     """Draw and play one row and return the report of all rows, which are read in constant memory.
 
     Files in `settings.output` (where matplotlib is installed): `histograms.png` and `trajectory-PROMPT_ID.png`.
-    Raises `InputError`, before rows are counted, for a path that is missing, unfinished or of another schema, and for
-    a row that is not there or does not know its order.
+    Raises `InputError`, before rows are counted, for a path that is missing, unfinished or of another schema, for an
+    output that cannot be written, and for a row that is not there or does not know its order.
     """
+    check_output(settings.output, "output", folder=True)
     dataset = open_dataset(settings.path)
     check_table(dataset.schema.empty_table(), settings.path)
     row = _find_row(dataset, settings.row)
@@ -156,7 +157,7 @@ def _batches(dataset: pads.Dataset, path: str, progress: Progress) -> Iterator[p
 
 def _draw(output: Path, histograms: list[Histogram], unmasking: Unmasking | None) -> list[Path]:
     """The pictures that were written: those that there is something for."""
-    if find_spec("matplotlib") is None:  # an extra; the report does without
+    if not can_plot(output):  # the report does without
         return []
     from d3llm_ray.trajectories.plots import plot_histograms, plot_unmasking
 

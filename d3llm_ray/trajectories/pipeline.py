@@ -16,7 +16,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, read_parquet
 from ray.exceptions import RayError
 
 from d3llm_ray.cluster import connect, quieten, wait_for_resources
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, StorageError
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.plan import TrajectoryPlan, make_plan
 from d3llm_ray.trajectories.publish import publish
@@ -40,7 +40,7 @@ def run(settings: TrajectorySettings, progress: Progress | None = None, make_tea
     Raises:
         InputError: bad settings, before Ray starts or the model loads where that can be known; too many failed
             prompts; a cluster without room for the actors.
-        OSError: the storage refuses a write (a full disk, say). What is committed stays, and a re-run goes on.
+        StorageError: the storage refuses a write (a full disk, say). What is committed stays, and a re-run goes on.
     """
     plan, progress = make_plan(settings), progress or Progress()
     if is_finished(plan, progress):
@@ -90,7 +90,7 @@ def _decode(
         with DataContext.current(_data_context(settings)):
             for receipt in _receipts(_dataset(plan, prompts, make_teacher)):
                 if receipt["refusal"] is not None:
-                    raise OSError(receipt["errno"], receipt["refusal"])
+                    raise StorageError(receipt["errno"], receipt["refusal"])
                 for name in sums:
                     sums[name] += receipt[name]
                 check_errors(sums["errors"], manifest.prompts, settings.max_error_fraction, receipt["example"])

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
+from d3llm_ray.errors import WorkError
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.plan import TrajectoryPlan
 from d3llm_ray.trajectories.schema import ERROR_SCHEMA, SCHEMA
@@ -20,7 +21,7 @@ from d3llm_ray.trajectories.staging import Manifest, rows_and_files, staged_ids
 from d3llm_ray.trajectories.worker import STAGED_SCHEMA
 
 
-class IncompleteRun(RuntimeError):
+class IncompleteRun(WorkError):
     """The parts do not hold every prompt once: a fault of the pipeline, not of its input."""
 
 

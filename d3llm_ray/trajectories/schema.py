@@ -18,6 +18,7 @@ import pyarrow.dataset as pads
 
 from d3llm_ray import __version__
 from d3llm_ray.errors import InputError
+from d3llm_ray.paths import not_uploaded
 from d3llm_ray.trajectories.storage import SUCCESS, Location
 
 
@@ -142,9 +143,11 @@ def open_dataset(path: str | os.PathLike[str]) -> pads.Dataset:
     """The rows of a finished trajectory folder or file, unread; `InputError` as of `read_trajectories`."""
     location = Location.of(path, "trajectories")
     if not location.exists:
-        raise InputError(f"trajectories: {os.fspath(path)!r} does not exist; accepted: a trajectory folder or file")
+        accepted = f"a trajectory folder or file{not_uploaded(location.name)}"
+        raise InputError(f"trajectories: {os.fspath(path)!r} does not exist; accepted: {accepted}")
     if location.is_folder and not (location / SUCCESS).exists:
-        raise InputError(f"trajectories: {os.fspath(path)!r} has no {SUCCESS}; accepted: the folder of a finished run")
+        accepted = f"the folder of a finished run{not_uploaded(location.name)}"
+        raise InputError(f"trajectories: {os.fspath(path)!r} has no {SUCCESS}; accepted: {accepted}")
     files = location.files(".parquet") if location.is_folder else [location]
     files = [file for file in files if not file.path.endswith(f"/{ERRORS}")]
     try:

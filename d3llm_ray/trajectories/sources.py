@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from d3llm_ray.errors import unknown
+from d3llm_ray.paths import not_uploaded
 from d3llm_ray.tasks import EMBEDDED, Problem, Split, Task
 from d3llm_ray.tasks.files import ENDINGS, no_rows, stem, stream_problems, to_problem, unreadable
 from d3llm_ray.tasks.task import no_problems
@@ -79,7 +80,7 @@ def _open(prompts: str, split: Split, count: int | None) -> Opened:
         raise unreadable(prompts, "no such file or folder")
     if match := _HUB.fullmatch(prompts):
         return _open_dataset(prompts, match[1], match[2], split)
-    raise unknown("prompts", prompts, ACCEPTED)
+    raise unknown("prompts", prompts, [*ACCEPTED[:-1], f"{ACCEPTED[-1]}{not_uploaded(prompts)}"])
 
 
 def _open_files(prompts: str, location: Location) -> Opened:

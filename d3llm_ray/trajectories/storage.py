@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, StorageError
 from d3llm_ray.paths import expanded
 from d3llm_ray.report import check_output
 
@@ -129,5 +129,5 @@ class Location:
             with suppress(OSError):
                 self.filesystem.delete_file(partial)
             if isinstance(error, OSError):  # Arrow's does not say which file
-                raise OSError(error.errno, f"{error.strerror or error}: {self.name}") from error
+                raise StorageError(error.errno, f"{error.strerror or error}: {self.name}") from error
             raise

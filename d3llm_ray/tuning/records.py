@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 
-from d3llm_ray.report import machine, save_figure, versions, write_text
+from d3llm_ray.report import can_plot, machine, save_figure, versions, write_text
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial, best_trial, pareto_front
 from d3llm_ray.tuning.space import SearchSpace
 
@@ -35,7 +34,8 @@ def write_records(directory: Path, space: SearchSpace, objective: SearchObjectiv
         "versions": versions(),
     }
     write_text(directory / "trials.json", json.dumps(content, indent=1) + "\n")
-    plot_trials(directory / "pareto.png", space, objective, trials)
+    if can_plot(plot := directory / "pareto.png"):
+        plot_trials(plot, space, objective, trials)
     path = directory / "settings.yaml"
     write_text(path, yaml.safe_dump(chosen, sort_keys=False))
     return path
@@ -53,6 +53,8 @@ def _csv(space: SearchSpace, trials: Sequence[TuneTrial]) -> str:
 
 def plot_trials(path: Path, space: SearchSpace, objective: SearchObjective, trials: Sequence[TuneTrial]) -> None:
     """Accuracy (percent) over tokens per forward of every trial, with the Pareto front, the anchor and the choice."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     best, front = best_trial(trials), pareto_front(trials)

@@ -10,6 +10,7 @@ from ray import tune
 from ray.tune import ResultGrid
 from ray.tune.search.optuna import OptunaSearch
 
+from d3llm_ray.errors import WorkError
 from d3llm_ray.progress import Progress
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial
 from d3llm_ray.tuning.settings import TuneSettings
@@ -102,7 +103,8 @@ def _domain(parameter: Range | ValueChoice) -> Any:
 
 def _trials(grid: ResultGrid, expected: int) -> list[TuneTrial]:
     if grid.num_errors:
-        raise RuntimeError(f"{grid.num_errors} of {expected} trials failed, the first with: {grid.errors[0]}")
+        reason = str(grid.errors[0]).strip().splitlines()[-1]  # below its traceback
+        raise WorkError(f"{grid.num_errors} of {expected} trials failed, the first with: {reason}")
     finished = [
         result for result in (grid[index] for index in range(len(grid))) if result.metrics and "score" in result.metrics
     ]

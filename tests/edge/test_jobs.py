@@ -64,7 +64,16 @@ def test_a_submitted_distillation_leaves_a_student(
     assert load_model(output)[0].config == load_model(tiny_checkpoint)[0].config
 
 
-def test_a_submitted_job_fails_on_bad_input_with_one_line(jobs: JobSubmissionClient, tmp_path: Path) -> None:
-    status, printed = finish(jobs, "distill.py", config="tiny", trajectories=tmp_path / "none", output="x")
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"count": 4, "output": "runs/rel"}, "output: 'runs/rel' lies in the package of this Ray job"),
+        ({"teacher": "mine/model", "output": "/tmp/rows"}, "files that git ignores are not uploaded"),
+    ],
+)
+def test_a_submitted_job_fails_on_bad_input_with_one_line(
+    jobs: JobSubmissionClient, settings: dict[str, object], line: str
+) -> None:
+    status, printed = finish(jobs, "generate_trajectories.py", **settings)
     assert status == JobStatus.FAILED
-    assert "d3llm-ray: trajectories: " in printed and "Traceback" not in printed
+    assert line in printed and "Traceback" not in printed
