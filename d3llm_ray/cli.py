@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d3llm_ray import __version__
-from d3llm_ray.config import Settings, parse, to_yaml
 from d3llm_ray.errors import InputError, StorageError, WorkError, unknown
 from d3llm_ray.paths import not_uploaded
+
+if TYPE_CHECKING:
+    from d3llm_ray.config import Settings
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 EXIT_CODES = {
@@ -171,6 +173,8 @@ def _call(words: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     verb, settings = None, None
     try:
+        from d3llm_ray.config import parse, to_yaml  # pydantic may be what is missing
+
         pair = " ".join(words[:2])
         if pair in RENAMED:
             raise InputError(f"verb: {pair!r} is called {RENAMED[pair]!r} now")

@@ -30,7 +30,7 @@ def in_job_package(path: str | os.PathLike[str]) -> bool:
 
 
 def not_uploaded(path: str | os.PathLike[str]) -> str:
-    """Why a file, or something in a folder, is not there, to end an error with; empty outside of a Ray job's package."""
+    """Why something is not there, to end an error with; empty outside of the package of a Ray job."""
     if "://" in os.fspath(path) or os.path.isfile(path) or not in_job_package(path):
         return ""
     return (

@@ -95,9 +95,9 @@ def run(settings: ImportSettings, progress: Progress | None = None) -> str:
     `max_error_fraction` of all.
     """
     output = Location.of(settings.output, "output")
+    check_folder(output)
     finished = (output / SUCCESS).exists
     require(not finished, "output", settings.output, f"a folder without a finished run ({SUCCESS})")
-    check_folder(output)
     source = _open(settings.source)
     convert, metadata = _converter(settings, source.columns)
     writer = ShardWriter(output, metadata, settings.rows_per_file)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -161,30 +160,6 @@ def test_flags_override_the_file_and_the_result_can_be_repeated(
     again = tmp_path / "again.yaml"
     again.write_text(printed)
     assert parse(GenerateSettings, ["--config", str(again)])[0] == parse(GenerateSettings, argv[1:])[0]
-
-
-def flag(name: str, value: Any) -> list[str]:
-    """One setting as words of a command line."""
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-        return [f"--{name}", json.dumps(value)]
-    return [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_setting_can_be_given_on_the_command_line(verb: str) -> None:
-    """Its default, as the words of a command line: each alone, in either spelling, changes nothing."""
-    module, _, name = VERBS[verb].settings.partition(":")
-    cls: type[Settings] = getattr(importlib.import_module(module), name)
-    needed = {name: "x" for name, field in cls.model_fields.items() if field.is_required()}
-    wanted = build(cls, needed)
-    for name, value in wanted.model_dump(mode="json").items():
-        if value is None or value in ([], {}) or (verb, name) == ("trajectories inspect", "path"):  # positional
-            continue
-        others = [word for other in needed if other != name for word in (f"--{other}", "x")]
-        for spelling in (name, name.replace("_", "-")):
-            assert parse(cls, [*others, *flag(spelling, value)])[0] == wanted, name
 
 
 def test_shipped_recipes_go_by_name_and_a_file_goes_first(

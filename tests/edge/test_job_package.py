@@ -67,7 +67,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished folder of trajectories, on storage that all nodes see."""
     folder = tmp_path_factory.mktemp("share") / "rows"
-    return write_rows(folder, rows=4, canvas=32, vocab_size=4, mask_token_id=read_configs("tiny-llada")[1].mask_token_id)
+    return write_rows(
+        folder, rows=4, canvas=32, vocab_size=4, mask_token_id=read_configs("tiny-llada")[1].mask_token_id
+    )
 
 
 def test_every_verb_has_an_output_or_is_known_to_have_none() -> None:

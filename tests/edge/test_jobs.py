@@ -67,7 +67,7 @@ def test_a_submitted_distillation_leaves_a_student(
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"count": 4, "output": "runs/rel"}, "output: 'runs/rel' lies in the package of this Ray job"),
+        ({"count": 4, "output": "runs/rel"}, "runs/rel' lies in the package of this Ray job"),
         ({"teacher": "mine/model", "output": "/tmp/rows"}, "files that git ignores are not uploaded"),
     ],
 )
