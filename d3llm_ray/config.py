@@ -7,6 +7,7 @@ YAML files all go through `parse`, so a default lives in one place and an unknow
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
@@ -146,15 +147,18 @@ def recipe_file(name: str | Path, cls: type[Settings], field: str = "config") ->
     return shipped[str(name)]
 
 
-def build(cls: type[S], values: dict[str, Any]) -> S:
-    """Validate `values`, or raise a one-line `InputError` that names each field at fault."""
+def build(cls: type[S], values: dict[str, Any], within: str = "") -> S:
+    """Validate `values`, or raise a one-line `InputError` that names each field at fault.
+
+    `within`: the setting that holds the values, as `tune` of a quickstart does.
+    """
     try:
         return cls(**values)
     except ValidationError as error:
-        raise InputError(_one_line(cls, error)) from error
+        raise InputError(_one_line(cls, error, within and f"{within}.")) from error
 
 
-def _one_line(cls: type[Settings], error: ValidationError) -> str:
+def _one_line(cls: type[Settings], error: ValidationError, prefix: str) -> str:
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"])
@@ -170,7 +174,7 @@ def _one_line(cls: type[Settings], error: ValidationError) -> str:
             lines.append(message)
         else:
             lines.append(f"{field}: got {item['input']!r}: {message}")
-    return "; ".join(lines)
+    return "; ".join(prefix + line for line in lines)
 
 
 def _renamed(field: str, new: str) -> str:
@@ -220,9 +224,16 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
     try:
         flags = source(args=rest)()
     except SettingsError as error:
-        raise InputError(" ".join(str(error).split())) from error
+        of = re.search(r"error encountered for (\w+)", str(error))
+        line = f"{of[1]}: not in the form that is accepted: NAME=VALUE,..., or JSON" if of else str(error)
+        raise InputError(" ".join(line.split())) from error
     file_values = read_yaml(recipe_file(common.config, cls)) if common.config else {}
-    return build(cls, merge(file_values, {**flags, **texts})), common.print_config
+    values = merge(file_values, {**flags, **texts})
+    for name in PATHS & values.keys() & cls.model_fields.keys():
+        given = values[name] if isinstance(values[name], list) else [values[name]]
+        if "" in given and cls.model_fields[name].default != "":  # else the working directory would be meant
+            raise InputError(f"{name}: got ''; accepted: a name or a path")
+    return build(cls, values), common.print_config
 
 
 def _kebab(word: str, cls: type[Settings]) -> str:

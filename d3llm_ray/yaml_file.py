@@ -69,4 +69,7 @@ def read_yaml(path: str | Path, field: str = "config") -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise InputError(f"{field}: {str(path)!r} holds {type(content).__name__}; accepted: a mapping of settings")
+    for name in content:
+        if not isinstance(name, str):
+            raise InputError(f"{field}: {str(path)!r} holds the key {name!r}; accepted: names of settings")
     return content

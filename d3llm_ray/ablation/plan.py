@@ -88,7 +88,10 @@ class Design:
 def make_design(settings: AblateSettings) -> Design:
     """Read the recipe and the rows. `InputError` for what no student could be trained or measured with."""
     recipe: dict[str, Any] = {
-        **merge(read_yaml(recipe_file(settings.recipe or TINY_RECIPE, DistillSettings, "recipe")), settings.distill),
+        **merge(
+            read_yaml(recipe_file(settings.recipe or TINY_RECIPE, DistillSettings, "recipe"), "recipe"),
+            settings.distill,
+        ),
         **({"teacher": settings.teacher} if settings.teacher else {}),
         "trajectories": settings.trajectories or "",
         "output": "",
@@ -97,7 +100,7 @@ def make_design(settings: AblateSettings) -> Design:
         "device": settings.device,
         "cpus_per_actor": settings.cpus_per_actor,
     }
-    defaults = build(DistillSettings, recipe)
+    defaults = build(DistillSettings, recipe, "distill")
     recipe["teacher"] = defaults.teacher
     known = read_variants(settings.variants_file) if settings.variants_file else built_in(defaults)
     variants = choose(known, settings.variants)

@@ -78,7 +78,7 @@ def built_in(recipe: DistillSettings) -> dict[str, Variant]:
 def read_variants(path: Path) -> dict[str, Variant]:
     """Rows from a YAML file, `variants: {name: {claim: ..., changes: {...}}}`; every `InputError` names the file."""
     try:
-        return build(Variants, read_yaml(path)).variants
+        return build(Variants, read_yaml(path, "variants_file")).variants
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 

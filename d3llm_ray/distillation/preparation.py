@@ -48,7 +48,7 @@ def finished(settings: DistillSettings) -> Path | None:
     if not os.path.lexists(output):
         return None
     file = output / SETTINGS_FILE
-    if file.is_file() and _what(build(DistillSettings, read_yaml(file))) == _what(absolute(settings)):
+    if file.is_file() and _what(build(DistillSettings, read_yaml(file, "output"))) == _what(absolute(settings)):
         return output
     raise InputError(f"output: {str(output)!r} exists and is not this run's; accepted: a folder that does not exist")
 

@@ -100,7 +100,7 @@ def _check(settings: QuickstartSettings) -> None:
     problems = load_task(settings.task).problems("test", 1)
     require(problems[0].reference is not None, "task", settings.task, "a task whose problems have a reference")
     settings.serve_settings()
-    outputs = {
+    outputs: dict[str, str | Path] = {
         "trajectories": settings.trajectory_settings().output,
         "distill": settings.distill_settings().output,
         "tune": settings.tune_settings().output,

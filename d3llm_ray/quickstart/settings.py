@@ -65,7 +65,7 @@ class QuickstartSettings(Settings):
             "seed": self.seed,
             "output": str(self.output / "trajectories"),
         }
-        return build(TrajectorySettings, values | self.trajectories)
+        return build(TrajectorySettings, values | self.trajectories, "trajectories")
 
     def distill_settings(self) -> DistillSettings:
         values: Overrides = {
@@ -75,7 +75,7 @@ class QuickstartSettings(Settings):
             "seed": self.seed,
             "output": str(self.student),
         }
-        return build(DistillSettings, values | self.distill)
+        return build(DistillSettings, values | self.distill, "distill")
 
     def tune_settings(self) -> TuneSettings:
         values: Overrides = {
@@ -88,7 +88,7 @@ class QuickstartSettings(Settings):
             "seed": self.seed,
             "output": self.output / "tuning",
         }
-        return build(TuneSettings, values | self.tune)
+        return build(TuneSettings, values | self.tune, "tune")
 
     def evaluate_settings(self) -> EvaluateSettings:
         """The rows of the table; the teacher runs with the tuned settings too, for a like-for-like comparison."""
@@ -108,7 +108,7 @@ class QuickstartSettings(Settings):
             "seed": self.seed,
             "output": self.output,
         }
-        return build(EvaluateSettings, values | self.evaluate)
+        return build(EvaluateSettings, values | self.evaluate, "evaluate")
 
     def serve_settings(self) -> ServeSettings:
         values: Overrides = {
@@ -117,4 +117,4 @@ class QuickstartSettings(Settings):
             "max_tokens": self.max_tokens,
             "port": 0,
         }
-        return build(ServeSettings, values | self.serve)
+        return build(ServeSettings, values | self.serve, "serve")

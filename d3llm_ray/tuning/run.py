@@ -89,7 +89,7 @@ def _known_anchor(settings: TuneSettings) -> Point | None:
     path = settings.output / ANCHOR_FILE
     if settings.anchor is not None or not path.is_file():
         return settings.anchor
-    values = read_yaml(path)
+    values = read_yaml(path, "output")
     return values["tpf"], values["accuracy"]
 
 

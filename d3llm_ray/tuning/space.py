@@ -104,7 +104,7 @@ class SearchSpace(Settings):
 
 def read_space(path: Path) -> SearchSpace:
     """Read and check a search space file; every `InputError` names the file."""
-    values = read_yaml(path)
+    values = read_yaml(path, "space")
     try:
         space = build(SearchSpace, values)
         space.check()

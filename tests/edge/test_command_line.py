@@ -349,3 +349,37 @@ def test_a_text_is_a_prompt_commas_included() -> None:
     assert parse(TrajectorySettings, words)[0].texts == texts
     assert parse(TrajectorySettings, [f"--texts={text}" for text in texts])[0].texts == texts
     assert parse(EvaluateSettings, ["--tasks", "arith,arith-long"])[0].tasks == ["arith", "arith-long"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "content", "line"),
+    [
+        (["generate", "--config", "a.yaml"], "1: 2\n", "config: 'a.yaml' holds the key 1; accepted: names of settings"),
+        (["generate", "--prompt", "x", "--decoder", "a.yaml"], "1: 2\n", "decoder: 'a.yaml' holds the key 1; "),
+        (["tune", "--space", "a.yaml"], "- 1\n", "space: 'a.yaml' holds list; accepted: a mapping of settings"),
+        (["ablate", "--variants-file", "a.yaml"], "- 1\n", "variants_file: 'a.yaml' holds list; "),
+        (["ablate", "--recipe", "a.yaml"], "- 1\n", "recipe: 'a.yaml' holds list; "),
+        (["ablate", "--distill", "x=1"], "", "distill.x: unknown setting; "),
+        (["quickstart", "--tune", "trials=0"], "", "tune.trials: got '0': "),
+        (["quickstart", "--evaluate", "bogus=1"], "", "evaluate.bogus: unknown setting; "),
+        (["quickstart", "--trajectories", "batch_size=8"], "", "trajectories.batch_size: is called max_batch_size now"),
+        (["quickstart", "--tune", "trials"], "", "tune: not in the form that is accepted: NAME=VALUE,..., or JSON"),
+        (["generate", "--prompt", "x", "--decoder-settings", "{"], "", "decoder_settings: not in the form that is "),
+        (["generate", "--prompt", "x", "--model", ""], "", "model: got ''; accepted: a name or a path"),
+        (["evaluate", "--output", ""], "", "output: got ''; accepted: a name or a path"),
+        (["evaluate", "--models", ""], "", "models: got ''; accepted: a name or a path"),
+    ],
+)
+def test_what_is_wrong_is_named_as_the_user_wrote_it(
+    argv: list[str],
+    content: str,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(content)
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
