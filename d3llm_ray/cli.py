@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from typing import TYPE_CHECKING, Any
 
 from d3llm_ray import __version__
-from d3llm_ray.errors import InputError, StorageError, WorkError, unknown
+from d3llm_ray.errors import STORAGE_FAILURES, InputError, StorageError, WorkError, unknown
 from d3llm_ray.paths import not_uploaded
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ EXIT_CODES = {
     INTERRUPTED: "interrupted (Ctrl-C, SIGTERM)",
     UNREAD: "nobody reads the output any more (`d3llm-ray ... | head`)",
 }
-STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}  # whatever was written
 UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -221,7 +220,7 @@ def _os_error(error: OSError, verb: Verb | None, settings: Settings | None) -> t
     said = " ".join(str(error).split()) or type(error).__name__
     output = getattr(settings, "output", None)
     ours = output is not None and isinstance(error.filename, str) and _is_below(error.filename, str(output))
-    if ours or isinstance(error, StorageError) or error.errno in STORAGE:
+    if ours or isinstance(error, StorageError) or error.errno in {*STORAGE_FAILURES, errno.EROFS}:
         return FAILED, f"{said}; {_what_stays(verb)}"
     if isinstance(error, UNREADABLE) and error.filename is not None:
         return BAD_INPUT, f"cannot read {str(error.filename)!r}: {error.strerror}{not_uploaded(str(error.filename))}"

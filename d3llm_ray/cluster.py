@@ -53,14 +53,20 @@ def connect(*, quiet: bool = True, dashboard: bool = False, min_cpus: int = EMBE
 
     An embedded cluster counts at least 5 logical CPUs, and `min_cpus`: on a laptop its actors mostly wait for each
     other, and Ray Data and Train reserve a CPU for every helper (a pipeline on two would wait for ever).
+    `InputError` for a `RAY_ADDRESS` where no cluster is.
     """
     if ray.is_initialized():
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     level = logging.ERROR if quiet else logging.INFO
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=not quiet, logging_level=level)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=not quiet, logging_level=level)
+        except (ConnectionError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            accepted = "the address of a cluster that runs; without it an embedded one is started"
+            raise InputError(f"RAY_ADDRESS: got {address!r}: {reason}; accepted: {accepted}") from error
         return
     # An embedded cluster listens on this host only; without this a token would be written to the home folder and
     # change what the user's next `ray start` does.

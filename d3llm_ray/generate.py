@@ -16,7 +16,7 @@ from d3llm_ray.errors import IncompleteError, InputError, require
 from d3llm_ray.models import read_configs
 from d3llm_ray.output_folder import is_written
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import check_output, write_text
+from d3llm_ray.report import check_output, destination, write_text
 from d3llm_ray.tasks import Problem, read_problems
 
 NAMED_ROWS = 10  # of those without an answer, in the line that ends the verb
@@ -74,7 +74,7 @@ def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
         )
     lines = [_line(problem, output) for problem, output in zip(problems, outputs, strict=True)]
     for file in (settings.output, settings_file(settings.output)):
-        check_output(file, "output").parent.mkdir(parents=True, exist_ok=True)
+        destination(file, "output").parent.mkdir(parents=True, exist_ok=True)
     write_text(settings.output, "".join(line + "\n" for line in lines))
     write_text(settings_file(settings.output), to_yaml(settings))
     failed = [f"row {row}: {output.error}" for row, output in enumerate(outputs, start=1) if output.error is not None]

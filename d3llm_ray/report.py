@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d3llm_ray import __version__
-from d3llm_ray.errors import InputError, StorageError
+from d3llm_ray.errors import STORAGE_FAILURES, InputError, StorageError
 from d3llm_ray.paths import in_job_package
 
 if TYPE_CHECKING:
@@ -97,8 +97,9 @@ def check_output(path: str | os.PathLike[str], field: str, *, folder: bool = Fal
 
     `InputError` for what is no regular file (or folder), for a place that cannot be written to, and for one that would
     be lost: in the package of a Ray job, where relative paths of a job lie.
+    `StorageError` for a full disk and the like.
     """
-    real = _destination(path, field, folder=folder)
+    real = destination(path, field, folder=folder)
     if in_job_package(real):
         raise InputError(
             f"{field}: {os.fspath(path)!r} lies in the package of this Ray job, which Ray deletes; accepted: an "
@@ -110,6 +111,8 @@ def check_output(path: str | os.PathLike[str], field: str, *, folder: bool = Fal
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno in STORAGE_FAILURES:
+            raise StorageError(error.errno, f"{error.strerror}: {os.fspath(path)}") from error
         raise InputError(
             f"{field}: {os.fspath(path)!r} cannot be written: {error.strerror}: {str(place)!r}; accepted: "
             f"{'a folder' if folder else 'a file'} where this user may write"
@@ -117,9 +120,11 @@ def check_output(path: str | os.PathLike[str], field: str, *, folder: bool = Fal
     return real
 
 
-def _destination(path: str | os.PathLike[str], field: str, *, folder: bool = False) -> Path:
-    """Where writing to `path` ends. `InputError`: a pipe, a device or a socket is not replaced by a file, and nothing
-    can be made below a file."""
+def destination(path: str | os.PathLike[str], field: str, *, folder: bool = False) -> Path:
+    """Where writing to `path` ends, symbolic links followed.
+
+    `InputError`: a pipe, a device or a socket is not replaced by a file, and nothing can be made below a file.
+    """
     text = os.fspath(path)
     accepted = "a folder, or a name that is free" if folder else "a regular file, or a name that is free"
     if re.match(r"[a-z][a-z0-9+.-]+:/", text):  # a `Path` has one slash of a URL's two
@@ -170,7 +175,7 @@ def replacing(path: Path) -> Iterator[Path]:
     What a symbolic link points to is replaced, not the link. `InputError` for what is no regular file, `StorageError`
     where the storage fails. A block that fails leaves nothing.
     """
-    target = _destination(path, "output")
+    target = destination(path, "output")
     partial = partial_name(target)
     with storing(target):
         try:

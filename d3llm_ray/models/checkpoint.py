@@ -26,7 +26,7 @@ from d3llm_ray.models.families import Family, read_family
 from d3llm_ray.models.folder import check_file, no_weights, not_a_checkpoint
 from d3llm_ray.models.transformer import Transformer
 from d3llm_ray.paths import expanded, not_uploaded
-from d3llm_ray.report import check_output, partial_name
+from d3llm_ray.report import destination, partial_name
 
 ZOO = Path(__file__).parent / "zoo"
 ZOO_NAMES = (
@@ -204,7 +204,7 @@ def save_model(model: Transformer, family: Family, directory: str | Path) -> Pat
     Files appear under their final names only when complete; weights of an earlier checkpoint in `directory` go.
     `InputError` where other weights are there, which would be read as this model's.
     """
-    directory = check_output(directory, "directory", folder=True)
+    directory = destination(directory, "directory", folder=True)
     foreign = [file.name for file in directory.glob("*.safetensors*") if not WEIGHTS.fullmatch(file.name)]
     if foreign:
         accepted = "a folder without other weights"

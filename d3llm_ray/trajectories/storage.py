@@ -15,7 +15,7 @@ from pyarrow import fs
 
 from d3llm_ray.errors import InputError, StorageError
 from d3llm_ray.paths import expanded
-from d3llm_ray.report import check_output
+from d3llm_ray.report import destination
 
 SUCCESS = "_SUCCESS"
 LEFTOVER = re.compile(r"_partial\.[0-9a-f]+\..+")
@@ -80,7 +80,7 @@ class Location:
     def resolved(self, folder: bool = False) -> str:
         """The path that writing ends at: on this machine, behind symbolic links. `InputError` for a pipe or device."""
         local = isinstance(self.filesystem, fs.LocalFileSystem)
-        return str(check_output(self.path, "output", folder=folder)) if local else self.path
+        return str(destination(self.path, "output", folder=folder)) if local else self.path
 
     def make_folder(self) -> None:
         self.filesystem.create_dir(self.resolved(folder=True), recursive=True)

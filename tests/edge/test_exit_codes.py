@@ -16,6 +16,7 @@ import pytest
 
 from d3llm_ray import cli
 from d3llm_ray.cli import EXIT_CODES, VERBS, main
+from d3llm_ray.cluster import connect
 from d3llm_ray.config import build
 from d3llm_ray.errors import DecodingError, IncompleteError, InputError, StorageError
 from d3llm_ray.evaluation.run import run as evaluate
@@ -132,6 +133,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert os.listdir(tmp_path) == ["prompts.jsonl"]
 
 
+def full(_: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_an_output_is_tried_where_it_will_be_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +150,9 @@ def test_an_output_is_tried_where_it_will_be_and_nothing_is_left(
     check_output(tmp_path / "new.jsonl", "output")
     assert tried == [tmp_path / "there"] * 3 + [tmp_path]
     assert os.listdir(tmp_path) == ["there"] and os.listdir(tmp_path / "there") == []
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(StorageError, match="No space left on device: .*new.jsonl"):  # nobody asked for a full disk
+        check_output(tmp_path / "new.jsonl", "output")
     for url in ("s3://bucket/a", Path("s3://bucket/a"), "gs://b/c"):
         with pytest.raises(InputError, match="is a URL; accepted: a local path"):
             check_output(url, "output")
@@ -205,6 +213,18 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
         said = process.communicate()[1]
     wanted = f'pip install "d3llm-ray[{extra}]"' if extra else "pip install d3llm-ray"
     assert process.returncode == 2 and said.count("\n") == 1 and package in said and wanted in said
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise ConnectionError("Failed to connect\nto 10.0.0.9:6379")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("d3llm_ray.cluster._ENVIRONMENT", {})
+    with pytest.raises(InputError, match="^RAY_ADDRESS: got '10.0.0.9:6379': Failed to connect to 10.0.0.9:6379; acc"):
+        connect()
 
 
 def test_results_are_written_without_matplotlib(
