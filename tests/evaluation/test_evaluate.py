@@ -68,7 +68,13 @@ def test_figures_are_those_of_the_outputs_and_warmup_is_not_counted():
     assert (
         llm.calls[0][1]
         == llm.calls[1][1]
-        == {"max_tokens": 64, "temperature": 0.0, "seed": 3, "decoder": decoder("d3llm", entropy_threshold=0.3)}
+        == {
+            "max_tokens": 64,
+            "temperature": 0.0,
+            "seed": 3,
+            "decoder": decoder("d3llm", entropy_threshold=0.3),
+            "errors": "return",
+        }
     )
     assert row.settings["decoder"] == "d3llm" and row.settings["entropy_threshold"] == 0.3
     assert (row.warmup, row.task, row.model) == (2, "arith", "fake")
