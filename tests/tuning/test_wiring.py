@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -444,8 +445,8 @@ def test_a_task_without_references_is_refused_before_ray_starts(
     ("name", "content", "reason"),
     [
         ("unrelated", b"", "tuner.pkl"),  # stopped before Tune wrote it
-        ("tuner.pkl", b"\x80\x05torn", "pickle"),
-        ("searcher-state-1.pkl", b"\x80\x05torn", "pickle"),
+        ("tuner.pkl", pickle.dumps("torn")[:-5], "UnpicklingError"),
+        ("searcher-state-1.pkl", pickle.dumps("torn")[:-5], "UnpicklingError"),
         ("search_gen_state-1.json", b"{", "JSONDecodeError"),
         ("experiment_state-1.json", b'{"trial_data": [["torn', "JSONDecodeError"),
         ("experiment_state-1.json", b'{"trial_data": []}', "experiment_state-1.json has no trial"),
