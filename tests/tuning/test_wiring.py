@@ -407,6 +407,7 @@ def test_problems_without_an_answer_are_named_whenever_the_search_is_asked_for(
             f"problems: answers are missing: 2, counted as wrong; the others are in {settings.output}/trials.json: "
             "problem 5 ('p4'): not finite; problem 3 (7): refused"
         )
+    assert verb.run(settings, Notes(), "return") == settings.output / "settings.yaml"
     assert len(search.pools) == 2  # complete: nothing is searched again
     assert (settings.output / "settings.yaml").is_file()
     header, first, _ = (settings.output / "trials.csv").read_text().splitlines()
