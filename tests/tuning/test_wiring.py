@@ -360,6 +360,7 @@ def test_another_search_is_not_continued(
     search.stop = True
     with pytest.raises(KeyboardInterrupt):
         verb.run(settings, Notes())
+    search.stop = False
     for name, value in TuneSettings.model_fields.items():
         if name in ("model", "space", "task", "anchor_model", "output", "split"):
             continue
