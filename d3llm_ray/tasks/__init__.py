@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from d3llm_ray.errors import unknown
+from d3llm_ray.report import digest
 from d3llm_ray.tasks import arith
 from d3llm_ray.tasks.files import ENDINGS, read_problems, stem
 from d3llm_ray.tasks.task import SPLITS, Problem, Split, Task
@@ -20,11 +21,12 @@ __all__ = ["EMBEDDED", "SPLITS", "Problem", "Split", "Task", "load_task", "read_
 def load_task(name_or_file: str) -> Task:
     """An embedded task, or a prompts file as a task (it has no splits: every split is the whole file).
 
-    Raises `InputError` for an unknown name and for an unreadable file.
+    A file's task is called by the file's name and a digest of its problems, so that no two tasks share a name. Raises `InputError` for an unknown name and for an unreadable file.
     """
     if name_or_file in EMBEDDED:
         return EMBEDDED[name_or_file]
     if not name_or_file.endswith(ENDINGS):
         raise unknown("task", name_or_file, [*EMBEDDED, "a .jsonl, .jsonl.gz or .parquet file of prompts"])
     problems = read_problems(name_or_file)
-    return Task(stem(name_or_file), lambda _split, count: problems[:count])
+    name = f"{stem(name_or_file)}-{digest([problem.id for problem in problems])}"
+    return Task(name, lambda _split, count: problems[:count])

@@ -103,7 +103,7 @@ def test_file_tasks(tmp_path: Path) -> None:
     jsonl.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     task = load_task(str(jsonl))
     first, second = task.problems(count=10)
-    assert task.name == "mine" and first.messages == [{"role": "user", "content": "1 + 1?"}]
+    assert task.name.startswith("mine-") and first.messages == [{"role": "user", "content": "1 + 1?"}]
     assert first.reference == "2" and second.reference is None and first.id != second.id
     parquet = tmp_path / "mine.parquet"
     pq.write_table(pa.Table.from_pylist(rows[:1]), parquet)
