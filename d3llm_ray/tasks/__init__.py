@@ -21,7 +21,8 @@ __all__ = ["EMBEDDED", "SPLITS", "Problem", "Split", "Task", "load_task", "read_
 def load_task(name_or_file: str) -> Task:
     """An embedded task, or a prompts file as a task (it has no splits: every split is the whole file).
 
-    A file's task is called by the file's name and a digest of its problems, so that no two tasks share a name. Raises `InputError` for an unknown name and for an unreadable file.
+    A file's task is called by its stem and a digest of its problems, so that no two tasks share a name. Raises
+    `InputError` for an unknown name and for an unreadable file.
     """
     if name_or_file in EMBEDDED:
         return EMBEDDED[name_or_file]

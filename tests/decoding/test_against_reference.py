@@ -155,6 +155,7 @@ def test_vanilla_dream(rule, kind, prompt, limit, block_size, steps, early_stop)
             "block_size": blocks,
             "entropy_threshold": entropies,
             "cache": st.sampled_from(["none", "prefix", "dual"]),
+            "repeat_finished": st.booleans(),
             "early_stop": st.booleans(),
         }
     ),
@@ -174,6 +175,7 @@ def test_dparallel(kind, prompt, limit, options) -> None:
             "block_size": blocks,
             "confidence_threshold": confidences,
             "factor": st.sampled_from([None, None, 0.4, 1.0, 3.0]),
+            "repeat_finished": st.booleans(),
             "early_stop": st.booleans(),
         }
     ),
