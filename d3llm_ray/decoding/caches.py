@@ -35,8 +35,8 @@ class BlockCache:
     """Fast-dLLM v1's block-wise caches (arXiv:2505.22618, section 3.2).
 
     Entering a block computes the whole canvas; later forwards of that block compute it alone ("dual": keys of
-    prefix and suffix as of the entry), or from it to the end of the canvas ("prefix"). `repeat_finished`: a cached block
-    that its first forward finishes is computed once more, as the published code does; no token depends on it.
+    prefix and suffix as of the entry), or from it to the end of the canvas ("prefix"). `repeat_finished`: a block that
+    is finished when it is entered is computed once more, as the published code does; no token depends on it.
     """
 
     cache: BlockCacheKind = "none"

@@ -71,9 +71,7 @@ class Request:
         valid = ids.dtype.kind in "iu" and int(ids.min()) >= 0 and int(ids.max()) < vocab_size
         require(valid, "prompt", "a token id out of range", f"ids from 0 to {vocab_size - 1}")
         if family.mask_token_id is not None and (masks := (ids == family.mask_token_id).nonzero()[0]).size:
-            where = (
-                f"the mask token {family.mask_token_id} at position {masks[0]}"  # which decoding would fill, not keep
-            )
+            where = f"the mask token {family.mask_token_id} at position {masks[0]}"  # decoding would fill it
             require(False, "prompt", where, "ids of a text, without the mask's")
 
     def canvas_size(self, decoder: Decoder, family: Family, context: int) -> tuple[int, int]:

@@ -65,8 +65,10 @@ class Task:
         return iter(self.load(split, count))
 
     def extract(self, text: str) -> str | None:
-        """The final answer of a solution, normalised; None when it has none."""
-        return extract_answer(text)
+        """The final answer, normalised: after the last `####` (GSM8K), else in the last `\\boxed{}` (MATH), else the last
+        number; None where there is none."""
+        number, answer = _final(text)
+        return normalise(answer) if number is None and len(answer) < len(text.strip()) else number
 
     def is_correct(self, text: str, reference: str) -> bool:
         """Whether a solution ends in the reference answer: numbers digit by digit, all else as mathematics."""
@@ -80,12 +82,6 @@ class Task:
 def no_problems(_split: Split, _count: int) -> list[Problem]:
     """The problems of a task that only judges answers; a task with it can be sent to any process."""
     return []
-
-
-def extract_answer(text: str) -> str | None:
-    """The final answer: after the last `####` (GSM8K), else in the last `\\boxed{}` (MATH), else the last number."""
-    number, answer = _final(text)
-    return normalise(answer) if number is None and len(answer) < len(text.strip()) else number
 
 
 def _final(text: str, *, whole: bool = False) -> tuple[str | None, str]:

@@ -15,7 +15,6 @@ import pytest
 from d3llm_ray.errors import InputError
 from d3llm_ray.tasks import load_task
 from d3llm_ray.tasks.arith import MAX_TOTAL, problems, vocabulary_texts
-from d3llm_ray.tasks.task import extract_answer
 from d3llm_ray.tasks.tokenizer import build_tokenizer
 
 
@@ -87,7 +86,7 @@ def test_tokenizer_gives_every_text_back() -> None:
     ],
 )
 def test_extracting_answers(text: str, answer: str | None) -> None:
-    assert extract_answer(text) == answer
+    assert load_task("arith").extract(text) == answer
 
 
 def test_checking_answers() -> None:
