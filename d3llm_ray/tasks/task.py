@@ -65,8 +65,8 @@ class Task:
         return iter(self.load(split, count))
 
     def extract(self, text: str) -> str | None:
-        """The final answer, normalised: after the last `####` (GSM8K), else in the last `\\boxed{}` (MATH), else the last
-        number; None where there is none."""
+        """The final answer, normalised: after the last `####` (GSM8K), else in the last `\\boxed{}` (MATH), else the
+        last number; None where there is none."""
         number, answer = _final(text)
         return normalise(answer) if number is None and len(answer) < len(text.strip()) else number
 
