@@ -26,15 +26,24 @@ _lock = Lock()
 _PROGRAM = f"""
 import json, logging, resource, sys, time
 from math_verify import parse, verify
+
+def limit(kind, most):
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
 logging.disable(logging.CRITICAL)
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_AS, ({MEMORY_BYTES}, {MEMORY_BYTES}))
-hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-print("ready", flush=True)
+out, sys.stdout = sys.stdout, sys.stderr
+limit(resource.RLIMIT_CORE, 0)
+limit(resource.RLIMIT_AS, {MEMORY_BYTES})
+print("ready", file=out, flush=True)
 for line in sys.stdin:
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + {CPU_SECONDS}, hard))
-    reference, answer = (parse(text, parsing_timeout=None) for text in json.loads(line))
-    print(json.dumps(bool(verify(reference, answer, timeout_seconds=None))), flush=True)
+    limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + {CPU_SECONDS})
+    try:
+        reference, answer = (parse(text, parsing_timeout=None) for text in json.loads(line))
+        verdict = bool(verify(reference, answer, timeout_seconds=None))
+    except Exception:
+        verdict = False
+    print(json.dumps(verdict), file=out, flush=True)
 """
 
 

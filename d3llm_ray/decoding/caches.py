@@ -36,7 +36,7 @@ class BlockCache:
 
     Entering a block computes the whole canvas; later forwards of that block compute it alone ("dual": keys of
     prefix and suffix as of the entry), or from it to the end of the canvas ("prefix"). `repeat_finished`: a block that
-    is finished when it is entered is computed once more, as the published code does; no token depends on it.
+    its first forward finishes is computed once more, as the published code does; no token depends on it.
     """
 
     cache: BlockCacheKind = "none"
