@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import aup, leaderboard
+from d3llm_ray.evaluation.report import method_points
 
 LLADA_TASKS = ("GSM8K-CoT", "MATH", "MBPP", "HumanEval", "Long-GSM8K")
 LLADA_BEST = (74.98, 41.15, 63.6, 67.73, 82.56)
@@ -201,6 +203,14 @@ def test_pairs_of_equal_parallelism_keep_their_order():
     worse = [(1, 80), (2, 80), (2, 76), (3, 80), (3, 79)]
     better = [(1, 80), (2, 80), (2, 76), (3, 79), (3, 80)]
     assert published(worse, 80) == pytest.approx(aup(worse, 80)) != aup(better, 80)
+
+
+def test_a_report_hands_on_points_in_the_order_of_its_rows():
+    rows = [
+        SimpleNamespace(model="m", decoder=decoder, task="t", tpf=tpf, accuracy=accuracy, settings={"decoder": decoder})
+        for decoder, tpf, accuracy in [("a", 2, 80), ("vanilla", 1, 80), ("a", 2, 76), ("b", 3, 1), ("a", 2, 80)]
+    ]
+    assert method_points(rows, ("m", "a", "t"), {}) == [(2, 80), (1, 80), (2, 76)]
 
 
 def test_where_the_published_program_stops_the_last_pair_is_left_out():
