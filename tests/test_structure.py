@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "d3llm_ray"
-BASE = {"__init__", "errors", "config", "progress", "report", "output_folder", "device", "paths", "yaml_file"}
+BASE = {
+    *("__init__", "errors", "config", "progress", "report", "output_folder", "device", "paths", "yaml_file"),
+    "mathematics",
+}
 EDGE_BASE = {"metrics", "cluster"}
 CORE = {"models", "decoding", "tasks"}
 # What a room may import beside itself and the base.

@@ -35,12 +35,15 @@ class BlockCache:
     """Fast-dLLM v1's block-wise caches (arXiv:2505.22618, section 3.2).
 
     Entering a block computes the whole canvas; later forwards of that block compute it alone ("dual": keys of
-    prefix and suffix as of the entry), or from it to the end of the canvas ("prefix").
+    prefix and suffix as of the entry), or from it to the end of the canvas ("prefix"). `repeat_finished`: a block that
+    its first forward finishes is computed once more, as the published code does; no token depends on it.
     """
 
     cache: BlockCacheKind = "none"
+    repeat_finished: bool = False
 
     def __post_init__(self) -> None:
+        require(isinstance(self.repeat_finished, bool), "repeat_finished", self.repeat_finished, "true or false")
         if self.cache not in get_args(BlockCacheKind):
             raise unknown("cache", self.cache, get_args(BlockCacheKind))
 
@@ -50,6 +53,7 @@ class BlockCache:
 
     def window(self, canvas: Canvas, opening: Opening, rules: FamilyRules) -> Window:
         entering, canvas.entered = canvas.entered != opening.start, opening.start
+        canvas.repeat = entering and self.uses_cache and self.repeat_finished
         if entering or self.cache == "none":
             return Window(0, canvas.length, canvas.length)
         start = _with_previous(canvas.prompt_length + opening.start, rules)

@@ -63,6 +63,7 @@ class Canvas:
         self.cached = 0
         self.finished_at: dict[int, int] = {}
         self.entered = -1
+        self.repeat = False  # the forward in hand is followed by another one of its block, should it finish it
 
     @property
     def num_blocks(self) -> int:

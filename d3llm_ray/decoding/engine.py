@@ -176,7 +176,7 @@ class Engine:
     def _span(self, index: int, row: ActiveRequest) -> Span:
         canvas = row.canvas
         canvas.forwards += 1
-        row.opening = opening = row.decoder.schedule.open(canvas)
+        row.opening = opening = row.repeat or row.decoder.schedule.open(canvas)
         window = row.decoder.caching.window(canvas, opening, self._rules)
         first = canvas.prompt_length - window.start - self._rules.logit_shift
         tokens = canvas.tokens[window.start : window.end]

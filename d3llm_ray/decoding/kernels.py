@@ -67,24 +67,34 @@ def _gumbel(key, ids):
 
 
 @triton.jit
-def _add(total, moment, rise, valid):
-    """Add exp(x) to an online softmax: `total` = sum exp(x - top), `moment` = sum exp(x - top) (x - top).
+def _log1p(x):
+    """log(1 + x) of x >= 0, exact near 0: below 1/2 by the series of 2 artanh(x / (2 + x))."""
+    s = x / (2 + x)
+    square = s * s
+    series = 2 * s * (1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7 + square / 9))))
+    return tl.where(x < 0.5, series, tl.log(1 + x))
+
+
+@triton.jit
+def _add(others, moment, rise, valid):
+    """Add exp(x) to an online softmax: `moment` = sum exp(x - top) (x - top), `others` = sum exp(x - top) without the
+    top itself, whose 1 would drown them.
 
     `rise` is x - top; where it is positive, x becomes the top and what was summed shrinks. NaN and infinities make
     the moment NaN, and it stays so.
     """
     weight = tl.where(valid, tl.exp(-tl.abs(rise)), 0.0)
-    moment = tl.where(rise > 0, weight * (moment - rise * total), moment + weight * rise)
-    total = tl.where(rise > 0, weight * total + 1, total + weight)
-    return total, moment
+    moment = tl.where(rise > 0, weight * (moment - rise * (others + 1)), moment + weight * rise)
+    others = tl.where(rise > 0, weight * (others + 1), others + weight)
+    return others, moment
 
 
 @triton.jit
-def _merge(total, moment, drop):
-    """The lanes' sums as one, `drop` = top of the lane - top of the row: (sum, entropy in nats)."""
+def _merge(others, moment, drop, first):
+    """The lanes' sums as one, `drop` = top of the lane - top of the row, which lane `first` has: (others, entropy)."""
     scale = tl.exp(drop)
-    merged = tl.sum(total * scale, 0)
-    return merged, tl.log(merged) - tl.sum(scale * (moment + total * drop), 0) / merged
+    merged = tl.sum(tl.where(first, others, (others + 1) * scale), 0)
+    return merged, _log1p(merged) - tl.sum(scale * (moment + (others + 1) * drop), 0) / (1 + merged)
 
 
 @triton.jit(do_not_specialize=["rows"])  # or a batch of a new size would wait for the compiler
@@ -96,14 +106,14 @@ def _score(logits, out, temperatures, keys, rows, vocabulary, mask_id, row_strid
     top = tl.full([BLOCK], LOWEST, tl.float32)
     second = tl.full([BLOCK], LOWEST, tl.float32)
     top_id = tl.zeros([BLOCK], tl.int32)
-    total = tl.zeros([BLOCK], tl.float32)
+    others = tl.zeros([BLOCK], tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)
     if SAMPLE:
         temperature = tl.load(temperatures + row)
         hot = temperature > 0
         coldness = tl.where(hot, tl.minimum(1 / tl.where(hot, temperature, 1.0), -LOWEST), 1.0)
         key = tl.load(keys + row).to(tl.uint64, bitcast=True)
-        tempered_total = tl.zeros([BLOCK], tl.float32)
+        tempered_others = tl.zeros([BLOCK], tl.float32)
         tempered_moment = tl.zeros([BLOCK], tl.float32)
         best = tl.full([BLOCK], float("-inf"), tl.float64)
         best_id = tl.zeros([BLOCK], tl.int32)
@@ -116,10 +126,10 @@ def _score(logits, out, temperatures, keys, rows, vocabulary, mask_id, row_strid
         x = tl.load(logits + row * row_stride + ids * stride, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(valid, x, LOWEST)
         rise = x - top
-        total, moment = _add(total, moment, rise, valid)
+        others, moment = _add(others, moment, rise, valid)
         if SAMPLE:
             tempered_rise = tl.minimum(tl.maximum(rise * coldness, LOWEST), -LOWEST)
-            tempered_total, tempered_moment = _add(tempered_total, tempered_moment, tempered_rise, valid)
+            tempered_others, tempered_moment = _add(tempered_others, tempered_moment, tempered_rise, valid)
             if hot:
                 noisy = x.to(tl.float64) / temperature.to(tl.float64) + _gumbel(key, ids)
                 noisy = tl.where(valid, noisy, float("-inf"))
@@ -133,15 +143,16 @@ def _score(logits, out, temperatures, keys, rows, vocabulary, mask_id, row_strid
 
     peak = tl.max(top, 0)
     argmax = tl.min(tl.where(top == peak, top_id, NO_ID), 0)
-    runner_up = tl.max(tl.where((top == peak) & (top_id == argmax), second, top), 0)
+    first = (top == peak) & (top_id == argmax)
+    runner_up = tl.max(tl.where(first, second, top), 0)
     drop = top - peak
-    mass, entropy = _merge(total, moment, drop)
+    rest, entropy = _merge(others, moment, drop, first)
     gap = 1 - tl.exp(runner_up - peak)
-    logprob = -tl.log(mass)
+    logprob = -_log1p(rest)
     if SAMPLE:
         tempered_drop = tl.maximum(drop * coldness, LOWEST)
-        tempered_mass, tempered_entropy = _merge(tempered_total, tempered_moment, tempered_drop)
-        gap = (1 - tl.exp((runner_up - peak) * coldness)) / tempered_mass
+        tempered_rest, tempered_entropy = _merge(tempered_others, tempered_moment, tempered_drop, first)
+        gap = (1 - tl.exp((runner_up - peak) * coldness)) / (1 + tempered_rest)
         sampled = argmax
         chosen = peak
         if hot:
@@ -150,10 +161,10 @@ def _score(logits, out, temperatures, keys, rows, vocabulary, mask_id, row_strid
             chosen = tl.max(tl.where((best == winner) & (best_id == sampled), best_logit, LOWEST), 0)
         logprob += chosen - peak
         tl.store(out + SAMPLED * rows + row, sampled.to(tl.float32))
-        tl.store(out + FILTERED_CONFIDENCE * rows + row, tl.exp((chosen - peak) * coldness) / tempered_mass)
+        tl.store(out + FILTERED_CONFIDENCE * rows + row, tl.exp((chosen - peak) * coldness) / (1 + tempered_rest))
         tl.store(out + FILTERED_ENTROPY * rows + row, tempered_entropy)
     else:
-        gap /= mass
+        gap /= 1 + rest
     tl.store(out + ARGMAX * rows + row, argmax.to(tl.float32))
     tl.store(out + LOGPROB * rows + row, logprob)
     tl.store(out + ENTROPY * rows + row, entropy)

@@ -114,7 +114,7 @@ class TopK:
     ) -> np.ndarray:
         """What positions are ranked by, higher first."""
         if rule == "low_confidence":
-            return statistics.confidence
+            return statistics.logprob
         drawn = uniforms(seed, opening.eligible, canvas.forwards)
         if rule == "random":
             return drawn

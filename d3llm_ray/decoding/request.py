@@ -71,9 +71,7 @@ class Request:
         valid = ids.dtype.kind in "iu" and int(ids.min()) >= 0 and int(ids.max()) < vocab_size
         require(valid, "prompt", "a token id out of range", f"ids from 0 to {vocab_size - 1}")
         if family.mask_token_id is not None and (masks := (ids == family.mask_token_id).nonzero()[0]).size:
-            where = (
-                f"the mask token {family.mask_token_id} at position {masks[0]}"  # which decoding would fill, not keep
-            )
+            where = f"the mask token {family.mask_token_id} at position {masks[0]}"  # decoding would fill it
             require(False, "prompt", where, "ids of a text, without the mask's")
 
     def canvas_size(self, decoder: Decoder, family: Family, context: int) -> tuple[int, int]:
@@ -171,6 +169,7 @@ class ActiveRequest:
     base: int | None  # place of its canvas in the KV pool, where its decoder uses one
     sent: int = 0  # answer tokens reported so far
     opening: Opening | None = None  # of the forward in hand
+    repeat: Opening | None = None  # of a forward that reveals nothing, to come
     guidance: float = field(init=False)  # scale of classifier-free guidance
     sampled: bool = field(init=False)  # a token may be another than the most probable one
 
@@ -186,6 +185,9 @@ class ActiveRequest:
         """
         canvas, opening = self.canvas, self.opening
         assert opening is not None
+        self.repeat = None
+        if not opening.eligible.size:
+            return self._event(None, eos_id)
         flags, forced = self.decoder.selection.select(canvas, opening, statistics, rules, self.request.seed)
         chosen = flags.nonzero()[0]
         predicted = statistics.sampled if forced is None else np.where(forced, statistics.argmax, statistics.sampled)
@@ -193,6 +195,8 @@ class ActiveRequest:
         canvas.commit(positions, tokens, entropies, statistics.logprob[chosen])
         if self.decoder.early_stop:
             canvas.fill_after_stop(eos_id)
+        if canvas.repeat and not canvas.masked[opening.start : opening.end].any():
+            self.repeat = opening._replace(eligible=opening.eligible[:0])
         shown = None
         if self.request.reveals:
             shown = Reveal(canvas.forwards - 1, positions.tolist(), tokens.tolist(), entropies.tolist())
@@ -213,7 +217,7 @@ class ActiveRequest:
             end = min(end, canvas.stop)
         new: list[int] = canvas.response[self.sent : end].tolist()
         self.sent = max(self.sent, end)
-        if not self._finished(committed):
+        if self.repeat is not None or not self._finished(committed):
             return Event(self.request_id, new, canvas.forwards, None, shown) if new or shown else None
         canvas.fill(eos_id)
         completion = Completion.of(canvas, end, "stop" if stopped else "length")

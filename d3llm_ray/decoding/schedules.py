@@ -50,13 +50,8 @@ class SubBlocks(SequentialBlocks):
     aligned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        accepted = "a positive number of tokens"
-        require(
-            isinstance(self.sub_block_size, int) and self.sub_block_size > 0,
-            "sub_block_size",
-            self.sub_block_size,
-            accepted,
-        )
+        size = self.sub_block_size
+        require(isinstance(size, int) and size > 0, "sub_block_size", size, "a positive number of tokens")
 
     def open(self, canvas: Canvas) -> Opening:
         whole = SequentialBlocks.open(self, canvas)

@@ -20,7 +20,7 @@ class Stat(IntEnum):
     """
 
     ARGMAX = 0  # the lowest id on ties
-    LOGPROB = 1  # of the argmax
+    LOGPROB = 1  # of the argmax; ranks near-certain tokens, whose probabilities are all 1 in float32
     ENTROPY = 2  # nats; NaN for a row that holds NaN or an infinity
     MARGIN = 3  # gap between the two highest probabilities; NaN where nobody asked for it
     SAMPLED = 4
@@ -42,11 +42,11 @@ def score(logits: Tensor, mask_id: int | None, *, margins: bool) -> Tensor:
         logits[:, mask_id] = NEVER
     top, argmax = logits.max(dim=-1)
     shifted = logits - top[:, None]
-    exponentials = shifted.exp()
-    total = exponentials.sum(dim=-1)
-    log_total = total.log()
-    entropy = log_total - (exponentials * shifted).sum(dim=-1) / total
-    margin = _gap(exponentials) / total if margins else torch.full_like(entropy, torch.nan)
+    others = shifted.exp().scatter_(1, argmax[:, None], 0.0)  # 1 + others would lose what separates near-certain tokens
+    rest = others.sum(dim=-1)
+    log_total = rest.log1p()
+    entropy = log_total - (others * shifted).sum(dim=-1) / (1 + rest)
+    margin = (1 - others.amax(dim=-1)) / (1 + rest) if margins else torch.full_like(entropy, torch.nan)
     return torch.stack((argmax.float(), -log_total, entropy, margin))
 
 
@@ -81,18 +81,14 @@ def draw(logits: Tensor, mask_id: int | None, base: Tensor, sampling: Sampling) 
         sampled = torch.where(hot, (tempered + noise).argmax(dim=-1), argmax)
     gap = logits.gather(1, torch.stack((sampled, base[Stat.SAMPLED].long()), dim=1))
     probabilities = tempered.softmax(dim=-1)
+    top = probabilities.topk(2, dim=-1).values
     values = {
         Stat.ARGMAX: argmax,
         Stat.LOGPROB: base[Stat.LOGPROB] + gap[:, 0] - gap[:, 1],
         Stat.ENTROPY: base[Stat.ENTROPY],
-        Stat.MARGIN: _gap(probabilities),
+        Stat.MARGIN: top[:, 0] - top[:, 1],
         Stat.SAMPLED: sampled,
         Stat.FILTERED_CONFIDENCE: probabilities.gather(1, sampled[:, None])[:, 0],
         Stat.FILTERED_ENTROPY: torch.special.entr(probabilities).sum(dim=-1),
     }
     return torch.stack([values[stat].float() for stat in Stat])
-
-
-def _gap(weights: Tensor) -> Tensor:
-    top = weights.topk(2, dim=-1).values
-    return top[:, 0] - top[:, 1]

@@ -86,7 +86,8 @@ class ConfidenceThreshold(_Confidence):
     ) -> Selected:
         confidence = statistics.confidence
         if self.factor is None:
-            revealed = confidence >= min(np.float32(self.confidence_threshold), confidence.max())
+            revealed = confidence >= np.float32(self.confidence_threshold)
+            revealed[statistics.logprob.argmax()] = True
         else:
             order = np.argsort(-confidence, kind="stable")
             passes = confidence[order] >= 1.0 - self.factor / (np.arange(len(order)) + 2.0)
@@ -105,7 +106,7 @@ class SubBlockConfidence(_Confidence):
     ) -> Selected:
         confidence = statistics.confidence
         revealed = confidence > np.float32(self.confidence_threshold)
-        revealed[confidence.argmax()] = True
+        revealed[statistics.logprob.argmax()] = True
         return Selected(revealed, np.ones_like(revealed) if opening.boundary else None)
 
 
@@ -123,7 +124,7 @@ class BlockwiseConfidence(_Confidence):
                 continue
             inside = (eligible >= canvas.starts[block]) & (eligible < canvas.ends[block])
             if not revealed[inside].any():
-                revealed[_best_of(confidence, inside)] = True
+                revealed[_best_of(statistics.logprob, inside)] = True
         return Selected(revealed)
 
 

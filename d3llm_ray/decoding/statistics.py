@@ -38,17 +38,7 @@ class TokenStatistics:
 
     def rows(self, chosen: slice) -> TokenStatistics:
         """The entries of some rows."""
-        return TokenStatistics(
-            self.argmax[chosen],
-            self.sampled[chosen],
-            self.confidence[chosen],
-            self.logprob[chosen],
-            self.entropy[chosen],
-            self.filtered_confidence[chosen],
-            self.margin[chosen],
-            self.filtered_entropy[chosen],
-            self.finite[chosen],
-        )
+        return TokenStatistics(*(getattr(self, name)[chosen] for name in self.__slots__))
 
 
 def token_statistics(

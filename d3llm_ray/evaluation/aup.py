@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from operator import itemgetter
 
 from d3llm_ray.errors import require
 
@@ -22,12 +23,13 @@ def aup(points: Iterable[Point], max_accuracy: float, alpha: float = ALPHA, offs
         AUP = rho_1 y_1 + sum over i >= 2 of (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2
         W(y) = min(exp(-alpha (1 - y / max_accuracy)), 1)
 
-    The first term carries no weight, so a single pair scores rho * y. The published program also stops with an
-    assertion when the last pair is among those left out; here leaving it out is all that happens, so a setting
-    that costs more than `offset` points of accuracy gains nothing, but does not hide the others.
+    The first term carries no weight, so a single pair scores rho * y. Pairs of equal rho keep the order they are given
+    in, as published. The published program also stops with an assertion when the last pair is among those left out;
+    here leaving it out is all that happens, so a setting that costs more than `offset` points of accuracy gains
+    nothing, but does not hide the others.
 
     Args:
-        points: the pairs, in any order; accuracy within 0 to 100.
+        points: the pairs; their order matters only among pairs of equal rho. Accuracy within 0 to 100.
         max_accuracy: the best accuracy of any method on the task, in percent.
         alpha: how fast accuracy below the best is discounted.
         offset: the loss of accuracy, in points, beyond which a pair does not count.
@@ -54,7 +56,7 @@ def weighted(accuracy: float, max_accuracy: float, alpha: float = ALPHA) -> floa
 
 def counted_points(points: Iterable[Point], offset: float = OFFSET) -> list[Point]:
     """Check the pairs, sort them by tokens per forward, leave out those over `offset` points below the first."""
-    ordered = sorted((float(tpf), float(accuracy)) for tpf, accuracy in points)
+    ordered = sorted(((float(tpf), float(accuracy)) for tpf, accuracy in points), key=itemgetter(0))
     require(bool(ordered), "points", ordered, "at least one (tokens per forward, accuracy in percent) pair")
     require(math.isfinite(offset) and offset >= 0, "offset", offset, "a number of at least 0")
     for tpf, accuracy in ordered:

@@ -95,12 +95,11 @@ def is_anchor(row: EvaluationRow) -> bool:
 def method_points(
     rows: Sequence[EvaluationRow], method: tuple[str, str, str], anchors: Mapping[str, str]
 ) -> list[Point]:
-    """The distinct points of a method, its anchor among them, by rising tokens per forward."""
+    """The distinct points of a method, its anchor among them, in the order of the rows."""
     model, _, task = method
     anchor = (anchors.get(model, model), task)
-    measured = {(row.tpf, row.accuracy) for row in rows if _method(row) == method}
-    borrowed = {(row.tpf, row.accuracy) for row in rows if is_anchor(row) and (row.model, row.task) == anchor}
-    return sorted(measured | borrowed)
+    chosen = [row for row in rows if _method(row) == method or (is_anchor(row) and (row.model, row.task) == anchor)]
+    return list(dict.fromkeys((row.tpf, row.accuracy) for row in chosen))
 
 
 def _method_score(
@@ -108,4 +107,4 @@ def _method_score(
 ) -> float | None:
     best = max(row.accuracy for row in rows if row.task == method[2])
     points = method_points(rows, method, anchors)
-    return aup(points, best) if best > 0 and points[0][0] > 0 else None
+    return aup(points, best) if best > 0 and min(points)[0] > 0 else None

@@ -15,6 +15,7 @@ from d3llm_ray.models.families import Family
 from d3llm_ray.models.folder import check_file
 
 Message = dict[str, str]
+MARKUP = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
 PRIVATE = range(0xF0000, 0xFFFFE)  # code points of no meaning: what stands in for the first letter of a control token
 
 
@@ -43,17 +44,24 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Every token that a message must not forge -> its id.
 
     The published tokenizers mark most of them as special in `tokenizer.json` alone, and `all_special_tokens` has
-    those of `tokenizer_config.json`.
+    those of `tokenizer_config.json`. Added markup that is not special (Qwen's `<tool_call>`, `<|fim_prefix|>`) is one
+    too; other added tokens, such as runs of spaces, are text.
     """
     listed = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    added = ((token.content, number) for number, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return {str(token): number for token, number in (*listed, *added) if str(token)}
+    added = [(token.content, number, token.special) for number, token in tokenizer.added_tokens_decoder.items()]
+    chosen = ((token, number) for token, number, special in added if special or MARKUP.fullmatch(token))
+    return {str(token): number for token, number in (*listed, *chosen) if str(token)}
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, control: bool) -> list[int]:
-    """Tokenise without adding anything; special-token text is read as such only when `control`."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"]
-    return ids
+    """Tokenise without adding anything; the text of control tokens is read as such only when `control`."""
+    pieces = [text]
+    if not control:  # `split_special_tokens` leaves those whole that are not special
+        whole = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+        cuts = [f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in whole if MARKUP.fullmatch(t)]
+        pieces = re.split("|".join(cuts), text) if cuts else pieces
+    encoded = (tokenizer(piece, add_special_tokens=False, split_special_tokens=not control) for piece in pieces)
+    return [number for ids in encoded for number in ids["input_ids"]]
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:

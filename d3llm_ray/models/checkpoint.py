@@ -156,8 +156,8 @@ def load_model(
     """Load a zoo model or a checkpoint folder (LLaDA, Dream, Qwen2 or Llama layout).
 
     `dtype`: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own: where its tensors differ (norms in
-    float32), the one that most weights have. Raises `InputError` for an
-    unknown name, an unsupported config, and a missing, unexpected or mis-shaped tensor, naming it.
+    float32), the one that most weights have. Raises `InputError` for an unknown name, an unsupported config, and a
+    missing, unexpected or mis-shaped tensor, naming it.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)

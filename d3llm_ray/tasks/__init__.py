@@ -6,6 +6,7 @@ from functools import partial
 
 from d3llm_ray.errors import unknown
 from d3llm_ray.paths import not_uploaded
+from d3llm_ray.report import digest
 from d3llm_ray.tasks import arith
 from d3llm_ray.tasks.files import ENDINGS, read_problems, stem
 from d3llm_ray.tasks.task import SPLITS, Problem, Split, Task
@@ -21,7 +22,8 @@ __all__ = ["EMBEDDED", "SPLITS", "Problem", "Split", "Task", "load_task", "read_
 def load_task(name_or_file: str) -> Task:
     """An embedded task, or a prompts file as a task (it has no splits: every split is the whole file).
 
-    Raises `InputError` for an unknown name and for an unreadable file.
+    A file's task is called by its stem and a digest of its problems, so that no two tasks share a name. Raises
+    `InputError` for an unknown name and for an unreadable file.
     """
     if name_or_file in EMBEDDED:
         return EMBEDDED[name_or_file]
@@ -32,4 +34,5 @@ def load_task(name_or_file: str) -> Task:
             [*EMBEDDED, f"a .jsonl, .jsonl.gz or .parquet file of prompts{not_uploaded(name_or_file)}"],
         )
     problems = read_problems(name_or_file)
-    return Task(stem(name_or_file), lambda _split, count: problems[:count])
+    name = f"{stem(name_or_file)}-{digest([problem.id for problem in problems])}"
+    return Task(name, lambda _split, count: problems[:count])

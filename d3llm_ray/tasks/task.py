@@ -10,13 +10,28 @@ from dataclasses import dataclass
 from typing import Literal
 
 from d3llm_ray.errors import require, unknown
+from d3llm_ray.mathematics import is_sentence, same_mathematics
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Message = dict[str, str]
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_MARKED = re.compile(r"####\s*(-?[\d,.]+)")
+_DIGITS = r"-?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?"
+_MARK = re.compile(r"####\s*(-?[.,]?\d[^\n]*|[^\n]+(?=\s*\Z))")  # a number, or the last line: else a heading
+# A number: at the start of a marked line, whatever follows but an operator; in a box alone; as a reference with a unit.
+_MARKED = re.compile(
+    r"(?:\\?[$€£])?\s*(?P<number>-?\.?\d[\d,.]*+)(?!\s*(?:[-+*:(]\s*(?:[\d\\]|[B-Zb-z]\b)|[/^{_<>=×÷√]|\\[A-Za-z]))"
+)
+_BOXED = re.compile(rf"(?:\\?\$)?\s*(?P<number>{_DIGITS})\s*\.?$")
+_QUANTITY = re.compile(
+    rf"(?:\\?[$€£])?\s*(?P<number>{_DIGITS})\s*%?\.?"
+    r"(?:\s+(?!(?:pi|sqrt|sin|cos|tan|log|ln)\b)[A-Za-z]{2,}[A-Za-z .'-]*)?$"
+)
+# Any number, with what makes it a part of an expression.
+_NUMBER = re.compile(
+    r"(?P<before>\\(?:[dt]?frac\s*(?:\{[^{}]*\}|\d)|sqrt)\s*\{?|[/^_]\s*\{?)?(?P<number>-?\d[\d,]*(?:\.\d+)?)"
+    r"(?=(?P<after>\s*(?:\\(?:pi|sqrt|cdot|times|[dt]?frac)|[/^]))?)"
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +65,18 @@ class Task:
         return iter(self.load(split, count))
 
     def extract(self, text: str) -> str | None:
-        """The final answer of a solution, normalised; None when it has none."""
-        return extract_answer(text)
+        """The final answer, normalised: after the last `####` (GSM8K), else in the last `\\boxed{}` (MATH), else the
+        last number; None where there is none."""
+        number, answer = _final(text)
+        return normalise(answer) if number is None and len(answer) < len(text.strip()) else number
 
     def is_correct(self, text: str, reference: str) -> bool:
-        """Whether a solution ends in the reference answer."""
-        answer = extract_answer(text)
-        return answer is not None and answer == (extract_answer(reference) or normalise(reference))
+        """Whether a solution ends in the reference answer: numbers digit by digit, all else as mathematics."""
+        expected, known = _final(reference, whole=True)
+        answer, given = _final(text)
+        if expected is not None and (answer is not None or not re.search(r"[\d\\]", given)):
+            return answer == expected
+        return normalise(given) == normalise(known) or same_mathematics(known, given)
 
 
 def no_problems(_split: Split, _count: int) -> list[Problem]:
@@ -64,14 +84,22 @@ def no_problems(_split: Split, _count: int) -> list[Problem]:
     return []
 
 
-def extract_answer(text: str) -> str | None:
-    """The final answer: after the last `####` (GSM8K), else in the last `\\boxed{}` (MATH), else the last number."""
-    if marked := _MARKED.findall(text):
-        return normalise(marked[-1])
-    if (boxed := last_boxed(text)) is not None:
-        return normalise(boxed)
-    numbers = _NUMBER.findall(text)
-    return normalise(numbers[-1]) if numbers else None
+def _final(text: str, *, whole: bool = False) -> tuple[str | None, str]:
+    """The final answer as a number, normalised, where it is one, and as it stands; the text where nothing marks it.
+
+    `whole`: a text that marks nothing is the answer, and a number if it is a quantity, or a sentence with one.
+    """
+    text = text.replace("−", "-")
+    if marked := _MARK.findall(text):
+        found, answer = _MARKED.match(marked[-1]), marked[-1]
+    elif (boxed := last_boxed(text)) is not None:
+        found, answer = _BOXED.match(boxed.strip()), boxed
+    elif whole and not is_sentence(text):
+        found, answer = _QUANTITY.match(text.strip()), text
+    else:
+        *_, found = (None, *_NUMBER.finditer(text))
+        found, answer = None if found is None or found["before"] or found["after"] else found, text
+    return None if found is None else normalise(found["number"].replace(",", "")), answer.strip()
 
 
 def last_boxed(text: str) -> str | None:
@@ -88,9 +116,10 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Compare answers without case, spaces, thousands separators, a final stop or a decimal `.0`."""
-    answer = re.sub(r"[\s,$]", "", answer.lower()).rstrip(".")
-    return re.sub(r"(\d)\.0+$", r"\1", answer)
+    """Answers compare without case, spaces, thousands separators, a final stop, a decimal's last zeros, text marks."""
+    answer = re.sub(r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}", r"\1", answer.lower())
+    answer = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|\s|\\?\$", "", answer).rstrip(".")
+    return answer.rstrip("0").rstrip(".") if re.search(r"\.\d+$", answer) else answer
 
 
 def problem_id(messages: list[Message], reference: str | None) -> str:

@@ -35,6 +35,7 @@ SETTINGS: dict[str, list[Any]] = {
     "confidence_threshold": [0.0, 0.3, 0.9, 1.0],
     "factor": [None, 0.4, 1.0, 3.0],
     "cache": ["none", "prefix", "dual"],
+    "repeat_finished": [False, True],
     "cache_delay": [1, 2, 5],
     "refresh_interval": [1, 2, 5, 10000],
     "suffix": ["recompute", "cached", "none"],

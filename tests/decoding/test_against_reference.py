@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -42,14 +45,22 @@ REFERENCES = {
 }
 
 
-def _decode(kind: str, preset: str, prompt: list[int], limit: int, **options: Any) -> Completion:
+def _stops(prompt: list[int], limit: int) -> list[int]:
+    """Stop ids of an example beside end-of-text: mostly so many that its answer meets one, early or late."""
+    rng = random.Random(f"{prompt} {limit}")
+    return rng.sample(range(2, VOCABULARY), rng.choice([4, 8, 16, 24]))
+
+
+def _decode(
+    kind: str, preset: str, prompt: list[int], limit: int, stops: Sequence[int] = (), **options: Any
+) -> Completion:
     model, family, _, _ = loaded(kind)
     # A neighbour that joins first and has other lengths: what the request gets must not depend on it.
     chosen = decoder(preset, **options)
     engine = Engine(model, family, chosen, vocabulary_size=VOCABULARY)
     engine.submit(Request([3, 4, 5, 6, 7], 11, temperature=1.0, decoder=chosen))
     engine.step()
-    request_id = engine.submit(Request(prompt, limit, seed=7, decoder=chosen))
+    request_id = engine.submit(Request(prompt, limit, seed=7, decoder=chosen, stop_token_ids=stops))
     while engine.active or engine.waiting:
         for event in engine.step():
             if event.request_id == request_id and event.completion is not None:
@@ -57,20 +68,23 @@ def _decode(kind: str, preset: str, prompt: list[int], limit: int, **options: An
     return done
 
 
-def _assert_equal(done: Completion, answer: Answer) -> None:
+def _assert_equal(done: Completion, answer: Answer, stops: Sequence[int]) -> None:
     length = len(answer.response_ids)
     assert done.response_ids[:length] == answer.response_ids
     assert done.forwards == answer.forwards
     assert done.reveal_steps[: len(answer.reveal_steps)] == answer.reveal_steps
-    if EOS in answer.response_ids:
-        assert done.token_ids == answer.response_ids[: answer.response_ids.index(EOS)]
+    met = [place for place, token in enumerate(answer.response_ids) if token in (EOS, *stops)]
+    if met:
+        assert done.token_ids == answer.response_ids[: met[0]]
         assert done.finish_reason == "stop"
 
 
 def _compare(kind: str, preset: str, prompt: list[int], limit: int, **options: Any) -> None:
     _, _, network, conventions = loaded(kind)
     block = options.get("block_size", 8)
-    done = _decode(kind, preset, prompt, limit, **options)
+    stops = _stops(prompt, limit)
+    conventions = replace(conventions, stop_ids=(EOS, *stops))
+    done = _decode(kind, preset, prompt, limit, stops, **options)
     size = len(done.response_ids)
     if preset not in ("vanilla", "autoregressive", "fast-dllm-v2"):
         assert size == min(-(-limit // block) * block, CONTEXT - len(prompt))
@@ -88,7 +102,7 @@ def _compare(kind: str, preset: str, prompt: list[int], limit: int, **options: A
 
     answer = decode(network)
     try:
-        _assert_equal(done, answer)
+        _assert_equal(done, answer, stops)
     except AssertionError:
         # A tie to within rounding may fall either way: such an example proves nothing. It is one if weights that are
         # off by less than rounding errors add up to give yet another answer.
@@ -155,6 +169,7 @@ def test_vanilla_dream(rule, kind, prompt, limit, block_size, steps, early_stop)
             "block_size": blocks,
             "entropy_threshold": entropies,
             "cache": st.sampled_from(["none", "prefix", "dual"]),
+            "repeat_finished": st.booleans(),
             "early_stop": st.booleans(),
         }
     ),
@@ -174,6 +189,7 @@ def test_dparallel(kind, prompt, limit, options) -> None:
             "block_size": blocks,
             "confidence_threshold": confidences,
             "factor": st.sampled_from([None, None, 0.4, 1.0, 3.0]),
+            "repeat_finished": st.booleans(),
             "early_stop": st.booleans(),
         }
     ),

@@ -68,19 +68,6 @@ def _run(engine: Engine, requests: list[Request]) -> list[Completion]:
     return [done[request_id] for request_id in ids]
 
 
-@pytest.mark.parametrize("conventions", ["loaded", "dream"])
-@pytest.mark.parametrize(
-    "settings", [{"cache_delay": 10_000}, {"refresh_interval": 1}, {"refresh_interval": 1, "suffix": "cached"}]
-)
-def test_caches_that_never_freeze_or_always_refresh_change_nothing(conventions, settings, request) -> None:
-    model, family = request.getfixturevalue(conventions)
-    requests = _requests(12, seed=4)
-    plain = _run(Engine(model, family, decoder("d3llm-nocache", entropy_threshold=1.0)), requests)
-    cached = _run(Engine(model, family, decoder("d3llm", entropy_threshold=1.0, **settings)), requests)
-    for one, other in zip(plain, cached, strict=True):
-        assert one.response_ids == other.response_ids and one.forwards == other.forwards
-
-
 @pytest.mark.parametrize("suffix", ["recompute", "cached", "none"])
 @pytest.mark.parametrize("conventions", ["loaded", "dream"])
 def test_every_forward_reveals_and_nothing_stays_masked(conventions, suffix, request) -> None:

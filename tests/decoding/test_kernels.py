@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d3llm_ray.decoding import scoring, statistics
 from d3llm_ray.decoding.sampling import Sampling, row_keys
+from tests.decoding.near_certain import near_certain
 
 pytest.importorskip("triton", reason="triton is not installed (CUDA builds of torch bring it; pip install '.[dev]')")
 
@@ -39,6 +40,15 @@ def rows_of(dtype: str, vocabulary: int) -> tuple[Tensor, Sampling]:
     temperatures = np.resize(np.array([0, 0.7, 1, 2, 1e-4, 0, 30], dtype=np.float32), count)
     off = (np.ones(count, dtype=np.float32), np.zeros(count, dtype=np.int64))
     return wide.to(DTYPES[dtype])[:, :vocabulary], Sampling(temperatures, *off, row_keys(11, np.arange(count), 2))
+
+
+def sampled_rows(count: int) -> Sampling:
+    """So cold that the most probable token is drawn."""
+    cold, off = (
+        np.full(count, 1e-3, dtype=np.float32),
+        (np.ones(count, dtype=np.float32), np.zeros(count, dtype=np.int64)),
+    )
+    return Sampling(cold, *off, row_keys(11, np.arange(count), 2))
 
 
 def broken_rows() -> Tensor:
@@ -88,6 +98,8 @@ def run_kernel() -> Results:
         found[f"sampled-{dtype}-{vocabulary}"] = kernels.score(logits, MASK, sampling).cpu().numpy()
         found[f"unmasked-{dtype}-{vocabulary}"] = kernels.score(logits, None, None).cpu().numpy()
         found[f"untouched-{dtype}-{vocabulary}"] = np.array(torch.equal(logits, before))
+    for name, sampling in (("greedy", None), ("sampled", sampled_rows(12))):
+        found[f"certain-{name}"] = kernels.score(near_certain()[0].to(device), None, sampling).cpu().numpy()
     found["broken"] = kernels.score(broken_rows().to(device), MASK, None).cpu().numpy()
     statistics.fused_score = lambda _: kernels.score  # type: ignore[assignment]
     found |= {f"batch-{name}": array for name, array in asdict(filtered_batch()).items()}
@@ -99,7 +111,8 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Results:
     # A process of its own: Triton decides at import whether it interprets.
     path = tmp_path_factory.mktemp("kernel") / "found.npz"
     environment = os.environ | ({} if CUDA else {"TRITON_INTERPRET": "1"})
-    subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True, timeout=240)
+    command = [sys.executable, "-m", "tests.decoding.test_kernels", str(path)]
+    subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=True, timeout=240)
     with np.load(path) as found:
         return dict(found)
 
@@ -119,6 +132,16 @@ def test_statistics_equal_float64(kernel: Results, dtype: str, vocabulary: int) 
         np.testing.assert_allclose(entropy, torch.special.entr(p).sum(-1), atol=5e-6, rtol=1e-5)
         np.testing.assert_allclose(margin, top[:, 0] - top[:, 1], atol=1e-6)
     assert kernel[f"untouched-{dtype}-{vocabulary}"]
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
+def test_near_certain_tokens_keep_their_order(kernel: Results, name: str) -> None:
+    _, logprob, entropy = near_certain()
+    found = kernel[f"certain-{name}"]
+    np.testing.assert_array_equal(np.argsort(-found[1]), np.argsort(-logprob))
+    np.testing.assert_array_equal(np.argsort(found[2]), np.argsort(entropy))
+    np.testing.assert_allclose(found[1], logprob, rtol=1e-5)
+    np.testing.assert_allclose(found[2], entropy, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "vocabulary"), CASES)

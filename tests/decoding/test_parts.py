@@ -14,11 +14,16 @@ from d3llm_ray.decoding import PRESETS, decoder
 from d3llm_ray.decoding.batch import Grouping, Span, grouped
 from d3llm_ray.decoding.caches import DelayedCache, NoCache
 from d3llm_ray.decoding.canvas import Canvas
-from d3llm_ray.decoding.contracts import Opening, Window
+from d3llm_ray.decoding.contracts import Opening, Selection, Window
 from d3llm_ray.decoding.remasking import TopK
 from d3llm_ray.decoding.rules import FamilyRules
 from d3llm_ray.decoding.schedules import MultiBlock, SequentialBlocks
-from d3llm_ray.decoding.selections import EntropyThreshold
+from d3llm_ray.decoding.selections import (
+    BlockwiseConfidence,
+    ConfidenceThreshold,
+    EntropyThreshold,
+    SubBlockConfidence,
+)
 from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.errors import InputError
 
@@ -38,7 +43,8 @@ def _reveal(canvas: Canvas, *positions: int, token: int = 7) -> None:
 
 def _statistics(confidence: np.ndarray | None = None, entropy: np.ndarray | None = None, **others) -> TokenStatistics:
     """Figures of a forward; what is not given must not be looked at."""
-    given = {"confidence": confidence, "entropy": entropy, **others}
+    logprob = None if confidence is None else np.log(confidence)
+    given = {"confidence": confidence, "entropy": entropy, "logprob": logprob, **others}
     names = TokenStatistics.__dataclass_fields__
     return TokenStatistics(**{name: given.get(name) for name in names})
 
@@ -87,6 +93,22 @@ def test_top_k_spreads_the_remainder_over_the_first_steps() -> None:
         counts.append(opening.eligible[revealed].tolist())
         _reveal(canvas, *opening.eligible[revealed])
     assert counts == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (TopK(steps=4), [2]),
+        (SubBlockConfidence(1.0), [2]),
+        (BlockwiseConfidence(1.0), [2]),
+        (ConfidenceThreshold(1.0), [0, 1, 2, 3]),
+    ],
+)
+def test_near_certain_tokens_are_ranked_by_what_is_left(selection: Selection, expected: list[int]) -> None:
+    canvas, ones = _canvas(size=4), np.ones(4, dtype=np.float32)
+    opening = SequentialBlocks().open(canvas)
+    figures = _statistics(ones, logprob=np.array([-3e-9, -2e-9, -1e-12, -1e-9], dtype=np.float32))
+    assert np.flatnonzero(selection.select(canvas, opening, figures, LLADA, 0).revealed).tolist() == expected
 
 
 def test_stop_tokens_are_deferred_until_nothing_else_is_left() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from d3llm_ray.decoding import statistics
 from d3llm_ray.decoding.sampling import Sampling, filter_logits, gumbel_noise, row_keys, uniforms
 from d3llm_ray.decoding.statistics import TokenStatistics, token_statistics
+from tests.decoding.near_certain import near_certain
 
 
 class Head:
@@ -83,6 +84,17 @@ def test_statistics_equal_float64() -> None:
     np.testing.assert_array_equal(found.filtered_confidence, found.confidence)
     np.testing.assert_array_equal(found.filtered_entropy, found.entropy)
     assert found.finite.all()
+
+
+def test_near_certain_tokens_keep_their_order() -> None:
+    logits, logprob, entropy = near_certain()
+    assert len(set(np.exp(logprob).astype(np.float32))) < 7  # ties for whoever compares probabilities
+    for sampling in (None, sampled_as(12, 1e-3)):
+        found = measure(logits, sampling)
+        np.testing.assert_array_equal(np.argsort(-found.logprob), np.argsort(-logprob))
+        np.testing.assert_array_equal(np.argsort(found.entropy), np.argsort(entropy))
+        np.testing.assert_allclose(found.logprob, logprob, rtol=1e-5)
+        np.testing.assert_allclose(found.entropy, entropy, rtol=1e-5)
 
 
 def test_dtypes_and_no_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import aup, leaderboard
+from d3llm_ray.evaluation.report import method_points
 
 LLADA_TASKS = ("GSM8K-CoT", "MATH", "MBPP", "HumanEval", "Long-GSM8K")
 LLADA_BEST = (74.98, 41.15, 63.6, 67.73, 82.56)
@@ -165,6 +167,55 @@ def test_a_pair_too_far_below_the_first_does_not_count():
     assert aup([(1, 80), (3, 76), (9, 75.0)], 80) > aup([(1, 80), (3, 76)], 80)
     # a dip in the middle is passed over: the area joins its neighbours
     assert aup([(1, 80), (2, 60), (3, 80)], 80) == pytest.approx(80 + 2 * 80)
+
+
+def published(points: list[tuple[float, float]], best: float) -> float | None:
+    """The published program's rule, step by step (algorithms.md 10); None where it stops."""
+    rho, y = [point[0] for point in points], [point[1] for point in points]
+    order = sorted(range(len(points)), key=lambda index: rho[index])  # stable
+    rho, y = [rho[index] for index in order], [y[index] for index in order]
+    if y[0] - y[-1] > 5:
+        return None
+    kept = [index for index in range(len(y)) if y[index] >= y[0] - 5]
+    rho, y = [rho[index] for index in kept], [y[index] for index in kept]
+    weighted = [value * min(math.exp(-3 * (1 - value / best)), 1) for value in y]
+    area = rho[0] * y[0]
+    for index in range(1, len(rho)):
+        area += (rho[index] - rho[index - 1]) * (weighted[index] + weighted[index - 1]) / 2
+    return area
+
+
+few_rhos = st.sampled_from([1.0, 1.5, 2.0, 4.0])  # so that many are equal
+
+
+@given(st.lists(st.tuples(few_rhos, st.floats(60, 80)), min_size=1, max_size=8), st.floats(60, 100))
+def test_scores_equal_the_published_rule_also_for_equal_parallelism(points, top):
+    expected = published(points, top)
+    if expected is not None:
+        assert aup(points, top) == pytest.approx(expected)
+
+
+def test_pairs_of_equal_parallelism_keep_their_order():
+    one, other = [(1, 80), (2, 76), (2, 80), (3, 80)], [(1, 80), (2, 80), (2, 76), (3, 80)]
+    # W(76 of 80) = exp(-0.15): the second trapezium starts at 80, or at 65.413
+    assert aup(one, 80) == pytest.approx(80 + (80 + 65.4137) / 2 + 80, abs=1e-3)
+    assert aup(other, 80) == pytest.approx(80 + 80 + (80 + 65.4137) / 2, abs=1e-3)
+    worse = [(1, 80), (2, 80), (2, 76), (3, 80), (3, 79)]
+    better = [(1, 80), (2, 80), (2, 76), (3, 79), (3, 80)]
+    assert published(worse, 80) == pytest.approx(aup(worse, 80)) != aup(better, 80)
+
+
+def test_a_report_hands_on_points_in_the_order_of_its_rows():
+    rows = [
+        SimpleNamespace(model="m", decoder=decoder, task="t", tpf=tpf, accuracy=accuracy, settings={"decoder": decoder})
+        for decoder, tpf, accuracy in [("a", 2, 80), ("vanilla", 1, 80), ("a", 2, 76), ("b", 3, 1), ("a", 2, 80)]
+    ]
+    assert method_points(rows, ("m", "a", "t"), {}) == [(2, 80), (1, 80), (2, 76)]
+
+
+def test_where_the_published_program_stops_the_last_pair_is_left_out():
+    assert published([(1, 80), (2, 78), (3, 70)], 80) is None
+    assert aup([(1, 80), (2, 78), (3, 70)], 80) == aup([(1, 80), (2, 78)], 80)
 
 
 def test_accuracy_above_the_best_gains_no_bonus():

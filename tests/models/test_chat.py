@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import encode_chat, load_model, load_tokenizer, read_configs
@@ -106,6 +108,40 @@ def test_a_template_that_looks_into_messages_sees_them(published) -> None:
     ids = encode_chat(published, [{"role": "user", "content": "9 apples</think>Tom <|pad|>"}])
     expected = published("Tom <|pad|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert ids == [*expected, published.convert_tokens_to_ids("<|eot_id|>")]
+
+
+@pytest.fixture
+def qwen(tmp_path: Path):
+    """A byte-level tokenizer with added tokens as Qwen2.5 has them: some special, some markup, some ordinary."""
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[])
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bare.train_from_iterator(["call the tool prefix of <a> file"] * 3, trainer)
+    bare.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    bare.add_tokens(["<tool_call>", "</tool_call>", "<|fim_prefix|>", "[TOOL]", "    "])
+    bare.save(str(tmp_path / "tokenizer.json"))
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|im_end|>")
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n<tool_call>{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    return fast
+
+
+@pytest.mark.parametrize(
+    "text", ["a <tool_call>b</tool_call>", "<|fim_prefix|><<tool_call>", "[TOOL]", "<|im_end|><tool_call><|endoftext|>"]
+)
+def test_markup_that_is_not_special_stays_text_and_a_templates_own_does_not(qwen, text: str) -> None:
+    ids = encode_chat(qwen, [{"role": "user", "content": text}])
+    assert _control(qwen, ids) == ["<|im_start|>", "<tool_call>", "<|im_end|>"]
+    assert qwen.decode(ids) == f"<|im_start|>user\n<tool_call>{text}<|im_end|>\n"
+    assert (
+        qwen(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != ids[3:-2]
+    )  # what it would read
+
+
+def test_other_added_tokens_are_text(qwen) -> None:
+    ids = encode_chat(qwen, [{"role": "user", "content": "if    a <tool_call>"}])
+    assert _control(qwen, ids) == ["<|im_start|>", "<tool_call>", "    ", "<|im_end|>"]
 
 
 def test_a_role_is_text_too(published) -> None:

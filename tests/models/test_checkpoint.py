@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.models import Ragged, Transformer, load_model, load_tokenizer, resolve_model, save_model
+from d3llm_ray.models import Ragged, Transformer, checkpoint, load_model, load_tokenizer, resolve_model, save_model
 from d3llm_ray.models.families import read_family
 
 DREAM = {
@@ -96,14 +96,27 @@ def test_sharded_and_bfloat16_checkpoints_load(tiny_checkpoint: Path, tmp_path: 
         load_model(tmp_path)
 
 
-def test_loading_holds_one_copy_of_the_weights(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    """Python-side allocations while loading stay small: tensors come from the file one at a time."""
-    tracemalloc.start()
-    model, _ = load_model(tiny_checkpoint)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
-    assert peak < 5_000_000
+def _alive() -> dict[int, int]:
+    """Bytes of every tensor of the process that has any, by address."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and not thing.is_meta]
+    return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+
+
+def test_loading_holds_one_copy_of_the_weights(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever a weight is put in its place, nothing but the model so far and that one, as stored, is in memory."""
+    sizes = [tensor.nbytes for tensor in load_file(tiny_checkpoint / "model.safetensors").values()]
+    before, assign, beside = _alive(), checkpoint._assign, []
+
+    def watched(model: Transformer, name: str, tensor: torch.Tensor) -> None:
+        assign(model, name, tensor)
+        beside.append(0)
+        if len(beside) == 14:
+            own = {parameter.data_ptr() for parameter in model.parameters()}
+            beside[-1] = sum(size for address, size in _alive().items() if address not in own and address not in before)
+
+    monkeypatch.setattr(checkpoint, "_assign", watched)
+    load_model(tiny_checkpoint, dtype="bfloat16")
+    assert len(beside) == len(sizes) > 20 and max(beside) <= max(sizes) < sum(sizes) / 4
 
 
 def _copy(source: Path, target: Path, **changes: torch.Tensor | None) -> Path:

@@ -12,12 +12,20 @@ Select = Callable[[dict[int, Guess]], list[int]]
 
 
 def decode_blocks(
-    network: Network, canvas: Canvas, *, block_size: int, cache: str, select: Select, early_stop: bool
+    network: Network,
+    canvas: Canvas,
+    *,
+    block_size: int,
+    cache: str,
+    select: Select,
+    early_stop: bool,
+    repeat_finished: bool = False,
 ) -> Answer:
     """Decode block after block; `select` says which of the block's masked positions to reveal.
 
     `cache`: "none" computes the whole canvas every time. The others do so on entering a block; afterwards
-    "prefix" computes from the block to the end of the canvas, "dual" only the block.
+    "prefix" computes from the block to the end of the canvas, "dual" only the block. `repeat_finished`: as published,
+    these two look whether the block is finished only after the forward that follows the block's first one.
     """
     store = network.store()
     shift = int(canvas.conventions.shift)
@@ -36,6 +44,10 @@ def decode_blocks(
                 canvas.reveal(position, guesses[position].token)
             if early_stop:
                 canvas.stop_early()
+            if repeat_finished and cache != "none" and entering and not canvas.masked(start, end):
+                last = canvas.prompt + end if cache == "dual" else canvas.length
+                network.forward(canvas.ids, canvas.prompt + start - shift, last, store)
+                canvas.forwards += 1
             entering = False
     return canvas.answer()
 

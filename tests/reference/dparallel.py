@@ -19,6 +19,7 @@ def decode(
     entropy_threshold: float = 0.45,
     cache: str = "none",
     early_stop: bool = True,
+    repeat_finished: bool = False,
 ) -> Answer:
     """`cache`: none, prefix or dual, as Fast-dLLM's."""
 
@@ -37,4 +38,5 @@ def decode(
         cache=cache,
         select=select,
         early_stop=early_stop,
+        repeat_finished=repeat_finished,
     )

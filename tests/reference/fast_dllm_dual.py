@@ -19,6 +19,7 @@ def decode(
     confidence_threshold: float = 0.9,
     factor: float | None = None,
     early_stop: bool = True,
+    repeat_finished: bool = False,
 ) -> Answer:
     return decode_blocks(
         network,
@@ -27,4 +28,5 @@ def decode(
         cache="dual",
         select=lambda guesses: select_confident(guesses, confidence_threshold, factor),
         early_stop=early_stop,
+        repeat_finished=repeat_finished,
     )

@@ -109,6 +109,16 @@ def test_windows_of_the_block_caches(decode: Callable[..., Answer], last: int | 
     assert network.windows == expected
 
 
+@pytest.mark.parametrize(("decode", "last"), [(fast_dllm_prefix.decode, 13), (fast_dllm_dual.decode, None)])
+def test_a_block_that_its_first_forward_finishes_is_repeated(decode: Callable[..., Answer], last: int | None) -> None:
+    network, settings = Recording(random_model()), {"block_size": 4, "early_stop": False, "conventions": LLADA_LIKE}
+    decode(network, [3, 1, 4], 10, confidence_threshold=0.0, repeat_finished=True, **settings)
+    assert network.windows == [(0, 13), (3, last or 7), (0, 13), (7, last or 11), (0, 13), (11, 13)]
+    network.windows.clear()
+    decode(network, [3, 1, 4], 10, confidence_threshold=0.0, **settings)
+    assert network.windows == [(0, 13)] * 3
+
+
 @pytest.mark.parametrize("prompt", [[3, 1, 4], [3, 1, 4, 1], [3, 1, 4, 1, 5, 9, 2]])
 def test_block_causal_caches_are_exact(prompt: list[int]) -> None:
     model = random_model()

@@ -69,11 +69,20 @@ def test_the_same_rows_in_every_format_are_the_same_problems(tmp_path: Path) -> 
     members = [gzip.compress(part) for part in (text.encode()[:half], text.encode()[half:])]
     (tmp_path / "a.jsonl.gz").write_bytes(b"".join(members))
     pq.write_table(pa.Table.from_pylist([{**row, "id": 1.5} for row in rows]), tmp_path / "a.parquet")
+    names = {load_task(str(file)).name for file in tmp_path.iterdir()}
+    assert len(names) == 1 and names.pop().startswith("a-")
     for file in tmp_path.iterdir():
         problems = read_problems(file)
         assert [{"messages": p.messages, "reference": p.reference} for p in problems] == rows
         assert len({problem.id for problem in problems}) == 600
-        assert load_task(str(file)).name == "a"
+
+
+def test_files_of_one_name_are_tasks_of_two(tmp_path: Path) -> None:
+    for folder, reference in (("one", "4"), ("two", "5")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "reference": reference}))
+    one, two = (load_task(str(tmp_path / folder / "test.jsonl")).name for folder in ("one", "two"))
+    assert one != two and one.startswith("test-") and two.startswith("test-")
 
 
 def test_unreadable_files_are_named_in_one_line(tmp_path: Path) -> None:
