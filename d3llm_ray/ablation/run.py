@@ -17,7 +17,7 @@ from d3llm_ray.ablation.trial import Measure, read_record, record_file, run_tria
 from d3llm_ray.ablation.trial import measure as measure_student
 from d3llm_ray.cluster import connect, wait_for_resources
 from d3llm_ray.config import build
-from d3llm_ray.output_folder import claim
+from d3llm_ray.output_folder import claim, sole_writer
 from d3llm_ray.progress import Progress, polled
 from d3llm_ray.tasks import EMBEDDED
 from d3llm_ray.trajectories.pipeline import run as write_trajectories
@@ -31,6 +31,7 @@ class FailedTrials(RuntimeError):
     """Some students could not be trained or measured; the report of the others is written."""
 
 
+@sole_writer
 def run(
     settings: AblateSettings, progress: Progress | None = None, measure: Measure = measure_student
 ) -> AblationReport:

@@ -35,6 +35,7 @@ from d3llm_ray.distillation.student import build_student, student_family
 from d3llm_ray.distillation.training.engines import torch_engine
 from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.errors import require
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.pipeline import run as run_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings
@@ -87,6 +88,7 @@ class Run:
     loss: float
 
 
+@sole_writer
 def run(settings: DistillBenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[RateRow]:
     """Measure in every round loop and job by turns, and a loop at the end; write the report.
 

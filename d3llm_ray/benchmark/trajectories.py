@@ -19,6 +19,7 @@ from d3llm_ray.benchmark.rates import RateRow, rate_columns
 from d3llm_ray.benchmark.ratios import Ratio
 from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.device import timed
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.pipeline import run as run_job
 from d3llm_ray.trajectories.plan import make_plan
@@ -50,6 +51,7 @@ class TrajectoryBenchmarkSettings(TrajectorySettings):
     single: bool = Field(True, description="also decode one prompt at a time, which is slow on a GPU")
 
 
+@sole_writer
 def run(settings: TrajectoryBenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[RateRow]:
     """Measure every way once, and write the report: rows a second, their ratios, and whether the rows agree."""
     plan = make_plan(settings)

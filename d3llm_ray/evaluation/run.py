@@ -23,7 +23,7 @@ from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
-from d3llm_ray.output_folder import claim
+from d3llm_ray.output_folder import claim, sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import digest, write_text
 from d3llm_ray.tasks import Problem, Task, load_task
@@ -40,6 +40,7 @@ class _PlannedRow:
     key: str
 
 
+@sole_writer
 def run(settings: EvaluateSettings, progress: Progress | None = None) -> EvaluationReport:
     """Measure, score and write; returns the report.
 

@@ -23,7 +23,7 @@ from d3llm_ray.errors import InputError, require
 from d3llm_ray.evaluation.report import EvaluationReport
 from d3llm_ray.evaluation.run import run as evaluate
 from d3llm_ray.models import resolve_model
-from d3llm_ray.output_folder import check_folder, claim, named
+from d3llm_ray.output_folder import check_folder, claim, named, sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.quickstart.memory import PeakMemory
 from d3llm_ray.quickstart.settings import QuickstartSettings
@@ -56,6 +56,7 @@ class Stages:
         self.seconds[name] = round(time.perf_counter() - started, 1)
 
 
+@sole_writer
 def run(settings: QuickstartSettings, progress: Progress | None = None) -> str:
     """Run what is not finished yet, print nothing; returns the table with the served answer and the timings.
 

@@ -23,6 +23,7 @@ from pydantic import Field
 from d3llm_ray.config import Settings
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import load_tokenizer, read_configs
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.published import ChatTemplate, Imported, PublishedTeacher, import_answer, import_trajectory
 from d3llm_ray.trajectories.schema import MAX_CANVAS, build_table, file_metadata
@@ -87,6 +88,7 @@ class Findings:
         return {**forms, "inferred": self._inferred, "offset": self._offsets}
 
 
+@sole_writer
 def run(settings: ImportSettings, progress: Progress | None = None) -> str:
     """Import `settings.source` into the folder `settings.output`, laid out as a finished trajectory run; return it.
 

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from d3llm_ray.cluster import connect, quieten, wait_for_resources
 from d3llm_ray.errors import InputError
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.plan import TrajectoryPlan, make_plan
 from d3llm_ray.trajectories.publish import publish
@@ -31,6 +32,7 @@ from d3llm_ray.trajectories.worker import COUNTS, MakeTeacher, TeacherWorker
 CALLS_PER_ACTOR = 2
 
 
+@sole_writer
 def run(settings: TrajectorySettings, progress: Progress | None = None, make_teacher: MakeTeacher = Teacher) -> str:
     """Write the trajectories of `settings.prompts` into the folder `settings.output`, and return it.
 

@@ -43,7 +43,7 @@ class TrajectorySettings(Settings):
     decoder_settings: DecoderSettings = Field(
         {},
         description="settings that override the decoder's, such as steps of `vanilla`: forwards of a canvas; "
-        "early_stop (nothing is decoded behind a row's first stop token) is false unless it is said here or in the file",
+        "early_stop (nothing is decoded behind a row's first stop token) is false unless said here or in the file",
     )
     max_tokens: int = Field(64, ge=1, description="response positions; a multiple of the block size")
     attempts: int = Field(5, ge=1, description="decodings of a prompt at most, until one equals the reference")

@@ -14,7 +14,7 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import Point
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
-from d3llm_ray.output_folder import check_folder
+from d3llm_ray.output_folder import check_folder, sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task
@@ -30,6 +30,7 @@ ANCHOR_FILE = "anchor.yaml"
 MARKER = "tune.yaml"
 
 
+@sole_writer
 def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     """Search, write and return the path of the chosen decoding settings, `settings.output / "settings.yaml"`.
 

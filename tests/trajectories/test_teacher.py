@@ -95,9 +95,7 @@ def test_rows_equal_single_decodings_through_the_public_api(tiny_checkpoint: Pat
     llm = DiffusionLLM.from_pretrained(tiny_checkpoint, decoder="vanilla", max_batch_size=1)
     assert any(row["attempt"] == 1 for row in rows)
     for prompt, row in zip(plan.prompts(), rows, strict=True):
-        (output,) = llm.generate(
-            [prompt.messages], max_tokens=32, temperature=row["temperature"], seed=row["seed"]
-        )
+        (output,) = llm.generate([prompt.messages], max_tokens=32, temperature=row["temperature"], seed=row["seed"])
         assert row["prompt_id"] == prompt.prompt_id
         assert row["prompt_ids"] == output.prompt_ids and row["response_ids"] == output.response_ids
         assert row["reveal_step"] == output.reveal_steps and row["forwards"] == output.forwards
