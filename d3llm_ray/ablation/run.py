@@ -20,7 +20,7 @@ from d3llm_ray.config import build
 from d3llm_ray.output_folder import claim, sole_writer
 from d3llm_ray.progress import Progress, polled
 from d3llm_ray.tasks import EMBEDDED
-from d3llm_ray.trajectories.pipeline import run as write_trajectories
+from d3llm_ray.trajectories.pipeline import write_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.storage import SUCCESS, Location
 

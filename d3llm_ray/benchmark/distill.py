@@ -37,7 +37,7 @@ from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metr
 from d3llm_ray.errors import require
 from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
-from d3llm_ray.trajectories.pipeline import run as run_trajectories
+from d3llm_ray.trajectories.pipeline import write_trajectories
 from d3llm_ray.trajectories.settings import TrajectorySettings
 
 SAME_LOSS = 1e-4  # relative: sums in another order, and bfloat16's kernels for other numbers of threads
@@ -210,7 +210,7 @@ def _decode(settings: DistillBenchmarkSettings, output: Path, progress: Progress
     steps = settings.max_steps or 1
     count = settings.batch_size * -(-steps // settings.epochs)
     values = {"teacher": settings.teacher, "count": count, "output": str(output)}
-    run_trajectories(build(TrajectorySettings, values), progress)
+    write_trajectories(build(TrajectorySettings, values), progress)
     return str(output)
 
 

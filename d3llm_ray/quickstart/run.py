@@ -30,7 +30,7 @@ from d3llm_ray.quickstart.settings import QuickstartSettings
 from d3llm_ray.report import PARTIAL, write_text
 from d3llm_ray.serving.server import serve_in_background
 from d3llm_ray.tasks import load_task
-from d3llm_ray.trajectories.pipeline import run as write_trajectories
+from d3llm_ray.trajectories.pipeline import write_trajectories
 from d3llm_ray.tuning.run import run as tune
 
 STAGES = ("trajectories", "distill", "tune", "evaluate", "serve")

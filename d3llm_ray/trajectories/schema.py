@@ -47,9 +47,10 @@ SCHEMA = pa.schema(
         pa.field("forwards", pa.int32()),  # model forwards of this attempt
         pa.field("seed", pa.int64()),  # of this attempt: the row can be decoded again by itself
         pa.field("reference_ids", _list(pa.int32())),  # the training set's response, without a stop token
+        pa.field("id", pa.string()),  # what the source calls the row
     ]
 )
-LATER = ("reference_ids",)  # columns that files of earlier versions lack; they read as null
+LATER = ("reference_ids", "id")  # columns that files of earlier versions lack; they read as null
 MAX_CANVAS = 2**16  # reveal_step is uint16
 
 # A prompt or source row that gave no trajectory. Null where it is unknown or makes no sense.
@@ -60,6 +61,7 @@ ERROR_SCHEMA = pa.schema(
         pa.field("messages", MESSAGES),
         pa.field("reference", pa.string()),
         pa.field("error", pa.string(), nullable=False),  # the reason, one line
+        pa.field("id", pa.string()),
     ]
 )
 ERRORS = "errors.parquet"

@@ -30,7 +30,10 @@ class TrajectorySettings(Settings):
         "or a `datasets` name, OWNER/NAME[:CONFIG]",
     )
     texts: list[str] = Field([], description="prompts written here, a flag each; they replace `prompts`")
-    split: Split = Field("train", description="split of an embedded task or of a `datasets` name")
+    split: Split = Field(
+        "train",
+        description="split of an embedded task, of a `datasets` name, or of a folder whose files are called after it",
+    )
     count: int | None = Field(
         None, ge=1, description="prompts to decode; null: a whole source, 2000 of an embedded task"
     )

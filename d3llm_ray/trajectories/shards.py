@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 from pyarrow import fs
 
 from d3llm_ray.config import Settings, to_yaml
@@ -21,6 +22,7 @@ from d3llm_ray.trajectories.storage import LEFTOVER, STARTED, SUCCESS, Location
 
 STAGING, STAGED = "_staging", {"prompts", "parts", "remaining", "manifest.json"}  # what is half done, and its parts
 SHARD = re.compile(r"trajectories-\d{5,}\.parquet")
+NAMED_ERRORS = 10  # in the line that ends a verb
 
 
 class ShardWriter:
@@ -156,6 +158,23 @@ def check_folder(folder: Location) -> None:
             f"output: {folder.name!r} holds {named(strange or names)}, which no run of this kind has written; "
             "accepted: an empty folder, one that such a run has begun, or a name that is free"
         )
+
+
+def missing_rows(folder: Location, field: str) -> str | None:
+    """One line about the prompts of a finished folder that gave no row, with reasons; None where all gave one."""
+    summary = json.loads((folder / "summary.json").read_text())
+    if not summary["errors"]:
+        return None
+    file = folder / ERRORS
+    errors = pads.dataset(file.path, filesystem=file.filesystem, format="parquet").head(NAMED_ERRORS).to_pylist()
+    ids = ["" if error.get("id") is None else f" ({error['id']})" for error in errors]
+    reasons = [f"row {error['row'] + 1}{name}: {error['error']}" for name, error in zip(ids, errors, strict=True)]
+    more = f"; and {summary['errors'] - len(errors)} more" if summary["errors"] > len(errors) else ""
+    total = summary["rows"] + summary["errors"] + summary["duplicates"]
+    return (
+        f"{field}: {summary['errors']} of {total} gave no trajectory and are in {file.name}, the others beside it: "
+        f"{'; '.join(reasons)}{more}"
+    )
 
 
 def check_errors(failed: int, total: int, allowed: float, example: str) -> None:

@@ -106,11 +106,11 @@ def test_rows_equal_single_decodings_through_the_public_api(tiny_checkpoint: Pat
 def test_prompt_beyond_the_context_becomes_an_error_row_and_spares_its_neighbours(tiny_checkpoint: Path) -> None:
     plan = make_plan(build(TrajectorySettings, {"teacher": str(tiny_checkpoint), "count": 2, "attempts": 1}))
     teacher = Teacher(plan.settings, plan.source.task)
-    poison = Prompt(9, "f" * 16, [{"role": "user", "content": "apples " * 300}], "1")
+    poison = Prompt(9, "f" * 16, [{"role": "user", "content": "apples " * 300}], "1", "mine")
     before, after = plan.prompts()
     first, error, last = teacher.rows([before, poison, after])
     reason = error.pop("error")
-    assert error == {"row": 9, "prompt_id": "f" * 16, "messages": poison.messages, "reference": "1"}
+    assert error == {"row": 9, "prompt_id": "f" * 16, "messages": poison.messages, "reference": "1", "id": "mine"}
     assert "exceed the model's context of 256" in reason
     assert [first, last] == teacher.rows([before, after])
 
