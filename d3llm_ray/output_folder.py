@@ -57,18 +57,17 @@ def writing(output: str | os.PathLike[str]) -> Iterator[None]:
     system without locks, a folder that may not be written to) the block runs without one.
     """
     text = expanded(output, "output").removeprefix("file://")
-    if "://" in text:
-        yield
-        return
-    target = Path(os.path.realpath(text))
-    file = target.with_name(f".{target.name[:40]}.{digest(target.name)}.lock") if target.name else target
-    if _writers.get(file) == threading.get_ident():
-        yield
-        return
-    made = [folder for folder in file.parents if not folder.exists()]
     try:
-        lock = _lock(file, os.fspath(output))
-    except OSError:
+        target = Path(os.path.realpath(text))
+        file = target.with_name(f".{target.name[:40]}.{digest(target.name)}.lock")
+        nested = "://" in text or _writers.get(file) == threading.get_ident()
+        made = [folder for folder in file.parents if not folder.exists()]
+        lock = None if nested else _lock(file, os.fspath(output))
+    except InputError:
+        raise
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        lock = None
+    if lock is None:
         yield
         return
     _writers[file] = threading.get_ident()

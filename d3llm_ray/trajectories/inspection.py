@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from d3llm_ray.config import Settings
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import load_tokenizer, read_configs
+from d3llm_ray.output_folder import check_folder, claim
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.play import Unmasking, legible, play
 from d3llm_ray.trajectories.reveals import Histogram, Reveals
@@ -36,6 +37,7 @@ SCAN: dict[str, Any] = {
 }
 BAR_LENGTH = 40
 EXAMPLES = 3  # ids and reasons that are named
+MARKER = "inspect.yaml"
 
 
 def on_terminal() -> bool:
@@ -62,13 +64,14 @@ class InspectSettings(Settings):
 def run(settings: InspectSettings, progress: Progress | None = None) -> str:
     """Draw and play one row and return the report of all rows, which are read in constant memory.
 
-    Files in `settings.output` (where matplotlib is installed): `histograms.png` and `trajectory-PROMPT_ID.png`.
-    Raises `InputError`, before rows are counted, for a path that is missing, unfinished or of another schema, and for
-    a row that is not there or does not know its order.
+    Files in `settings.output` (where matplotlib is installed): `inspect.yaml` (these settings), `histograms.png` and
+    `trajectory-PROMPT_ID.png`. Raises `InputError`, before rows are counted, for a path that is missing, unfinished or
+    of another schema, for a row that is not there or does not know its order, and for an output that is not ours.
     """
     dataset = open_dataset(settings.path)
     check_table(dataset.schema.empty_table(), settings.path)
     row = _find_row(dataset, settings.row)
+    check_folder(settings.output, MARKER, InspectSettings)
     metadata = decode_metadata(dataset.schema)
     tokenizer, stop_token_ids = _vocabulary(metadata)
     block_size = (metadata.get("decoder") or {}).get("block_size")
@@ -78,7 +81,7 @@ def run(settings: InspectSettings, progress: Progress | None = None) -> str:
         reveals.add(rows)
     histograms = reveals.histograms()
     unmasking = None if row is None else Unmasking.of(row, tokenizer, block_size)
-    pictures = _draw(settings.output, histograms, unmasking)
+    pictures = _draw(settings, histograms, unmasking)
     if settings.play and unmasking is not None:
         play(unmasking, settings.delay_s, sys.stdout)
     facts = {
@@ -154,13 +157,14 @@ def _batches(dataset: pads.Dataset, path: str, progress: Progress) -> Iterator[p
             progress.update(done)
 
 
-def _draw(output: Path, histograms: list[Histogram], unmasking: Unmasking | None) -> list[Path]:
+def _draw(settings: InspectSettings, histograms: list[Histogram], unmasking: Unmasking | None) -> list[Path]:
     """The pictures that were written: those that there is something for."""
-    if find_spec("matplotlib") is None:  # an extra; the report does without
+    if find_spec("matplotlib") is None or not (histograms or unmasking):  # an extra; the report does without
         return []
     from d3llm_ray.trajectories.plots import plot_histograms, plot_unmasking
 
-    output.mkdir(parents=True, exist_ok=True)
+    output = settings.output
+    claim(output, MARKER, settings)
     pictures = []
     if histograms:
         pictures.append(output / "histograms.png")

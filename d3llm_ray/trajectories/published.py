@@ -25,6 +25,7 @@ from d3llm_ray.trajectories.schema import MAX_CANVAS
 
 Form = Literal["raw", "templated", "other"]
 Ids = NDArray[np.integer]
+ResponseOf = Callable[[Mapping[str, Any]], str | None]
 
 JUDGE = Task("published", no_problems)
 
@@ -121,17 +122,12 @@ class Imported:
         return bool(list(answer) == self.row["reference_ids"])
 
 
-def own_response(published: Mapping[str, Any]) -> str | None:
+def own_response(published: Mapping[str, Any]) -> Any:
     """The response that a row brings with it."""
-    response: str | None = published.get("llm_response")
-    return response
+    return published.get("llm_response")
 
 
-def import_trajectory(
-    published: Any,
-    teacher: PublishedTeacher,
-    response_of: Callable[[Mapping[str, Any]], str | None] = own_response,
-) -> Imported:
+def import_trajectory(published: Any, teacher: PublishedTeacher, response_of: ResponseOf = own_response) -> Imported:
     """One row of `trajectory` (whole sequences, steps x tokens), `question`, and optionally the other columns.
 
     `response_of` gives the training set's response to a row; where there is a tokenizer, its ids are kept.
