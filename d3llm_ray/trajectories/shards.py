@@ -117,7 +117,8 @@ class Totals:
     def figures(self) -> dict[str, Any]:
         """Rows, accuracy in percent where there are references, forwards, tokens.
 
-        `correct_at_attempt[k]`: rows whose attempt k (0-based) was the first correct one.
+        `correct_at_attempt[k]`: rows whose attempt k (0-based) was the first correct one. `response_tokens` are whole
+        canvases, what follows the stop token included.
         """
         counts = self._counts
         last = max(self._correct_at, default=-1)

@@ -15,7 +15,7 @@ from d3llm_ray.config import build, read_yaml
 from d3llm_ray.errors import IncompleteError, InputError
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories import read_metadata, read_trajectories
-from d3llm_ray.trajectories.pipeline import run, write_trajectories
+from d3llm_ray.trajectories.pipeline import run
 from d3llm_ray.trajectories.plan import make_plan
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.teacher import Teacher
@@ -35,16 +35,12 @@ class Recorder(Progress):
         super().__init__(quiet=True)
         self.stages: list[tuple[str, int | None, str]] = []
         self.done: list[int] = []
-        self.notes: list[str] = []
 
     def start(self, stage: str, total: int | None, unit: str = "row") -> None:
         self.stages.append((stage, total, unit))
 
     def update(self, done: int, **figures: float | int | str) -> None:
         self.done.append(done)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def expected_rows(chosen: TrajectorySettings) -> list[dict[str, Any]]:
@@ -104,14 +100,8 @@ def test_poison_prompts_are_listed_and_the_run_goes_on(tiny_checkpoint: Path, tm
     prompts = poisoned(tmp_path / "prompts.jsonl", bad=2)
     chosen = settings(tiny_checkpoint, tmp_path / "out", prompts=prompts, count=None, attempts=1)
     folder = tmp_path / "out"
-    for _ in range(2):  # the second call finds a finished run, errors included
-        with pytest.raises(
-            IncompleteError, match=r"^prompts: 2 of 40 gave no trajectory .*: row 1 \(p0\): .*; row 2 "
-        ) as told:
-            run(chosen, Progress(quiet=True))
-        assert str(folder / "errors.parquet") in str(told.value)
-    notes = Recorder()
-    assert write_trajectories(chosen, notes) == str(folder) and notes.notes == [f"warning: {told.value}"]
+    with pytest.raises(IncompleteError, match=r"^prompts: 2 of 40 gave no trajectory .*: row 1 \(p0\): .*; row 2 "):
+        run(chosen, Progress(quiet=True))
     errors = pq.read_table(folder / "errors.parquet").to_pylist()
     assert [(error["row"], error["messages"][0]["content"][-4:]) for error in errors] == [(0, "s  0"), (1, "s  1")]
     assert all("exceed the model's context" in error["error"] for error in errors)

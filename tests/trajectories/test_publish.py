@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from d3llm_ray.config import build
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import IncompleteError, InputError
 from d3llm_ray.progress import Progress
+from d3llm_ray.trajectories import pipeline, read_metadata, read_trajectories, staging
 from d3llm_ray.trajectories import publish as publishing
-from d3llm_ray.trajectories import read_metadata, read_trajectories, staging
 from d3llm_ray.trajectories.plan import TrajectoryPlan, make_plan
 from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.publish import IncompleteRun
@@ -114,16 +114,24 @@ def test_keep_correct_leaves_wrong_rows_out_and_says_how_many_there_were(plan: T
     assert (summary["rows"], summary["judged"], summary["correct"], summary["kept"]) == (10, 9, 5, 6)
 
 
-def test_errors_are_kept_apart(plan: TrajectoryPlan) -> None:
+def test_errors_are_kept_apart_and_told(plan: TrajectoryPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
     write_part(plan, "a", [failed(plan, 3) if number == 3 else staged(plan, number) for number in range(10)])
     summary = publish(plan, {})
     assert (summary["rows"], summary["errors"]) == (9, 1)
     (error,) = pq.read_table(plan.output.path + "/errors.parquet").to_pylist()
     assert error == {**failed(plan, 3), "reference": None, "id": None}
-    assert missing_rows(plan.output, "prompts") == (
+    told = (
         f"prompts: 1 of 10 gave no trajectory and are in {plan.output.name}/errors.parquet, the others beside it: "
         "row 4: too long"
     )
+    with pytest.raises(IncompleteError) as caught:
+        pipeline.run(plan.settings, QUIET)
+    assert str(caught.value) == told
+    progress = Progress(quiet=True)
+    monkeypatch.setattr(progress, "note", notes.append)
+    assert pipeline.write_trajectories(plan.settings, progress) == plan.settings.output
+    assert notes == [f"warning: {told}"]
     assert read_trajectories(plan.output.name)["response_ids"].to_pylist() == [[n] for n in range(10) if n != 3]
     assert is_finished(plan, QUIET)
 
