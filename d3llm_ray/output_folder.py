@@ -57,27 +57,29 @@ def writing(output: str | os.PathLike[str]) -> Iterator[None]:
     system without locks, a folder that may not be written to) the block runs without one.
     """
     text = expanded(output, "output").removeprefix("file://")
+    if "://" in text:
+        yield
+        return
+    lock, made = None, list[Path]()
     try:
         target = Path(os.path.realpath(text))
         file = target.with_name(f".{target.name[:40]}.{digest(target.name)}.lock")
-        nested = "://" in text or _writers.get(file) == threading.get_ident()
-        made = [folder for folder in file.parents if not folder.exists()]
-        lock = None if nested else _lock(file, os.fspath(output))
+        if _writers.get(file) != threading.get_ident():
+            made = [folder for folder in file.parents if not folder.exists()]
+            lock = _lock(file, os.fspath(output))
+            _writers[file] = threading.get_ident()
     except InputError:
         raise
     except (OSError, ValueError):  # ValueError: a name that no file can have
-        lock = None
-    if lock is None:
-        yield
-        return
-    _writers[file] = threading.get_ident()
+        pass
     try:
         yield
     finally:
-        del _writers[file]
-        with suppress(OSError):
-            file.unlink()
-        os.close(lock)
+        if lock is not None:
+            del _writers[file]
+            with suppress(OSError):
+                file.unlink()
+            os.close(lock)
         with suppress(OSError):  # a run that wrote nothing leaves nothing
             for folder in made:
                 folder.rmdir()

@@ -103,8 +103,7 @@ class Responses:
             self._rows.setdefault(name, (row.get("question"), row.get("llm_response")))
 
     def of(self, published: Mapping[str, Any]) -> str | None:
-        """The response to a row of trajectories;
-        `InputError` where there is none, or it answers another question."""
+        """The response to a row of trajectories. `InputError` where none is known, or that of another question."""
         key, asked = published.get(self._key), published.get("question")
         require(key in self._rows, self._key, key, "one that `responses` has")
         question, response = self._rows[key]

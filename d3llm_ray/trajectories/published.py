@@ -50,7 +50,10 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         mark, bos = "\ue000", tokenizer.bos_token or ""
         chat = [{"role": "user", "content": mark}]
-        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        try:
+            rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        except Exception:  # of a template that minds what is said: rows are refused one by one
+            rendered = mark
         before, _, self._after = (part.strip() for part in rendered.partition(mark))
         # Some renderings leave the start-of-text token to the tokenizer.
         self._befores = (before, before.removeprefix(bos)) if before and self._after else ()

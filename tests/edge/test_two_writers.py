@@ -112,7 +112,7 @@ def test_a_run_that_writes_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == ["kept"]
 
 
-@pytest.mark.parametrize("output", ["s3://bucket/out", "{tmp}/file/out", "{tmp}/out"])
+@pytest.mark.parametrize("output", ["s3://bucket/out", "{tmp}/file/out", "{tmp}/out", "{tmp}/new/out", "nul\0"])
 def test_where_no_lock_can_be_had_nothing_is_said(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

@@ -457,7 +457,7 @@ def test_bytes_that_are_no_text_cost_their_own_row(tiny_checkpoint: Path, tmp_pa
 def test_messages_that_the_template_refuses_cost_their_own_row(tiny_checkpoint: Path, tmp_path: Path) -> None:
     teacher = shutil.copytree(tiny_checkpoint, tmp_path / "teacher")
     (teacher / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if 'apples' not in m.content and m.content|length > 1 %}"
+        "{% for m in messages %}{% if 'apples' not in m.content %}"
         "{{ raise_exception('fruit only') }}{% endif %}<|start_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
     )
     rows = [{"question": text, "llm_response": "7"} for text in ("apples", "cars")]
