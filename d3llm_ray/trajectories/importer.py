@@ -55,7 +55,9 @@ class ImportSettings(Settings):
         True, description="put `question` in the chat template as the prompt; false keeps the published tokens"
     )
     max_tokens: int = Field(256, ge=1, le=MAX_CANVAS, description="response positions of answers without a trajectory")
-    max_error_fraction: float = Field(0.05, ge=0.0, le=1.0, description="stop when more rows than this are malformed")
+    max_error_fraction: float = Field(
+        0.05, ge=0.0, le=1.0, description="stop when more rows than this are malformed; a single one stops it at 0 only"
+    )
     rows_per_file: int = Field(50_000, ge=1, description="rows of one output file")
 
 

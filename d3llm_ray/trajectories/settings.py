@@ -65,7 +65,9 @@ class TrajectorySettings(Settings):
     max_batch_size: int = Field(32, ge=1, description="rows that one actor decodes at a time")
     rows_per_block: int = Field(64, ge=2, description="rows an actor works on: what its crash costs at most")
     rows_per_file: int = Field(50_000, ge=1, description="rows of one output file")
-    max_error_fraction: float = Field(0.05, ge=0.0, le=1.0, description="stop when more prompts than this fail")
+    max_error_fraction: float = Field(
+        0.05, ge=0.0, le=1.0, description="stop when more prompts than this fail; a single one stops a run at 0 only"
+    )
     resource_timeout_s: float = Field(
         110.0, gt=0.0, description="stop when the cluster has not given the first actors within so many seconds"
     )

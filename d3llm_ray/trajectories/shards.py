@@ -179,8 +179,9 @@ def missing_rows(folder: Location, field: str) -> str | None:
 
 
 def check_errors(failed: int, total: int, allowed: float, example: str) -> None:
-    """Raise `InputError` when more than the allowed fraction of all prompts failed."""
-    if failed > allowed * total:
+    """Raise `InputError` when more than the allowed fraction of all prompts failed; a single one never stops a run,
+    unless none may fail."""
+    if failed > (max(1.0, allowed * total) if allowed else 0.0):
         raise InputError(
             f"prompts: {failed} of {total} gave no trajectory, for example: {example}; accepted: at most "
             f"{allowed:.0%} (max_error_fraction)"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.publish import IncompleteRun
 from d3llm_ray.trajectories.schema import build_table
 from d3llm_ray.trajectories.settings import TrajectorySettings
-from d3llm_ray.trajectories.shards import ShardWriter, check_folder, missing_rows
+from d3llm_ray.trajectories.shards import ShardWriter, check_errors, check_folder, missing_rows
 from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage, stage_remaining
 from d3llm_ray.trajectories.storage import Location
 from d3llm_ray.trajectories.teacher import Teacher
@@ -141,6 +142,24 @@ def test_too_many_errors_leave_no_marker(plan: TrajectoryPlan) -> None:
     with pytest.raises(InputError, match="3 of 10 gave no trajectory, for example: too long; accepted: at most 20%"):
         publish(plan, {})
     assert not is_finished(plan, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("failed", "total", "allowed", "stops"),
+    [
+        (1, 4, 0.05, False),
+        (2, 4, 0.05, True),
+        (1, 4, 0.0, True),
+        (0, 4, 0.0, False),
+        (5, 100, 0.05, False),
+        (6, 100, 0.05, True),
+    ],
+)
+def test_one_bad_prompt_never_stops_a_run_that_may_have_any(
+    failed: int, total: int, allowed: float, stops: bool
+) -> None:
+    with pytest.raises(InputError) if stops else nullcontext():
+        check_errors(failed, total, allowed, "too long")
 
 
 def test_missing_and_foreign_rows_are_named(plan: TrajectoryPlan) -> None:
