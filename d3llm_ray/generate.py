@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from d3llm_ray.config import DecoderSettings, DecodingOptions, to_yaml
 from d3llm_ray.decoding import DiffusionLLM, Output, choose_decoder
 from d3llm_ray.errors import IncompleteError, InputError, require
 from d3llm_ray.models import read_configs
-from d3llm_ray.output_folder import is_written
+from d3llm_ray.output_folder import is_written, writing
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import check_output, destination, json_line, write_text
 from d3llm_ray.tasks import Problem, read_problems
@@ -52,6 +53,11 @@ def run(settings: GenerateSettings, progress: Progress | None = None) -> str:
     """
     if (settings.prompt is None) == (settings.prompts is None):
         raise InputError("prompt: accepted: exactly one of --prompt TEXT and --prompts FILE")
+    with nullcontext() if settings.prompts is None else writing(settings.output):
+        return _answer(settings, progress)
+
+
+def _answer(settings: GenerateSettings, progress: Progress | None) -> str:
     chosen = choose_decoder(settings.decoder, read_configs(settings.model)[1], **settings.decoder_settings)
     problems = read_problems(settings.prompts) if settings.prompts else []
     _check_ids(problems)

@@ -70,7 +70,11 @@ class TeacherMetrics:
         self._rows = Counter(
             "d3llm_teacher_rows", "Finished rows, by result and 0-based attempt", ("teacher", "result", "attempt")
         )
-        self._tokens = Counter("d3llm_teacher_tokens", "Response tokens of finished rows", of_teacher)
+        self._tokens = Counter(
+            "d3llm_teacher_tokens",
+            "Canvas positions of finished rows, those behind the stop token included",
+            of_teacher,
+        )
         self._row_forwards = Counter("d3llm_teacher_row_forwards", "Forwards that finished rows were in", of_teacher)
         self._forwards = Counter("d3llm_teacher_forwards", "Model forwards, each of a whole batch", of_teacher)
         self._retries = Counter("d3llm_teacher_retries", "Wrong answers of finished rows decoded anew", of_teacher)
@@ -81,7 +85,7 @@ class TeacherMetrics:
             "d3llm_teacher_rows_per_second", "Finished rows a second, over half a minute", of_teacher
         )
         self._tokens_per_second = Gauge(
-            "d3llm_teacher_tokens_per_second", "Tokens of finished rows a second, over half a minute", of_teacher
+            "d3llm_teacher_tokens_per_second", "These positions a second, over half a minute", of_teacher
         )
         self._row_rate, self._token_rate = Rate(clock=clock), Rate(clock=clock)
         self._teacher = {"teacher": teacher}

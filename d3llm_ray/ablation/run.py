@@ -18,11 +18,11 @@ from d3llm_ray.cluster import connect, wait_for_resources
 from d3llm_ray.config import build
 from d3llm_ray.errors import IncompleteError
 from d3llm_ray.evaluation.rows import check_answered
-from d3llm_ray.output_folder import claim
+from d3llm_ray.output_folder import claim, sole_writer
 from d3llm_ray.progress import Progress, polled
 from d3llm_ray.report import can_plot
 from d3llm_ray.tasks import EMBEDDED
-from d3llm_ray.trajectories.pipeline import run as write_trajectories
+from d3llm_ray.trajectories.pipeline import write_trajectories
 from d3llm_ray.trajectories.schema import open_dataset
 from d3llm_ray.trajectories.settings import TrajectorySettings
 from d3llm_ray.trajectories.storage import SUCCESS, Location
@@ -34,6 +34,7 @@ class FailedTrials(IncompleteError):
     """Some students could not be trained or measured; the report of the others is written."""
 
 
+@sole_writer
 def run(
     settings: AblateSettings, progress: Progress | None = None, measure: Measure = measure_student
 ) -> AblationReport:

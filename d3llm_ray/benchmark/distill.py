@@ -35,8 +35,9 @@ from d3llm_ray.distillation.student import build_student, student_family
 from d3llm_ray.distillation.training.engines import torch_engine
 from d3llm_ray.distillation.training.metrics_file import METRICS_FILE, read_metrics
 from d3llm_ray.errors import WorkError, require
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
-from d3llm_ray.trajectories.pipeline import run as run_trajectories
+from d3llm_ray.trajectories.pipeline import write_trajectories
 from d3llm_ray.trajectories.schema import open_dataset
 from d3llm_ray.trajectories.settings import TrajectorySettings
 
@@ -88,6 +89,7 @@ class Run:
     loss: float
 
 
+@sole_writer
 def run(settings: DistillBenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[RateRow]:
     """Measure in every round loop and job by turns, and a loop at the end; write the report.
 
@@ -213,7 +215,7 @@ def _decode(settings: DistillBenchmarkSettings, output: Path, progress: Progress
     steps = settings.max_steps or 1
     count = settings.batch_size * -(-steps // settings.epochs)
     values = {"teacher": settings.teacher, "count": count, "output": str(output)}
-    run_trajectories(build(TrajectorySettings, values), progress)
+    write_trajectories(build(TrajectorySettings, values), progress)
     return str(output)
 
 

@@ -10,10 +10,12 @@ from d3llm_ray.benchmark.rows import BenchmarkRow
 from d3llm_ray.benchmark.settings import BenchmarkSettings, HostBenchmarkSettings, StepBenchmarkSettings
 from d3llm_ray.benchmark.step import measure_step
 from d3llm_ray.benchmark.step_rows import StepRow
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import can_plot
 
 
+@sole_writer
 def run(settings: BenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[BenchmarkRow]:
     """Measure decoding, and write the report, with a plot beside it where matplotlib is installed.
 
@@ -30,6 +32,7 @@ def run(settings: BenchmarkSettings, progress: Progress | None = None) -> Benchm
     return keep(report, settings, settings.output)
 
 
+@sole_writer
 def run_step(settings: StepBenchmarkSettings) -> BenchmarkReport[StepRow]:
     """Measure an optimizer step, and write the report.
 
@@ -41,6 +44,7 @@ def run_step(settings: StepBenchmarkSettings) -> BenchmarkReport[StepRow]:
     return keep(measure_step(settings.plan()), settings, settings.output)
 
 
+@sole_writer
 def run_host(settings: HostBenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[HostRow]:
     """Measure the host's share of a step, and write the report.
 

@@ -19,8 +19,9 @@ from d3llm_ray.benchmark.rates import RateRow, rate_columns
 from d3llm_ray.benchmark.ratios import Ratio
 from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.device import timed
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
-from d3llm_ray.trajectories.pipeline import run as run_job
+from d3llm_ray.trajectories.pipeline import write_trajectories
 from d3llm_ray.trajectories.plan import make_plan
 from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.schema import TrajectoryRow, read_trajectories
@@ -50,6 +51,7 @@ class TrajectoryBenchmarkSettings(TrajectorySettings):
     single: bool = Field(True, description="also decode one prompt at a time, which is slow on a GPU")
 
 
+@sole_writer
 def run(settings: TrajectoryBenchmarkSettings, progress: Progress | None = None) -> BenchmarkReport[RateRow]:
     """Measure every way once, and write the report: rows a second, their ratios, and whether the rows agree."""
     plan = make_plan(settings)
@@ -102,7 +104,7 @@ def _job(
 ) -> tuple[float, list[Any]]:
     """(seconds, rows) of the Ray job, from when its actors are ready to the last row."""
     values = {name: getattr(settings, name) for name in TrajectorySettings.model_fields}
-    run_job(TrajectorySettings(**{**values, "output": output, "actors": actors, "keep": "all"}), progress)
+    write_trajectories(TrajectorySettings(**{**values, "output": output, "actors": actors, "keep": "all"}), progress)
     summary = json.loads((Path(output) / "summary.json").read_text())
     rows = read_trajectories(output, columns=["response_ids", "reveal_step", "forwards"]).to_pylist()
     return summary["seconds"], [_decoded(row) for row in rows]

@@ -14,9 +14,11 @@ from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.distillation.training.engines import torch_engine
 from d3llm_ray.distillation.training.job import run_worker
 from d3llm_ray.distillation.training.trackers import Tracker, run_tracker
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 
 
+@sole_writer
 def distil_here(settings: DistillSettings, progress: Progress | None = None) -> Path:
     """Distil a student as `run` does, and return its folder; resumes likewise.
 

@@ -16,9 +16,11 @@ from d3llm_ray.distillation.training.job import CHECKPOINTS, Job
 from d3llm_ray.distillation.training.loop import NotFiniteError
 from d3llm_ray.distillation.training.stream import SHARD, Shards
 from d3llm_ray.distillation.training.worker import train_worker
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 
 
+@sole_writer
 def run(settings: DistillSettings, progress: Progress | None = None) -> Path:
     """Distil a student and return its folder: checkpoint, tokenizer, settings, metrics and loss plot.
 

@@ -23,7 +23,7 @@ from d3llm_ray.evaluation.rows import EvaluationRow, check_answered, unanswered
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
-from d3llm_ray.output_folder import claim
+from d3llm_ray.output_folder import claim, sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import can_plot, digest
 from d3llm_ray.tasks import EMBEDDED, Problem, Task, load_task
@@ -51,6 +51,7 @@ class _PlannedRow:
     key: str
 
 
+@sole_writer
 def run(
     settings: EvaluateSettings, progress: Progress | None = None, errors: Literal["raise", "return"] = "raise"
 ) -> EvaluationReport:

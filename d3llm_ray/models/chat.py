@@ -75,7 +75,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise InputError(f"messages.{number}: accepted: an object with string fields 'role' and 'content'")
-        _check_unicode(message["role"] + message["content"], f"messages.{number}")
+        check_unicode(message["role"] + message["content"], f"messages.{number}")
     if not messages:
         raise InputError("messages: got an empty list; accepted: one or more messages")
     control = control_tokens(tokenizer)
@@ -155,7 +155,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], shield:
     return text
 
 
-def _check_unicode(text: str, field: str) -> None:
+def check_unicode(text: str, field: str) -> None:
+    """`InputError` that names `field` where JSON has smuggled in what no file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -11,20 +11,20 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
 
 
-def check_file(file: Path) -> None:
-    """Raise `InputError` for a file of a checkpoint that is no more than a stand-in for it, or is empty."""
+def check_file(file: Path, field: str = "model") -> None:
+    """Raise `InputError` for a file of a checkpoint or dataset that is no more than a stand-in for it, or is empty."""
     if file.is_symlink() and not file.exists():
         where = f"{file} is a broken symbolic link to {file.readlink()}"
-        raise InputError(f"model: {where}; accepted: the whole download, blobs included")
+        raise InputError(f"{field}: {where}; accepted: the whole download, blobs included")
     if not file.is_file():
         return
     with file.open("rb") as stream:
         start = stream.read(len(LFS_POINTER))
     if start == LFS_POINTER:
         how = f"`git lfs pull`, or download {file.name} itself"
-        raise InputError(f"model: {file} is a Git LFS pointer, not the file: fetch the file ({how})")
+        raise InputError(f"{field}: {file} is a Git LFS pointer, not the file: fetch the file ({how})")
     if not start:
-        raise InputError(f"model: {file} is empty; accepted: the whole file")
+        raise InputError(f"{field}: {file} is empty; accepted: the whole file")
 
 
 def not_a_checkpoint(path: Path) -> InputError | None:

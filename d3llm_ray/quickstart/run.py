@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,22 +20,19 @@ from d3llm_ray.errors import InputError, require
 from d3llm_ray.evaluation.report import EvaluationReport
 from d3llm_ray.evaluation.run import run as evaluate
 from d3llm_ray.models import resolve_model
-from d3llm_ray.output_folder import check_folder, claim, named
+from d3llm_ray.output_folder import check_folder, claim, named, sole_writer
 from d3llm_ray.paths import not_uploaded
 from d3llm_ray.progress import Progress
+from d3llm_ray.quickstart.contents import MARKER, clear, entries
 from d3llm_ray.quickstart.memory import PeakMemory
 from d3llm_ray.quickstart.settings import QuickstartSettings
-from d3llm_ray.report import PARTIAL, check_output, write_text
+from d3llm_ray.report import check_output, write_text
 from d3llm_ray.serving.server import serve_in_background
 from d3llm_ray.tasks import load_task
-from d3llm_ray.trajectories.pipeline import run as write_trajectories
+from d3llm_ray.trajectories.pipeline import write_trajectories
 from d3llm_ray.tuning.run import run as tune
 
 STAGES = ("trajectories", "distill", "tune", "evaluate", "serve")
-MARKER = "quickstart.yaml"
-WRITTEN = {MARKER, "quickstart.json", "trajectories", "student", "tuning", "settings.yaml", "evaluate.yaml", "samples"}
-WRITTEN |= {"report.md", "report.json", "accuracy_vs_tpf.png"}
-HALF_DONE = re.compile(r"\.student\.[0-9a-f]{12}\.partial")
 
 
 @dataclass
@@ -57,6 +51,7 @@ class Stages:
         self.seconds[name] = round(time.perf_counter() - started, 1)
 
 
+@sole_writer
 def run(settings: QuickstartSettings, progress: Progress | None = None) -> str:
     """Run what is not finished yet, print nothing; returns the table with the served answer and the timings.
 
@@ -67,7 +62,7 @@ def run(settings: QuickstartSettings, progress: Progress | None = None) -> str:
     _check(settings)
     output = settings.output
     if settings.fresh:
-        _clear(output)
+        clear(output)
     claim(output, MARKER, settings)
     evaluation = settings.evaluate_settings()
     if evaluation.output == output:
@@ -115,30 +110,11 @@ def _check(settings: QuickstartSettings) -> None:
     for name, output in outputs.items():
         if "://" not in str(output):
             check_output(output, f"{name}.output", folder=True)
-    if settings.fresh and settings.output.is_dir() and (strange := _entries(settings.output)[1]):
+    if settings.fresh and settings.output.is_dir() and (strange := entries(settings.output)[1]):
         raise InputError(
             f"output: {str(settings.output)!r} holds {named(strange)}, which no quickstart has written; accepted with "
             "--fresh: a quickstart's folder and nothing else in it"
         )
-
-
-def _entries(output: Path) -> tuple[list[str], list[str]]:
-    """The names in the folder that a quickstart writes, and all others but hidden ones, which stay."""
-    names = sorted(os.listdir(output))
-    ours = [name for name in names if name in WRITTEN or PARTIAL.fullmatch(name) or HALF_DONE.fullmatch(name)]
-    return ours, [name for name in names if name not in ours and not name.startswith(".")]
-
-
-def _clear(output: Path) -> None:
-    """Remove what quickstarts have written, the marker last: what is interrupted can be repeated."""
-    if not output.is_dir():
-        return
-    for name in sorted(_entries(output)[0], key=lambda name: name == MARKER):
-        path = output / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def ask(url: str, question: str) -> dict[str, Any]:

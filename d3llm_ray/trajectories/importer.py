@@ -5,36 +5,29 @@ What the layouts hold, and how a row becomes one of ours, is in `published`.
 
 from __future__ import annotations
 
-import io
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import fs
 from pydantic import Field
 
 from d3llm_ray.config import Settings
-from d3llm_ray.errors import InputError, require
+from d3llm_ray.errors import IncompleteError, InputError, require
 from d3llm_ray.models import load_tokenizer, read_configs
-from d3llm_ray.paths import not_uploaded
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
+from d3llm_ray.tasks import Split
+from d3llm_ray.trajectories.prompts import reason_of, writable
 from d3llm_ray.trajectories.published import ChatTemplate, Imported, PublishedTeacher, import_answer, import_trajectory
+from d3llm_ray.trajectories.published_files import ANSWER, BATCH_ROWS, PublishedRows, open_published
 from d3llm_ray.trajectories.schema import MAX_CANVAS, build_table, file_metadata
-from d3llm_ray.trajectories.shards import ShardWriter, check_errors, check_folder
+from d3llm_ray.trajectories.shards import ShardWriter, check_errors, check_folder, missing_rows
 from d3llm_ray.trajectories.storage import SUCCESS, Location
 
-TRAJECTORY = ("trajectory", "prompt_ids", "final_output", "question", "gt_answer", "llm_answer", "is_correct")
-ANSWER = ("question", "llm_response", "gt_answer")
-FORMATS = "Parquet (.parquet), JSON Lines (.jsonl, or one .json) or a saved `datasets` folder (.arrow, local)"
-BATCH_ROWS = 32  # a published row is 0.4 to 0.8 MB
-BUFFER_BYTES = 1 << 20  # one request to a remote storage
+Convert = Callable[[Any], Imported]
+ResponseKey = Literal["idx", "question"]
 
 
 class ImportSettings(Settings):
@@ -46,34 +39,40 @@ class ImportSettings(Settings):
         description="file, or folder of files, any pyarrow.fs path: Parquet, JSON Lines, or a saved `datasets` folder; "
         "with a column trajectory, or with question and llm_response"
     )
+    split: Split = Field("train", description="split of a folder whose files are called after it")
+    responses: str | None = Field(
+        None,
+        description="training set of these trajectories, as `source`: its llm_response is kept beside them; null: the "
+        "source's own column, where it has one",
+    )
+    response_key: ResponseKey = Field(
+        "idx",
+        description="what joins them: idx, by default the number of the training set's row, or the text of question",
+    )
     teacher: str = Field(description="zoo name or checkpoint folder of the model that made them, with its tokenizer")
     output: str = Field(description="folder to write, any pyarrow.fs path")
     retemplate: bool = Field(
         True, description="put `question` in the chat template as the prompt; false keeps the published tokens"
     )
     max_tokens: int = Field(256, ge=1, le=MAX_CANVAS, description="response positions of answers without a trajectory")
-    max_error_fraction: float = Field(0.05, ge=0.0, le=1.0, description="stop when more rows than this are malformed")
+    max_error_fraction: float = Field(
+        0.05, ge=0.0, le=1.0, description="stop when more rows than this are malformed; a single one stops it at 0 only"
+    )
     rows_per_file: int = Field(50_000, ge=1, description="rows of one output file")
 
 
-@dataclass(frozen=True)
-class ImportSource:
-    """Opened input: `rows()` yields each row as a mapping of plain values and arrays, or what stands in its place."""
-
-    columns: list[str]
-    total: int
-    rows: Callable[[], Iterator[Any]]
-
-
 class Findings:
-    """How the published prompts looked, for the summary."""
+    """How the published rows looked, for the summary."""
 
     def __init__(self) -> None:
         self._forms: Counter[str] = Counter()
+        self._responses: Counter[bool] = Counter()
         self._inferred = 0
         self._offsets: tuple[int, int] | None = None
 
-    def add(self, imported: Imported) -> None:
+    def add(self, imported: Imported, teacher: PublishedTeacher) -> None:
+        if imported.row["reference_ids"] is not None:
+            self._responses[imported.matches(teacher)] += 1
         self._forms[imported.form] += 1
         self._inferred += imported.inferred
         low, high = self._offsets or (imported.offset, imported.offset)
@@ -82,24 +81,56 @@ class Findings:
     def figures(self) -> dict[str, Any]:
         """Rows by published prompt: the question's own tokens, templated, neither; the prompt's growth in tokens.
 
-        `inferred`: rows whose prompt_ids were missing or wrong, where the masks told the prompt's end.
+        `inferred`: rows whose prompt_ids were missing or wrong, where the masks told the prompt's end. `responses`:
+        rows with the training set's response, and how many of them are the teacher's answer.
         """
         forms = {form: self._forms[form] for form in ("raw", "templated", "other")}
-        return {**forms, "inferred": self._inferred, "offset": self._offsets}
+        responses = {"rows": self._responses.total(), "same": self._responses[True]}
+        return {"template": {**forms, "inferred": self._inferred, "offset": self._offsets}, "responses": responses}
 
 
+class Responses:
+    """The responses of a training set, by key; all in memory, some 100 MB of 100,000."""
+
+    def __init__(self, source: PublishedRows, key: ResponseKey) -> None:
+        accepted = "llm_response and, as they are joined by it, question"
+        wanted = {"llm_response", *({"question"} if key == "question" else ())}
+        require(wanted <= set(source.columns), "responses", f"columns {', '.join(source.columns)}", accepted)
+        self._key = key
+        self._rows: dict[Any, tuple[Any, Any]] = {}  # key -> question, response
+        for number, row in enumerate(source.rows()):
+            require(isinstance(row, Mapping), "responses", f"row {number + 1}: {str(row)[:80]}", "rows of columns")
+            name = row.get(key, number if key == "idx" else None)
+            require(key == "question" or name not in self._rows, "responses", f"idx {name!r} twice", "each once")
+            self._rows.setdefault(name, (row.get("question"), row.get("llm_response")))
+
+    def of(self, published: Mapping[str, Any]) -> str | None:
+        """The response to a row of trajectories. `InputError` where none is known, or that of another question."""
+        key, asked = published.get(self._key), published.get("question")
+        require(key in self._rows, self._key, key, "one that `responses` has")
+        question, response = self._rows[key]
+        same = None in (question, asked) or str(question).strip() == str(asked).strip()
+        require(same, "question", asked, f"that of `responses` at {self._key} {key!r}: {question!r}")
+        if response is None or isinstance(response, str):
+            return response
+        raise InputError(f"responses: got {response!r} at {self._key} {key!r}; accepted: text")
+
+
+@sole_writer
 def run(settings: ImportSettings, progress: Progress | None = None) -> str:
     """Import `settings.source` into the folder `settings.output`, laid out as a finished trajectory run; return it.
 
     A row met twice is kept once. Malformed rows go to `errors.parquet`; `InputError` once they are more than
-    `max_error_fraction` of all.
+    `max_error_fraction` of all, else `IncompleteError` when the folder is finished.
     """
     output = Location.of(settings.output, "output")
     check_folder(output)
     finished = (output / SUCCESS).exists
     require(not finished, "output", settings.output, f"a folder without a finished run ({SUCCESS})")
-    source = _open(settings.source)
-    convert, metadata = _converter(settings, source.columns)
+    check_folder(output)
+    source = open_published(settings.source, settings.split, "source")
+    teacher, metadata = _teacher(settings, source.columns)
+    convert = _converter(settings, source.columns, teacher)
     writer = ShardWriter(output, metadata, settings.rows_per_file)
     findings, seen, failed, example = Findings(), set[int](), 0, ""
     progress = progress or Progress()
@@ -110,25 +141,35 @@ def run(settings: ImportSettings, progress: Progress | None = None) -> str:
             for number, row in enumerate(batch, start=done):
                 try:
                     imported = convert(row)
-                except InputError as error:
-                    failed, example = failed + 1, example or f"row {number}: {error}"
-                    writer.reject({"row": number, "error": str(error)})
+                except Exception as error:  # a bad row costs itself only
+                    reason = reason_of(error)
+                    failed, example = failed + 1, example or f"row {number + 1}: {reason}"
+                    writer.reject({"row": number, "id": _id(row), "error": reason})
                     continue
                 identity = int(imported.row["prompt_id"], 16)
                 if identity not in seen:
                     seen.add(identity)
-                    findings.add(imported)
-                    rows.append(imported.row)
+                    findings.add(imported, teacher)
+                    rows.append({**imported.row, "id": _id(row)})
             writer.write(build_table(rows))
             done += len(batch)
             check_errors(failed, source.total, settings.max_error_fraction, example)
             progress.update(done, errors=failed)
-    writer.finish(settings, {"duplicates": done - failed - len(seen), "template": findings.figures()})
+    writer.finish(settings, {"duplicates": done - failed - len(seen), **findings.figures()})
+    missing = missing_rows(output, "source")
+    if missing is not None:
+        raise IncompleteError(missing)
     return settings.output
 
 
-def _converter(settings: ImportSettings, columns: list[str]) -> tuple[Callable[[Any], Imported], dict[str, Any]]:
-    """The layout's conversion of one row, and the metadata of the files to be written."""
+def _id(published: Any) -> str | None:
+    """What the source calls a row: its `id`, else its `idx`."""
+    names = [published.get(name) for name in ("id", "idx")] if isinstance(published, Mapping) else []
+    return next((writable(str(name)) for name in names if isinstance(name, str | int)), None)
+
+
+def _teacher(settings: ImportSettings, columns: list[str]) -> tuple[PublishedTeacher, dict[str, Any]]:
+    """What the rows share, and the metadata of the files to be written."""
     shape, family = read_configs(settings.teacher)
     if family.mask_token_id is None:
         raise InputError(f"teacher: {settings.teacher!r} is causal; accepted: a masked-diffusion model (llada, dream)")
@@ -140,125 +181,24 @@ def _converter(settings: ImportSettings, columns: list[str]) -> tuple[Callable[[
     needs_text = settings.retemplate or not ordered
     require(tokenizer is not None or not needs_text, "teacher", settings.teacher, text)
     require("question" in columns or not needs_text, "source", "no column question", "one, or retemplate: false")
+    if settings.responses is not None:
+        require(ordered, "responses", settings.responses, "null for a source that is a training set itself")
+        require(tokenizer is not None, "teacher", settings.teacher, "a checkpoint with a tokenizer, or responses: null")
+        accepted = f"a column {settings.response_key} (response_key)"
+        require(settings.response_key in columns, "source", f"columns {', '.join(columns)}", accepted)
     generation = {"imported": True, "teacher": settings.teacher}
     template = None if tokenizer is None else ChatTemplate(tokenizer)
     teacher = PublishedTeacher(
         family, family.mask_token_id, shape.vocab_size, template, generation, settings.retemplate
     )
-    metadata = file_metadata(family.name, generation)
-    if ordered:
-        return partial(import_trajectory, teacher=teacher), metadata
-    return partial(import_answer, teacher=teacher, max_tokens=settings.max_tokens), metadata
+    return teacher, file_metadata(family.name, generation)
 
 
-def _open(name: str) -> ImportSource:
-    """Find the files of a source and open them by their ending."""
-    location = Location.of(name, "source")
-    hint = not_uploaded(location.name)
-    require(location.exists, "source", name, f"a file or folder that exists: {FORMATS}{hint}")
-    if location.is_folder:
-        kinds = {ending: files for ending in (".parquet", ".jsonl", ".arrow") if (files := location.files(ending))}
-        names = f"files {', '.join(kinds)}" if kinds else "no data files"
-        require(len(kinds) == 1, "source", f"{name} with {names}", f"a folder of one kind of files: {FORMATS}{hint}")
-        ((ending, files),) = kinds.items()
-    else:
-        ending, files = f".{location.path.rpartition('.')[2]}", [location]
-        require(ending in _OPENERS, "source", name, FORMATS)
-    with _readable(name):
-        source = _OPENERS[ending](files)
-    require(source.total > 0, "source", f"{name} without rows", "one row or more")
-
-    def rows() -> Iterator[Any]:
-        with _readable(name):
-            yield from source.rows()
-
-    return replace(source, rows=rows)
-
-
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"source: cannot read {name!r}: {reason}; accepted: {FORMATS}") from error
-
-
-def _open_parquet(files: list[Location]) -> ImportSource:
-    def read(file: Location) -> Iterator[Any]:
-        with file.filesystem.open_input_file(file.path) as stream:
-            # Buffered, else a whole row group is read at once.
-            parquet = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES)
-            for batch in parquet.iter_batches(BATCH_ROWS, columns=_used(parquet.schema_arrow.names)):
-                yield from _rows(batch)
-
-    heads = [pq.read_metadata(file.path, filesystem=file.filesystem) for file in files]
-    columns = heads[0].schema.to_arrow_schema().names
-    return ImportSource(
-        columns, sum(head.num_rows for head in heads), lambda: (row for file in files for row in read(file))
-    )
-
-
-def _open_arrow(files: list[Location]) -> ImportSource:
-    """Record batches are mapped, not read: `datasets` writes 1,000 rows a batch."""
-    local = all(isinstance(file.filesystem, fs.LocalFileSystem) for file in files)
-    require(local, "source", files[0].name, "a local folder; Parquet and JSON Lines may be remote")
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        for file in files:
-            with pa.memory_map(file.path) as stream:
-                yield from pa.ipc.open_stream(stream)
-
-    with pa.memory_map(files[0].path) as stream:
-        columns = pa.ipc.open_stream(stream).schema.names
-    return ImportSource(
-        columns,
-        sum(batch.num_rows for batch in batches()),
-        lambda: (row for batch in batches() for row in _rows(batch.select(_used(columns)))),
-    )
-
-
-def _open_json_lines(files: list[Location]) -> ImportSource:
-    def lines() -> Iterator[bytes]:
-        for file in files:
-            with file.filesystem.open_input_stream(file.path) as stream:
-                yield from (line for line in io.BufferedReader(stream, BUFFER_BYTES) if line.strip())
-
-    first = _json(next(lines(), b"{}"))
-    accepted = "JSON Lines, one object a line; `jq -c '.[]'` turns an array into them"
-    require(isinstance(first, dict), "source", f"{files[0].name} without an object in its first line", accepted)
-    return ImportSource(list(first), sum(1 for _ in lines()), lambda: map(_json, lines()))
-
-
-_OPENERS = {
-    ".parquet": _open_parquet,
-    ".arrow": _open_arrow,
-    ".jsonl": _open_json_lines,
-    ".json": _open_json_lines,
-}
-
-
-def _used(columns: list[str]) -> list[str]:
-    return [name for name in columns if name in TRAJECTORY or name in ANSWER]
-
-
-def _json(line: bytes) -> Any:
-    """The line's value, or the line itself when it is not JSON: a row that will be refused with what it says."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return line
-
-
-def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """The rows of a record batch one by one, lists of numbers as arrays."""
-    for number in range(batch.num_rows):
-        yield {name: _value(batch[name][number]) for name in batch.schema.names}
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    if not isinstance(scalar, pa.ListScalar) or scalar.values is None:
-        return scalar.as_py()
-    if pa.types.is_nested(scalar.values.type):
-        return [_value(item) for item in scalar.values]
-    return scalar.values.to_numpy(zero_copy_only=False)
+def _converter(settings: ImportSettings, columns: list[str], teacher: PublishedTeacher) -> Convert:
+    """The layout's conversion of one row."""
+    if "trajectory" not in columns:
+        return partial(import_answer, teacher=teacher, max_tokens=settings.max_tokens)
+    if settings.responses is None:
+        return partial(import_trajectory, teacher=teacher)
+    responses = Responses(open_published(settings.responses, settings.split, "responses"), settings.response_key)
+    return partial(import_trajectory, teacher=teacher, response_of=responses.of)

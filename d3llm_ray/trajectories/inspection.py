@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from d3llm_ray.config import Settings
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import load_tokenizer, read_configs
+from d3llm_ray.output_folder import check_folder, claim
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import can_plot, check_output
+from d3llm_ray.report import can_plot
 from d3llm_ray.trajectories.play import Unmasking, legible, play
 from d3llm_ray.trajectories.reveals import Histogram, Reveals
 from d3llm_ray.trajectories.schema import ERRORS, check_table, decode_metadata, open_dataset
@@ -36,6 +37,7 @@ SCAN: dict[str, Any] = {
 }
 BAR_LENGTH = 40
 EXAMPLES = 3  # ids and reasons that are named
+MARKER = "inspect.yaml"
 
 
 def on_terminal() -> bool:
@@ -62,11 +64,12 @@ class InspectSettings(Settings):
 def run(settings: InspectSettings, progress: Progress | None = None) -> str:
     """Draw and play one row and return the report of all rows, which are read in constant memory.
 
-    Files in `settings.output` (where matplotlib is installed): `histograms.png` and `trajectory-PROMPT_ID.png`.
-    Raises `InputError`, before rows are counted, for a path that is missing, unfinished or of another schema, for an
-    output that cannot be written, and for a row that is not there or does not know its order.
+    Files in `settings.output` (where matplotlib is installed): `inspect.yaml` (these settings), `histograms.png` and
+    `trajectory-PROMPT_ID.png`. Raises `InputError`, before rows are counted, for an output that cannot be written or is
+    not ours, for a path that is missing, unfinished or of another schema, and for a row that is not there or does not
+    know its order.
     """
-    check_output(settings.output, "output", folder=True)
+    check_folder(settings.output, MARKER, InspectSettings)
     dataset = open_dataset(settings.path)
     check_table(dataset.schema.empty_table(), settings.path)
     row = _find_row(dataset, settings.row)
@@ -79,7 +82,7 @@ def run(settings: InspectSettings, progress: Progress | None = None) -> str:
         reveals.add(rows)
     histograms = reveals.histograms()
     unmasking = None if row is None else Unmasking.of(row, tokenizer, block_size)
-    pictures = _draw(settings.output, histograms, unmasking)
+    pictures = _draw(settings, histograms, unmasking)
     if settings.play and unmasking is not None:
         play(unmasking, settings.delay_s, sys.stdout)
     facts = {
@@ -155,13 +158,14 @@ def _batches(dataset: pads.Dataset, path: str, progress: Progress) -> Iterator[p
             progress.update(done)
 
 
-def _draw(output: Path, histograms: list[Histogram], unmasking: Unmasking | None) -> list[Path]:
+def _draw(settings: InspectSettings, histograms: list[Histogram], unmasking: Unmasking | None) -> list[Path]:
     """The pictures that were written: those that there is something for."""
-    if not can_plot(output):  # the report does without
+    if not (histograms or unmasking) or not can_plot(settings.output):  # the report does without
         return []
     from d3llm_ray.trajectories.plots import plot_histograms, plot_unmasking
 
-    output.mkdir(parents=True, exist_ok=True)
+    output = settings.output
+    claim(output, MARKER, settings)
     pictures = []
     if histograms:
         pictures.append(output / "histograms.png")

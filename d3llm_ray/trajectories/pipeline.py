@@ -16,12 +16,13 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, read_parquet
 from ray.exceptions import RayError
 
 from d3llm_ray.cluster import connect, quieten, wait_for_resources
-from d3llm_ray.errors import InputError, StorageError
+from d3llm_ray.errors import IncompleteError, InputError, StorageError
+from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories.plan import TrajectoryPlan, make_plan
 from d3llm_ray.trajectories.publish import publish
 from d3llm_ray.trajectories.settings import TrajectorySettings
-from d3llm_ray.trajectories.shards import check_errors
+from d3llm_ray.trajectories.shards import check_errors, missing_rows
 from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage, stage_remaining
 from d3llm_ray.trajectories.storage import Location
 from d3llm_ray.trajectories.teacher import Teacher
@@ -32,19 +33,39 @@ CALLS_PER_ACTOR = 2
 
 
 def run(settings: TrajectorySettings, progress: Progress | None = None, make_teacher: MakeTeacher = Teacher) -> str:
+    """`write_trajectories`; `IncompleteError` behind it where some prompts gave no row, also of an earlier call."""
+    plan = _write(settings, progress or Progress(), make_teacher)
+    missing = missing_rows(plan.output, "prompts")
+    if missing is not None:
+        raise IncompleteError(missing)
+    return settings.output
+
+
+def write_trajectories(settings: TrajectorySettings, progress: Progress | None = None) -> str:
     """Write the trajectories of `settings.prompts` into the folder `settings.output`, and return it.
 
     A finished folder of the same settings is left as it is; an interrupted run is continued. The folder then holds
     `trajectories-*.parquet`, `settings.yaml`, `summary.json`, `errors.parquet` if any prompt failed, and `_SUCCESS`.
+    What goes on from here does without the prompts that failed, if they are not too many; the display says which.
 
     Raises:
         InputError: bad settings, before Ray starts or the model loads where that can be known; too many failed
             prompts; a cluster without room for the actors.
         StorageError: the storage refuses a write (a full disk, say). What is committed stays, and a re-run goes on.
     """
-    plan, progress = make_plan(settings), progress or Progress()
+    progress = progress or Progress()
+    plan = _write(settings, progress, Teacher)
+    missing = missing_rows(plan.output, "prompts")
+    if missing is not None:
+        progress.note(f"warning: {missing}")
+    return settings.output
+
+
+@sole_writer
+def _write(settings: TrajectorySettings, progress: Progress, make_teacher: MakeTeacher) -> TrajectoryPlan:
+    plan = make_plan(settings)
     if is_finished(plan, progress):
-        return settings.output
+        return plan
     manifest = stage(plan, progress)
     committed = committed_rows(plan.parts)
     done = len(committed)
@@ -57,7 +78,7 @@ def run(settings: TrajectorySettings, progress: Progress | None = None, make_tea
             seconds = _decode(plan, prompts, manifest, progress, done, make_teacher)
         figures |= {"seconds": round(seconds, 3), "rows_per_second": round((manifest.prompts - done) / seconds, 3)}
     publish(plan, manifest, figures, progress)
-    return settings.output
+    return plan
 
 
 def _demand(settings: TrajectorySettings) -> list[dict[str, float]]:

@@ -74,13 +74,13 @@ def teacher_decoder(settings: TrajectorySettings, family: Family) -> Decoder:
     """The decoder of `settings.decoder`, by default the finest order of reveals that the family has.
 
     That is one token a forward, block by block: the most probable one of LLaDA, that of lowest entropy of Dream
-    (d3LLM's data preparation). A row ends at its first stop token unless settings or
-    file say otherwise. Raises `InputError` for one that does not fit the family or lacks a setting.
+    (d3LLM's data preparation). As there, the whole canvas is decoded, also what follows a stop token, unless settings
+    or file say `early_stop: true`. Raises `InputError` for one that does not fit the family or lacks a setting.
     """
     chosen = read_decoder(settings.decoder) if settings.decoder is not None else _finest(family)
     chosen.check(family)
     said = settings.decoder is not None and "early_stop" in written_settings(settings.decoder)
-    default = {"early_stop": True} if "early_stop" in chosen.settings() and not said else {}
+    default = {"early_stop": False} if "early_stop" in chosen.settings() and not said else {}
     return chosen.override(**(default | settings.decoder_settings))
 
 

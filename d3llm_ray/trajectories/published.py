@@ -6,8 +6,9 @@ decoding that reveals one token a step. dParallel's `*_Distill_Data` hold questi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family, encode_chat
-from d3llm_ray.models.chat import Message, control_tokens, encode_text
+from d3llm_ray.models.chat import Message, check_unicode, control_tokens, encode_text
 from d3llm_ray.tasks import Task
 from d3llm_ray.tasks.task import no_problems
 from d3llm_ray.trajectories.prompts import prompt_id
@@ -24,6 +25,7 @@ from d3llm_ray.trajectories.schema import MAX_CANVAS
 
 Form = Literal["raw", "templated", "other"]
 Ids = NDArray[np.integer]
+ResponseOf = Callable[[Mapping[str, Any]], str | None]
 
 JUDGE = Task("published", no_problems)
 
@@ -48,7 +50,10 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         mark, bos = "\ue000", tokenizer.bos_token or ""
         chat = [{"role": "user", "content": mark}]
-        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        try:
+            rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        except Exception:  # of a template that minds what is said: rows are refused one by one
+            rendered = mark
         before, _, self._after = (part.strip() for part in rendered.partition(mark))
         # Some renderings leave the start-of-text token to the tokenizer.
         self._befores = (before, before.removeprefix(bos)) if before and self._after else ()
@@ -95,6 +100,15 @@ class PublishedTeacher:
             return self.template.apply(text)
         return Question([{"role": "user", "content": text}] if text else None)
 
+    def response(self, text: str) -> tuple[list[int], int]:
+        """(Ids before the stop token, stop token) of a published response: the one that it has or, as in the
+        published training, EOS."""
+        assert self.template is not None, "text needs a tokenizer"
+        ids = [*self.template.encode(text), self.family.eos_token_id]
+        end = next(i for i, token in enumerate(ids) if token in self.family.stop_token_ids)
+        require(self.mask_token_id not in ids[:end], "llm_response", "a mask token", "an answer without one")
+        return ids[:end], ids[end]
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -105,9 +119,21 @@ class Imported:
     offset: int  # tokens by which the prompt has grown
     inferred: bool  # the prompt's end was read from the masks
 
+    def matches(self, teacher: PublishedTeacher) -> bool:
+        """Whether the teacher's answer is the training set's response, token by token."""
+        answer = takewhile(lambda token: token not in teacher.family.stop_token_ids, self.row["response_ids"])
+        return bool(list(answer) == self.row["reference_ids"])
 
-def import_trajectory(published: Any, teacher: PublishedTeacher) -> Imported:
+
+def own_response(published: Mapping[str, Any]) -> Any:
+    """The response that a row brings with it."""
+    return published.get("llm_response")
+
+
+def import_trajectory(published: Any, teacher: PublishedTeacher, response_of: ResponseOf = own_response) -> Imported:
     """One row of `trajectory` (whole sequences, steps x tokens), `question`, and optionally the other columns.
+
+    `response_of` gives the training set's response to a row; where there is a tokenizer, its ids are kept.
 
     Our positions are relative to the response, so the templated prompt may replace the published one under them.
     Raises `InputError` for a row that is no order of reveals, see `infer_prompt` and `reveal_steps`, or contradicts
@@ -126,6 +152,7 @@ def import_trajectory(published: Any, teacher: PublishedTeacher) -> Imported:
     prompt = entries[0, :length]
     require(bool((entries[:, :length] == prompt).all()), "trajectory", "a prompt token that changes", "one prompt")
     response_ids, steps = reveal_steps(entries[:, length:], mask_id)
+    response = response_of(published)
     reference = _reference(published)
     row = {
         "response_ids": response_ids,
@@ -135,6 +162,7 @@ def import_trajectory(published: Any, teacher: PublishedTeacher) -> Imported:
         # The published code calls an answer without a reference correct; here it is unjudged.
         "is_correct": published.get("is_correct") if reference is not None else None,
         "forwards": max(steps) + 1,
+        "reference_ids": teacher.response(response)[0] if response and teacher.template is not None else None,
     }
     return _with_prompt(row, question, prompt.tolist(), teacher, inferred=not fits)
 
@@ -142,26 +170,23 @@ def import_trajectory(published: Any, teacher: PublishedTeacher) -> Imported:
 def import_answer(published: Any, teacher: PublishedTeacher, max_tokens: int) -> Imported:
     """One row of `question`, `llm_response` and optionally `gt_answer`: a canvas of `max_tokens`, no order.
 
-    The response ends in the stop token that it has or, as in the published training, EOS; EOS fills the canvas.
-    Raises `InputError` for missing text and for a response that is longer.
+    The response ends in its stop token, see `PublishedTeacher.response`; EOS fills the canvas. Raises `InputError` for
+    missing text and for a response that is longer.
     """
-    assert teacher.template is not None, "text needs a tokenizer"
     _check_columns(published)
     text, response = published.get("question"), published.get("llm_response")
     require(bool(text), "question", text, "text")
     require(isinstance(response, str) and response != "", "llm_response", response, "text")
-    question, eos = teacher.question(text), teacher.family.eos_token_id
-    ids = [*teacher.template.encode(response), eos]
-    ids = ids[: next(i for i, token in enumerate(ids) if token in teacher.family.stop_token_ids) + 1]
-    require(teacher.mask_token_id not in ids, "llm_response", "a mask token", "an answer without one")
-    accepted = f"at most {max_tokens} (max_tokens)"
-    require(len(ids) <= max_tokens, "llm_response", f"{len(ids)} tokens, stop token included", accepted)
+    question, (ids, stop) = teacher.question(text), teacher.response(response)
+    padding, accepted = max_tokens - len(ids) - 1, f"at most {max_tokens} (max_tokens)"
+    require(padding >= 0, "llm_response", f"{len(ids) + 1} tokens, stop token included", accepted)
     reference = _reference(published)
     row = {
-        "response_ids": ids + [eos] * (max_tokens - len(ids)),
+        "response_ids": [*ids, stop, *[teacher.family.eos_token_id] * padding],
         "reference": reference,
         "answer": JUDGE.extract(response),
         "is_correct": None if reference is None else JUDGE.is_correct(response, reference),
+        "reference_ids": ids,
     }
     return _with_prompt(row, question, question.raw or [], teacher, inferred=False)
 
@@ -244,9 +269,12 @@ def _check_columns(published: Any) -> None:
     """Refuse a row that is no mapping, and values of the optional columns that our row cannot hold."""
     if not isinstance(published, Mapping):
         raise InputError(f"row: got {str(published)[:80]}; accepted: a JSON object")
+    for name in ("question", "llm_response", "gt_answer", "llm_answer"):
+        check_unicode(str(published.get(name)), name)
     for name, kinds, accepted in (
         ("prompt_ids", (list, np.ndarray), "token ids"),
         ("gt_answer", (str, int, float), "text or a number"),
+        ("llm_response", str, "text"),
         ("llm_answer", str, "text"),
         ("is_correct", bool, "true or false"),
     ):

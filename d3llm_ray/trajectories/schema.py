@@ -31,7 +31,7 @@ MESSAGES = _list(pa.struct([pa.field("role", pa.string()), pa.field("content", p
 METADATA_KEY = b"d3llm_ray"
 
 # Null in imported rows, whose layout does not tell: reveal_entropy, attempt, temperature, seed. Null in answers that
-# were imported without an order: reveal_step and forwards as well.
+# were imported without an order: reveal_step and forwards as well. Only imported rows have reference_ids.
 SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),  # 16 hexadecimal digits, see `prompts.prompt_id`
@@ -47,8 +47,11 @@ SCHEMA = pa.schema(
         pa.field("temperature", pa.float32()),
         pa.field("forwards", pa.int32()),  # model forwards of this attempt
         pa.field("seed", pa.int64()),  # of this attempt: the row can be decoded again by itself
+        pa.field("reference_ids", _list(pa.int32())),  # the training set's response, without a stop token
+        pa.field("id", pa.string()),  # what the source calls the row
     ]
 )
+LATER = ("reference_ids", "id")  # columns that files of earlier versions lack; they read as null
 MAX_CANVAS = 2**16  # reveal_step is uint16
 
 # A prompt or source row that gave no trajectory. Null where it is unknown or makes no sense.
@@ -59,6 +62,7 @@ ERROR_SCHEMA = pa.schema(
         pa.field("messages", MESSAGES),
         pa.field("reference", pa.string()),
         pa.field("error", pa.string(), nullable=False),  # the reason, one line
+        pa.field("id", pa.string()),
     ]
 )
 ERRORS = "errors.parquet"
@@ -151,6 +155,10 @@ def open_dataset(path: str | os.PathLike[str]) -> pads.Dataset:
     files = location.files(".parquet") if location.is_folder else [location]
     files = [file for file in files if not file.path.endswith(f"/{ERRORS}")]
     try:
-        return pads.dataset([file.path for file in files], filesystem=location.filesystem, format="parquet")
+        dataset = pads.dataset([file.path for file in files], filesystem=location.filesystem, format="parquet")
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"trajectories: {os.fspath(path)!r} is not Parquet: {error}") from error
+    schema = dataset.schema
+    for name in LATER:
+        schema = schema if name in schema.names else schema.append(SCHEMA.field(name))
+    return dataset.replace_schema(schema)

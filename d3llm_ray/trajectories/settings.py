@@ -30,7 +30,10 @@ class TrajectorySettings(Settings):
         "or a `datasets` name, OWNER/NAME[:CONFIG]",
     )
     texts: list[str] = Field([], description="prompts written here, a flag each; they replace `prompts`")
-    split: Split = Field("train", description="split of an embedded task or of a `datasets` name")
+    split: Split = Field(
+        "train",
+        description="split of an embedded task, of a `datasets` name, or of a folder whose files are called after it",
+    )
     count: int | None = Field(
         None, ge=1, description="prompts to decode; null: a whole source, 2000 of an embedded task"
     )
@@ -43,7 +46,7 @@ class TrajectorySettings(Settings):
     decoder_settings: DecoderSettings = Field(
         {},
         description="settings that override the decoder's, such as steps of `vanilla`: forwards of a canvas; "
-        "early_stop (a row ends at its first stop token) is true unless it is said here or in the file",
+        "early_stop (nothing is decoded behind a row's first stop token) is false unless said here or in the file",
     )
     max_tokens: int = Field(64, ge=1, description="response positions; a multiple of the block size")
     attempts: int = Field(5, ge=1, description="decodings of a prompt at most, until one equals the reference")
@@ -62,7 +65,9 @@ class TrajectorySettings(Settings):
     max_batch_size: int = Field(32, ge=1, description="rows that one actor decodes at a time")
     rows_per_block: int = Field(64, ge=2, description="rows an actor works on: what its crash costs at most")
     rows_per_file: int = Field(50_000, ge=1, description="rows of one output file")
-    max_error_fraction: float = Field(0.05, ge=0.0, le=1.0, description="stop when more prompts than this fail")
+    max_error_fraction: float = Field(
+        0.05, ge=0.0, le=1.0, description="stop when more prompts than this fail; a single one stops a run at 0 only"
+    )
     resource_timeout_s: float = Field(
         110.0, gt=0.0, description="stop when the cluster has not given the first actors within so many seconds"
     )

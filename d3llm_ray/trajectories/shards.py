@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 from pyarrow import fs
 
 from d3llm_ray.config import Settings, to_yaml
@@ -21,6 +22,7 @@ from d3llm_ray.trajectories.storage import LEFTOVER, STARTED, SUCCESS, Location
 
 STAGING, STAGED = "_staging", {"prompts", "parts", "remaining", "manifest.json"}  # what is half done, and its parts
 SHARD = re.compile(r"trajectories-\d{5,}\.parquet")
+NAMED_ERRORS = 10  # in the line that ends a verb
 
 
 class ShardWriter:
@@ -115,7 +117,8 @@ class Totals:
     def figures(self) -> dict[str, Any]:
         """Rows, accuracy in percent where there are references, forwards, tokens.
 
-        `correct_at_attempt[k]`: rows whose attempt k (0-based) was the first correct one.
+        `correct_at_attempt[k]`: rows whose attempt k (0-based) was the first correct one. `response_tokens` are whole
+        canvases, what follows the stop token included.
         """
         counts = self._counts
         last = max(self._correct_at, default=-1)
@@ -158,9 +161,27 @@ def check_folder(folder: Location) -> None:
         )
 
 
+def missing_rows(folder: Location, field: str) -> str | None:
+    """One line about the prompts of a finished folder that gave no row, with reasons; None where all gave one."""
+    summary = json.loads((folder / "summary.json").read_text())
+    if not summary["errors"]:
+        return None
+    file = folder / ERRORS
+    errors = pads.dataset(file.path, filesystem=file.filesystem, format="parquet").head(NAMED_ERRORS).to_pylist()
+    ids = ["" if error.get("id") is None else f" ({error['id']})" for error in errors]
+    reasons = [f"row {error['row'] + 1}{name}: {error['error']}" for name, error in zip(ids, errors, strict=True)]
+    more = f"; and {summary['errors'] - len(errors)} more" if summary["errors"] > len(errors) else ""
+    total = summary["rows"] + summary["errors"] + summary["duplicates"]
+    return (
+        f"{field}: {summary['errors']} of {total} gave no trajectory and are in {file.name}, the others beside it: "
+        f"{'; '.join(reasons)}{more}"
+    )
+
+
 def check_errors(failed: int, total: int, allowed: float, example: str) -> None:
-    """Raise `InputError` when more than the allowed fraction of all prompts failed."""
-    if failed > allowed * total:
+    """Raise `InputError` when more than the allowed fraction of all prompts failed; a single one never stops a run,
+    unless none may fail."""
+    if failed > (max(1.0, allowed * total) if allowed else 0.0):
         raise InputError(
             f"prompts: {failed} of {total} gave no trajectory, for example: {example}; accepted: at most "
             f"{allowed:.0%} (max_error_fraction)"

@@ -18,6 +18,7 @@ from d3llm_ray.paths import not_uploaded
 from d3llm_ray.tasks import EMBEDDED, Problem, Split, Task
 from d3llm_ray.tasks.files import ENDINGS, no_rows, stem, stream_problems, to_problem, unreadable
 from d3llm_ray.tasks.task import no_problems
+from d3llm_ray.trajectories.folders import check_local, data_files
 from d3llm_ray.trajectories.storage import Location
 
 EMBEDDED_COUNT = 2000  # an embedded task is endless
@@ -47,8 +48,8 @@ def open_source(prompts: str, texts: Sequence[str], split: Split, count: int | N
     """The first `count` problems (None: all, or 2000 of an embedded task) of `texts`, or where empty of `prompts`.
 
     `prompts` is an embedded task, a file or folder of files (a local path or a `pyarrow.fs` URI), or the name of a
-    dataset of the Hub; only the first and the last have splits. Raises `InputError` when it cannot be read, has no
-    rows, or has a malformed first row.
+    dataset of the Hub. Splits are those of an embedded task, of the Hub, and of files that are called after them (see
+    `data_files`). Raises `InputError` when it cannot be read, has no rows, or has a malformed first row.
     """
     name, (total, read, version) = ("texts", _texts(texts)) if texts else (prompts, _open(prompts, split, count))
     if next(iter(read()), None) is None:
@@ -72,8 +73,9 @@ def _open(prompts: str, split: Split, count: int | None) -> Opened:
         return count, partial(EMBEDDED[prompts].stream, split, count), None
     try:
         location = Location.of(prompts, "prompts")
+        check_local(location, "prompts")
         if location.exists:
-            return _open_files(prompts, location)
+            return _open_files(prompts, location, split)
     except (OSError, pa.ArrowInvalid) as error:
         raise unreadable(prompts, error) from error
     if "://" in prompts or prompts.endswith(ENDINGS):
@@ -83,13 +85,13 @@ def _open(prompts: str, split: Split, count: int | None) -> Opened:
     raise unknown("prompts", prompts, [*ACCEPTED[:-1], f"{ACCEPTED[-1]}{not_uploaded(prompts)}"])
 
 
-def _open_files(prompts: str, location: Location) -> Opened:
+def _open_files(prompts: str, location: Location, split: Split) -> Opened:
     files = {prompts: location}
     if location.is_folder:
-        readable = [file for file in location.files() if file.path.endswith(ENDINGS) and not _is_hidden(file)]
-        files = {f"{prompts.rstrip('/')}/{file.path.rpartition('/')[2]}": file for file in readable}
-        if not files:
-            raise unreadable(prompts, "no prompts file directly in this folder")
+        inside = data_files(location, ENDINGS, split, "prompts")
+        files = {f"{prompts.rstrip('/')}{file.path[len(location.path) :]}": file for file in inside}
+        for file in inside:
+            check_local(file, "prompts")
     total = None
     paths = [file.path for file in files.values()]
     if all(path.endswith(".parquet") for path in paths):
@@ -97,10 +99,6 @@ def _open_files(prompts: str, location: Location) -> Opened:
     infos = [(name, file.info) for name, file in files.items()]
     version = json.dumps([(name, info.size, info.mtime_ns) for name, info in infos])
     return total, partial(_file_problems, files), version
-
-
-def _is_hidden(file: Location) -> bool:
-    return file.path.rpartition("/")[2].startswith(("_", "."))
 
 
 def _file_problems(files: dict[str, Location]) -> Iterator[Problem]:

@@ -32,6 +32,8 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("messages", MESSAGES),
         pa.field("reference", pa.string()),
+        pa.field("id", pa.string()),
+        pa.field("error", pa.string()),  # of a prompt that is known to be bad before anybody decodes it
     ]
 )
 ROWS_PER_FILE = 50_000  # of staged prompts: what staging and publishing hold in memory at a time
@@ -42,7 +44,7 @@ ROWS_PER_GROUP = 1024  # a read task takes whole row groups
 class Manifest:
     """What a run consists of; two runs with the same fingerprint are the same run."""
 
-    fingerprint: str  # of every prompt_id, row and reference in order, and of what is kept
+    fingerprint: str  # of every prompt_id, row, reference and id in order, and of what is kept
     prompts: int  # distinct ones
     duplicates: int  # prompts that came again in the source
     inputs: str | None  # of the source's files and the settings: unchanged, they spare reading a million prompts again
@@ -103,7 +105,8 @@ def _number(plan: TrajectoryPlan, progress: Progress, write: bool) -> Manifest:
     with progress.stage("prompts", plan.source.total, "prompt"):
         while batch := list(islice(prompts, ROWS_PER_FILE)):
             for prompt in batch:
-                digest.update(f"{prompt.row} {prompt.prompt_id} {prompt.reference}\n".encode())
+                named = "" if prompt.id is None else f" {prompt.id}"
+                digest.update(f"{prompt.row} {prompt.prompt_id} {prompt.reference}{named}\n".encode())
             if write:
                 _write_prompts(plan.staged_prompts / f"prompts-{count // ROWS_PER_FILE:05d}.parquet", batch)
             count, last = count + len(batch), batch[-1].row
@@ -121,12 +124,7 @@ def _inputs(plan: TrajectoryPlan) -> str | None:
 
 
 def _write_prompts(file: Location, prompts: list[Prompt]) -> None:
-    columns = {
-        "row": [prompt.row for prompt in prompts],
-        "prompt_id": [prompt.prompt_id for prompt in prompts],
-        "messages": [prompt.messages for prompt in prompts],
-        "reference": [prompt.reference for prompt in prompts],
-    }
+    columns = {name: [getattr(prompt, name) for prompt in prompts] for name in PROMPT_SCHEMA.names}
     file.write_table(pa.table(columns, schema=PROMPT_SCHEMA), ROWS_PER_GROUP)
 
 

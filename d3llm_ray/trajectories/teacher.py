@@ -12,11 +12,10 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from d3llm_ray.decoding import Completion, DiffusionLLM, Event, Request
-from d3llm_ray.errors import InputError
 from d3llm_ray.models import read_configs
 from d3llm_ray.tasks import Task
 from d3llm_ray.trajectories.plan import teacher_decoder
-from d3llm_ray.trajectories.prompts import Prompt, attempt_seed
+from d3llm_ray.trajectories.prompts import Prompt, attempt_seed, reason_of
 from d3llm_ray.trajectories.schema import TrajectoryRow
 from d3llm_ray.trajectories.settings import TrajectorySettings
 
@@ -86,7 +85,7 @@ class Ladders(Generic[Key]):
             try:
                 verdict = self._judge(key, event.completion)
             except Exception as error:  # a poison prompt costs its own row only
-                outcomes.append(Outcome(key, error=_reason(error)))
+                outcomes.append(Outcome(key, error=reason_of(error)))
                 continue
             if verdict.is_correct is False and rung + 1 < len(ladder):
                 self._attempt(key, ladder, rung + 1)
@@ -103,7 +102,7 @@ class Teacher:
 
     `submit` prompts at any time, and call `step` while there are rows to come: each is one forward of the batch and
     returns the rows that it completed. A prompt that cannot be decoded (longer than the context, say) gives a row
-    with its `prompt_id`, `messages`, `reference` and `error`, and does not disturb its neighbours.
+    with its `prompt_id`, `messages`, `reference`, `id` and `error`, and does not disturb its neighbours.
     """
 
     def __init__(self, settings: TrajectorySettings, task: Task) -> None:
@@ -132,10 +131,13 @@ class Teacher:
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
+            if prompt.error is not None:
+                self._refused.append(_error_row(prompt, prompt.error))
+                continue
             try:
                 self._ladders.submit(prompt, self._ladder(prompt))
             except Exception as error:  # a poison prompt costs its own row only
-                self._refused.append(_error_row(prompt, _reason(error)))
+                self._refused.append(_error_row(prompt, reason_of(error)))
 
     def step(self) -> list[TrajectoryRow]:
         """One forward; the rows that are complete, none when there is nothing to decode."""
@@ -169,11 +171,6 @@ class Teacher:
         ]
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-
-
 def _error_row(prompt: Prompt, reason: str | None) -> TrajectoryRow:
     return {
         "row": prompt.row,
@@ -181,6 +178,7 @@ def _error_row(prompt: Prompt, reason: str | None) -> TrajectoryRow:
         "messages": prompt.messages,
         "reference": prompt.reference,
         "error": reason,
+        "id": prompt.id,
     }
 
 
@@ -204,4 +202,5 @@ def _row(outcome: Outcome[Prompt]) -> TrajectoryRow:
         "temperature": request.temperature,
         "forwards": completion.forwards,
         "seed": request.seed,
+        "id": prompt.id,
     }

@@ -17,7 +17,7 @@ from d3llm_ray.evaluation.evaluate import check_references
 from d3llm_ray.evaluation.rows import check_answered, unanswered
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
-from d3llm_ray.output_folder import check_folder
+from d3llm_ray.output_folder import check_folder, sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import digest, versions, write_text
 from d3llm_ray.tasks import Problem, load_task
@@ -34,6 +34,7 @@ ANCHOR_FILE = "anchor.yaml"
 MARKER = "tune.yaml"
 
 
+@sole_writer
 def run(settings: TuneSettings, progress: Progress | None = None, errors: Literal["raise", "return"] = "raise") -> Path:
     """Search, write and return the path of the chosen decoding settings, `settings.output / "settings.yaml"`.
 

@@ -33,6 +33,7 @@ from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.generate import GenerateSettings
 from d3llm_ray.output_folder import check_folder, claim, is_written
 from d3llm_ray.quickstart import run as quickstart
+from d3llm_ray.quickstart.contents import clear, entries
 from d3llm_ray.quickstart.settings import QuickstartSettings
 from d3llm_ray.report import check_output, replacing, write_text
 from d3llm_ray.trajectories.importer import ImportSettings
@@ -143,13 +144,78 @@ def test_gpu_check_refuses_a_folder_of_somebody_else(tmp_path: Path) -> None:
 # --- quickstart --fresh
 
 
-def quickstart_folder(output: Path) -> QuickstartSettings:
+# What each stage leaves, finished or interrupted, as their docstrings list it.
+QUICKSTARTS = [
+    "quickstart.json",
+    "settings.yaml",
+    "evaluate.yaml",
+    "report.md",
+    "report.json",
+    "accuracy_vs_tpf.png",
+    "samples/tiny-d3llm-0a1b.jsonl",
+    "student/config.json",
+    "student/generation_config.json",
+    "student/model.safetensors",
+    "student/tokenizer.json",
+    "student/tokenizer_config.json",
+    "student/chat_template.jinja",
+    "student/settings.yaml",
+    "student/metrics.jsonl",
+    "student/loss.png",
+    "student/tensorboard/events.out.tfevents.1",
+    "student/model-00001-of-00002.safetensors",
+    "student/model.safetensors.index.json",
+    "student/last/model.safetensors",
+    "student/best/validation.json",
+    "student/adapter/adapter_config.json",
+    "student/adapter/adapter_model.safetensors",
+    "tuning/tune.yaml",
+    "tuning/space.yaml",
+    "tuning/model.json",
+    "tuning/anchor.yaml",
+    "tuning/trials.csv",
+    "tuning/trials.json",
+    "tuning/pareto.png",
+    "tuning/settings.yaml",
+    "tuning/search/trial_1/result.json",
+    "student/adapter/README.md",
+    f".student.{'0a' * 6}.partial/checkpoints/step-1.pt",
+    f".report.md.{'0a' * 16}.partial",
+]
+ROWS = [
+    "trajectories-00000.parquet",
+    "errors.parquet",
+    "_SUCCESS",
+    "_STARTED",
+    "settings.yaml",
+    "summary.json",
+    "_partial.1a2b.summary.json",
+    "_staging/manifest.json",
+    "_staging/prompts/prompts-00000.parquet",
+    "_staging/remaining/prompts-00000.parquet",
+    "_staging/parts/part-000000000000-0a1b2c.parquet",
+]
+
+
+def quickstart_folder(output: Path, names: list[str] = QUICKSTARTS) -> QuickstartSettings:
     settings = QuickstartSettings(output=output, fresh=True)
     claim(output, quickstart.MARKER, settings)
-    (output / "student").mkdir()
-    (output / "student" / "config.json").write_text("{}")
-    (output / f".student.{'0a' * 6}.partial").mkdir()
+    for name in names:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("")
     return settings
+
+
+def test_fresh_knows_what_every_stage_leaves(tmp_path: Path) -> None:
+    names = [*QUICKSTARTS, *(f"trajectories/{name}" for name in ROWS)]
+    settings = quickstart_folder(tmp_path / "quickstart", names)
+    ours, strange = entries(tmp_path / "quickstart")
+    assert (sorted(ours), strange) == (sorted([quickstart.MARKER, *names]), [])
+    quickstart._check(settings)
+    (tmp_path / "quickstart" / "student" / ".keep").write_text("")
+    clear(tmp_path / "quickstart")
+    assert list(contents(tmp_path / "quickstart")) == ["student/.keep"]
+    assert os.listdir(tmp_path / "quickstart") == ["student"]
 
 
 def test_fresh_removes_what_a_quickstart_wrote(tmp_path: Path) -> None:
@@ -161,18 +227,36 @@ def test_fresh_removes_what_a_quickstart_wrote(tmp_path: Path) -> None:
     (output / "trajectories").symlink_to(shared)
     (output / ".gitignore").write_text("*")
     quickstart._check(settings)
-    quickstart._clear(output)
+    clear(output)
     assert os.listdir(output) == [".gitignore"] and contents(shared) == {"rows.parquet": b"shared"}
 
 
-def test_fresh_refuses_a_quickstarts_folder_with_more_in_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "thesis.tex",
+        "notes/thesis.tex",
+        "student/thesis.tex",
+        "student/best/thesis.tex",
+        "student/other.safetensors",
+        "trajectories/thesis.tex",
+        "trajectories/mine.parquet",
+        "trajectories/_staging/parts/mine.parquet",
+        "tuning/thesis.tex",
+        "samples/thesis.tex",
+    ],
+)
+def test_fresh_refuses_a_quickstarts_folder_with_more_in_it(tmp_path: Path, name: str) -> None:
     settings = quickstart_folder(tmp_path)
-    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=r"output: .* holds 'thesis.tex'"):
+    with pytest.raises(InputError, match=rf"output: .* holds '{name}'"):
         quickstart.run(settings)
     assert contents(tmp_path) == before
     quickstart._check(settings.model_copy(update={"fresh": False}))  # nothing is removed without it
+    clear(tmp_path)
+    assert contents(tmp_path) == {name: b"mine"}
 
 
 # --- single files

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from d3llm_ray.config import build
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import IncompleteError, InputError
 from d3llm_ray.models.families import LAYOUTS
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories import read_trajectories
@@ -78,7 +79,7 @@ def imported(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., tuple[list[
     def import_rows(rows: list[TrajectoryRow], **settings: Any) -> tuple[list[TrajectoryRow], TrajectoryRow]:
         source = write(tmp_path / "source.parquet", rows)
         values = {"source": str(source), "teacher": str(tiny_checkpoint), "output": str(tmp_path / "out")}
-        folder = Path(run(build(ImportSettings, values | settings)))
+        folder = import_all(values | settings)
         return read_trajectories(folder).to_pylist(), json.loads((folder / "summary.json").read_text())
 
     return import_rows
@@ -100,6 +101,20 @@ def write(path: Path, rows: list[TrajectoryRow]) -> Path:
 def write_lines(path: Path, rows: list[TrajectoryRow]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def import_all(values: dict[str, Any]) -> Path:
+    """The folder that `run` writes; when it has errors, they are what the call ends with."""
+    folder = Path(values["output"])
+    try:
+        run(build(ImportSettings, values))
+    except IncompleteError as error:
+        errors = rejected(folder)
+        assert str(error).startswith(f"source: {len(errors)} of ") and str(folder / "errors.parquet") in str(error)
+        assert all(f"row {number + 1}" in str(error) and reason in str(error) for number, reason in errors)
+    else:
+        assert not (folder / "errors.parquet").exists()
+    return folder
 
 
 def rejected(folder: Path) -> list[tuple[int, str]]:
@@ -149,7 +164,7 @@ def test_every_source_gives_the_published_order(
         assert row["messages"] == [{"role": "user", "content": original["question"]}]
         judged = bool(original["gt_answer"])
         assert (row["reference"], row["is_correct"]) == (("7", True) if judged else (None, None))
-        assert row["forwards"] == 32 and row["answer"] == "7"
+        assert row["forwards"] == 32 and row["answer"] == "7" and row["id"] == str(original["idx"])
         assert row["seed"] is None and row["reveal_entropy"] is None
 
 
@@ -276,7 +291,7 @@ def test_what_is_no_order_is_refused_with_its_reason(
     bad = good | {"question": question_of(2)} | change
     source = write_lines(tmp_path / "rows.jsonl", [good, bad])
     values = {"source": str(source), "teacher": str(tiny_checkpoint), "output": str(tmp_path / "out")}
-    folder = Path(run(build(ImportSettings, values | {"max_error_fraction": 0.5})))
+    folder = import_all(values | {"max_error_fraction": 0.5})
     assert [row["response_ids"] for row in read_trajectories(folder).to_pylist()] == [[5, 6]]
     ((number, error),) = rejected(folder)
     assert number == 1 and reason in error and "accepted: " in error
@@ -286,7 +301,7 @@ def test_line_that_is_not_json_is_a_refused_row(tiny_checkpoint: Path, tmp_path:
     source = write_lines(tmp_path / "rows.jsonl", [published_row(1, [9])[0]])
     source.write_text(source.read_text() + '{"question": "cut o')
     values = {"source": str(source), "teacher": str(tiny_checkpoint), "output": str(tmp_path / "out")}
-    folder = Path(run(build(ImportSettings, values | {"max_error_fraction": 0.5})))
+    folder = import_all(values | {"max_error_fraction": 0.5})
     ((number, error),) = rejected(folder)
     assert number == 1 and '{"question": "cut o' in error
 
@@ -298,10 +313,10 @@ def test_too_many_refused_rows_stop_before_the_marker(tiny_checkpoint: Path, tmp
         row["final_output"] = None
     values = {"source": str(write(tmp_path / "rows.parquet", rows)), "teacher": str(tiny_checkpoint)}
     output = tmp_path / "out"
-    with pytest.raises(InputError, match="6 of 40 gave no trajectory, for example: row 0: .* masked to the end"):
+    with pytest.raises(InputError, match="6 of 40 gave no trajectory, for example: row 1: .* masked to the end"):
         run(build(ImportSettings, {**values, "output": str(output), "max_error_fraction": 0.149}))
     assert not (output / "_SUCCESS").exists()
-    run(build(ImportSettings, {**values, "output": str(output), "max_error_fraction": 0.15}))
+    import_all({**values, "output": str(output), "max_error_fraction": 0.15})
     assert read_trajectories(output).num_rows == 34
     with pytest.raises(InputError, match="output: .* without a finished run"):
         run(build(ImportSettings, {**values, "output": str(output)}))
@@ -334,7 +349,134 @@ def test_answers_without_trajectories(
     assert [row["answer"] for row in rows] == ["7", "7", "3", None]
     assert [row["is_correct"] for row in rows] == [True, False, None, None]
     assert all(row["reveal_step"] is None and row["forwards"] is None for row in rows)
+    assert [row["reference_ids"] for row in rows] == [raw(answer) for answer in answers]
     assert (summary["judged"], summary["correct"]) == (2, 1)
+
+
+@pytest.mark.parametrize("way", ["own column", "row number", "idx", "question"])
+def test_trajectories_keep_the_training_sets_response(
+    imported: Callable[..., tuple[list[TrajectoryRow], TrajectoryRow]],
+    raw: Callable[[str], list[int]],
+    tmp_path: Path,
+    way: str,
+) -> None:
+    """The trajectory gives the order of other tokens; a response that ends itself is cut at its stop token."""
+    texts = ["Tom has 7 apples. #### 7", "#### 3<|endoftext|> 4", None, ""]
+    published = [published_row(number, raw(question_of(number)))[0] for number in range(4)]
+    same = raw("#### 3")
+    stopped = [*same, EOS, *[5] * (31 - len(same))]  # the second one's trajectory is its response, and goes on
+    published[1] |= {"trajectory": publish([9], stopped, list(range(32))), "prompt_ids": [9], "final_output": None}
+    rows = [{"idx": n, "question": question_of(n), "llm_response": text} for n, text in enumerate(texts)]
+    if way == "own column":
+        chosen = {}
+        published = [row | {"llm_response": text} for row, text in zip(published, texts, strict=True)]
+    else:
+        chosen = {
+            "responses": str(tmp_path / "training.parquet"),
+            "response_key": "question" if way == "question" else "idx",
+        }
+        if way == "row number":
+            rows = [{name: value for name, value in row.items() if name != "idx"} for row in rows]
+        write(tmp_path / "training.parquet", rows if way == "row number" else rows[::-1])
+    ours, summary = imported(published, **chosen)
+    assert [row["reference_ids"] for row in ours] == [raw(texts[0]), same, None, None]
+    assert [row["response_ids"][:8] for row in ours] == [row["trajectory"][-1][-32:][:8] for row in published]
+    assert summary["responses"] == {"rows": 2, "same": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "key", "reason"),
+    [
+        ([{"question": question_of(0), "llm_response": "7"}], "idx", "idx: got 1; accepted: one that"),
+        ([{"question": question_of(n), "llm_response": "7"} for n in (0, 5)], "idx", "question: got 'Tom has 1 apples"),
+        ([{"question": question_of(0), "llm_response": "7"}], "question", "question: got 'Tom has 1 apples"),
+        ([{"question": question_of(n), "llm_response": t} for n, t in ((0, "7"), (1, 8))], "idx", "responses: got 8"),
+    ],
+)
+def test_row_without_its_response_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, rows: list[TrajectoryRow], key: str, reason: str
+) -> None:
+    source = write_lines(tmp_path / "rows.jsonl", [published_row(number, [9])[0] for number in range(2)])
+    values = {"source": str(source), "responses": str(write_lines(tmp_path / "training.jsonl", rows))}
+    values |= {"teacher": str(tiny_checkpoint), "output": str(tmp_path / "out"), "response_key": key}
+    folder = import_all(values | {"max_error_fraction": 0.5})
+    ((number, error),) = rejected(folder)
+    assert number == 1 and error.startswith(reason)
+    assert read_trajectories(folder)["reference_ids"].null_count == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "message"),
+    [
+        ([{"idx": 0, "answer": "7"}], {}, "responses: got 'columns idx, answer'; accepted: llm_response"),
+        ([{"llm_response": "7"}], {"response_key": "question"}, "responses: got 'columns llm_response'"),
+        ([{"idx": 0, "llm_response": "7"}] * 2, {}, "responses: got 'idx 0 twice'"),
+        ([], {}, "responses: .*training.jsonl is empty"),
+        ([{"idx": 0, "llm_response": "7"}], {"source": "answers.jsonl"}, "responses: .* a training set itself"),
+    ],
+)
+def test_training_sets_that_do_not_fit_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path, rows: list[TrajectoryRow], values: dict[str, str], message: str
+) -> None:
+    write_lines(tmp_path / "rows.jsonl", [published_row(0, [9])[0]])
+    write_lines(tmp_path / "answers.jsonl", [{"question": "?", "llm_response": "7"}])
+    training = write_lines(tmp_path / "training.jsonl", rows)
+    source = tmp_path / values.pop("source", "rows.jsonl")
+    values |= {"source": str(source), "responses": str(training), "teacher": str(tiny_checkpoint)}
+    with pytest.raises(InputError, match=message):
+        run(build(ImportSettings, {**values, "output": str(tmp_path / "out")}))
+
+
+def test_text_that_cannot_be_written_costs_its_own_row(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rows = [published_row(number, [9])[0] for number in range(6)]
+    half = "cut \ud83d"
+    rows[1] |= {"question": half}
+    rows[2] |= {"llm_response": half}
+    rows[3] |= {"gt_answer": half}
+    rows[4] |= {"llm_answer": half}
+    rows[5] |= {"id": half}
+    source = write_lines(tmp_path / "rows.jsonl", rows)
+    values = {"source": str(source), "teacher": str(tiny_checkpoint), "output": str(tmp_path / "out")}
+    folder = import_all(values | {"max_error_fraction": 1.0})
+    assert read_trajectories(folder)["id"].to_pylist() == ["0", "cut \\ud83d"]
+    reason = "got half of a surrogate pair at character 4; accepted: text that can be written as UTF-8"
+    names = ["question", "llm_response", "gt_answer", "llm_answer"]
+    assert rejected(folder) == [(number, f"{name}: {reason}") for number, name in enumerate(names, start=1)]
+
+
+def test_bytes_that_are_no_text_cost_their_own_row(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    table = pa.table({"question": pa.array([b"Tom", b"Tom \xff"]), "llm_response": ["7", "7"]})
+    strings = pa.Array.from_buffers(pa.string(), 2, table["question"].chunk(0).buffers())
+    pq.write_table(table.set_column(0, "question", strings), tmp_path / "rows.parquet")
+    values = {"source": str(tmp_path / "rows.parquet"), "teacher": str(tiny_checkpoint), "max_error_fraction": 0.5}
+    folder = import_all({**values, "output": str(tmp_path / "out"), "max_tokens": 16})
+    ((number, error),) = rejected(folder)
+    assert number == 1 and "text that is not UTF-8" in error and read_trajectories(folder).num_rows == 1
+
+
+def test_messages_that_the_template_refuses_cost_their_own_row(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    teacher = shutil.copytree(tiny_checkpoint, tmp_path / "teacher")
+    (teacher / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if 'apples' not in m.content %}"
+        "{{ raise_exception('fruit only') }}{% endif %}<|start_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+    )
+    rows = [{"question": text, "llm_response": "7"} for text in ("apples", "cars")]
+    values = {"source": str(write_lines(tmp_path / "rows.jsonl", rows)), "teacher": str(teacher)}
+    folder = import_all({**values, "output": str(tmp_path / "out"), "max_error_fraction": 0.5, "max_tokens": 16})
+    ((number, error),) = rejected(folder)
+    assert number == 1 and "chat template refuses them: fruit only" in error
+
+
+def test_split_of_a_snapshot_is_read_from_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "snapshot" / "data").mkdir(parents=True)
+    (tmp_path / "snapshot" / "README.md").write_text("---\n---\n")
+    for number, split in enumerate(("test", "train")):
+        rows = [{"question": question_of(number), "llm_response": "7"}]
+        write(tmp_path / "snapshot" / "data" / f"{split}-00000-of-00001.parquet", rows)
+    values = {"source": str(tmp_path / "snapshot"), "teacher": str(tiny_checkpoint), "max_tokens": 16}
+    for number, split in enumerate(("test", "train")):
+        folder = import_all({**values, "output": str(tmp_path / split), "split": split})
+        assert read_trajectories(folder)["messages"].to_pylist() == [[{"role": "user", "content": question_of(number)}]]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +501,7 @@ def test_answer_that_does_not_fit_the_canvas_is_refused(
     rows = [{"question": question_of(n), "llm_response": text} for n, text in enumerate([answer, "7 " + answer, ""])]
     values = {"source": str(write(tmp_path / "rows.parquet", rows)), "teacher": str(tiny_checkpoint)}
     values |= {"output": str(tmp_path / "out"), "max_error_fraction": 1.0, "max_tokens": len(raw(answer)) + 1}
-    folder = Path(run(build(ImportSettings, values)))
+    folder = import_all(values)
     assert read_trajectories(folder).num_rows == 1
     (long, empty) = rejected(folder)
     assert long[0] == 1 and f"{len(raw(answer)) + 2} tokens, stop token included" in long[1]

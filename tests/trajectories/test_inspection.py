@@ -132,7 +132,9 @@ def test_report_of_rows_counted_by_hand(tmp_path: Path) -> None:
     assert report["errors"] == "3, most often: 2 x too long; 1 x no text"
     assert report["row"] == first["prompt_id"] and report["answer"] == "41 (wrong, reference 42)"
     written = sorted(file.name for file in (tmp_path / "pictures").iterdir())
-    assert written == ["histograms.png", f"trajectory-{first['prompt_id']}.png"]
+    assert written == ["histograms.png", "inspect.yaml", f"trajectory-{first['prompt_id']}.png"]
+    inspect(str(path), tmp_path / "pictures", row=1)  # the same folder, another picture
+    assert len(list((tmp_path / "pictures").iterdir())) == 4
 
 
 def test_what_imported_rows_do_not_tell_is_said(tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_rows_without_any_order_and_no_rows_at_all_are_reported(tmp_path: Path) 
     path = folder(tmp_path / "rows", [row(0, **UNORDERED)])
     report = inspect(path, tmp_path / "pictures")
     assert report["rows"] == "1" and "order" not in report and "row" not in report
-    assert not list((tmp_path / "pictures").iterdir())
+    assert not (tmp_path / "pictures").exists()
     with pytest.raises(InputError, match=r"row: 0 has no reveal_step"):
         inspect(path, tmp_path / "pictures", row=0)
     assert inspect(folder(tmp_path / "empty", []), tmp_path / "pictures")["rows"] == "0"
@@ -182,6 +184,18 @@ def test_missing_unfinished_and_foreign_paths_are_refused(tmp_path: Path) -> Non
     foreign.write_table(build_table([row(0)]).drop_columns(["forwards"]))
     with pytest.raises(InputError, match="column 'forwards' is missing"):
         inspect(foreign.path, tmp_path)
+
+
+def test_pictures_never_replace_another_file(tmp_path: Path) -> None:
+    path = folder(tmp_path / "rows", [row(0)])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "histograms.png").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for output in ("mine", "rows", "file", "file/below"):
+        with pytest.raises(InputError, match=r"^output: "):
+            inspect(path, tmp_path / output)
+    assert (tmp_path / "mine" / "histograms.png").read_text() == "mine" == (tmp_path / "file").read_text()
+    assert len(list((tmp_path / "rows").iterdir())) == 2
 
 
 def test_path_is_a_word_and_may_come_from_a_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from d3llm_ray.config import build, read_yaml
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import IncompleteError, InputError
 from d3llm_ray.progress import Progress
 from d3llm_ray.trajectories import read_metadata, read_trajectories
 from d3llm_ray.trajectories.pipeline import run
@@ -91,7 +91,7 @@ def test_two_actors_write_the_rows_of_a_sequential_teacher(tiny_checkpoint: Path
 def poisoned(path: Path, bad: int, total: int = 40) -> str:
     lines = [{"prompt": "apples " * 300 if n < bad else "Tom has apples.", "reference": str(n)} for n in range(total)]
     for number, line in enumerate(lines):
-        line["prompt"] += f" {number}"
+        line |= {"prompt": f"{line['prompt']} {number}", "id": f"p{number}"}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
@@ -99,13 +99,15 @@ def poisoned(path: Path, bad: int, total: int = 40) -> str:
 def test_poison_prompts_are_listed_and_the_run_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     prompts = poisoned(tmp_path / "prompts.jsonl", bad=2)
     chosen = settings(tiny_checkpoint, tmp_path / "out", prompts=prompts, count=None, attempts=1)
-    folder = Path(run(chosen, Progress(quiet=True)))
+    folder = tmp_path / "out"
+    with pytest.raises(IncompleteError, match=r"^prompts: 2 of 40 gave no trajectory .*: row 1 \(p0\): .*; row 2 "):
+        run(chosen, Progress(quiet=True))
     errors = pq.read_table(folder / "errors.parquet").to_pylist()
     assert [(error["row"], error["messages"][0]["content"][-4:]) for error in errors] == [(0, "s  0"), (1, "s  1")]
     assert all("exceed the model's context" in error["error"] for error in errors)
     rows = read_trajectories(folder).to_pylist()
     assert [row["reference"] for row in rows] == [str(number) for number in range(2, 40)]
-    assert run(chosen, Progress(quiet=True)) == str(folder)  # complete, errors included
+    assert [row["id"] for row in [*errors, *rows]] == [f"p{number}" for number in range(40)]
 
 
 def test_too_many_poison_prompts_stop_the_run(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_every_generation_setting_changes_the_id_and_no_machine_setting_does() -
     different = [
         {"teacher": "other"},
         {"max_tokens": 32},
-        {"decoder_settings": {"early_stop": False}},
+        {"decoder_settings": {"early_stop": True}},
         {"attempts": 2},
         {"temperatures": [0.0, 0.1, 0.2, 0.3, 0.5]},
         {"seed": 1},
@@ -134,7 +134,7 @@ def test_plan_says_what_the_files_will_say(tiny_checkpoint: Path, tmp_path: Path
     plan = make_plan(settings(teacher=str(tiny_checkpoint), texts=["a", "b", "a"], output=str(tmp_path / "out")))
     assert [prompt.row for prompt in plan.prompts()] == [0, 1]
     assert plan.metadata["family"] == "llada" and plan.metadata["max_tokens"] == 64
-    expected = {"decoder": "vanilla", "block_size": 16, "early_stop": True, "steps": None, "remasking": None}
+    expected = {"decoder": "vanilla", "block_size": 16, "early_stop": False, "steps": None, "remasking": None}
     assert plan.metadata["decoder"].items() >= expected.items()
     decoder(plan.metadata["decoder"].pop("decoder"), **plan.metadata["decoder"])  # as a decoding settings file
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from d3llm_ray.config import build
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import IncompleteError, InputError
 from d3llm_ray.progress import Progress
+from d3llm_ray.trajectories import pipeline, read_metadata, read_trajectories, staging
 from d3llm_ray.trajectories import publish as publishing
-from d3llm_ray.trajectories import read_metadata, read_trajectories, staging
 from d3llm_ray.trajectories.plan import TrajectoryPlan, make_plan
+from d3llm_ray.trajectories.prompts import Prompt
 from d3llm_ray.trajectories.publish import IncompleteRun
 from d3llm_ray.trajectories.schema import build_table
 from d3llm_ray.trajectories.settings import TrajectorySettings
-from d3llm_ray.trajectories.shards import ShardWriter, check_folder
+from d3llm_ray.trajectories.shards import ShardWriter, check_errors, check_folder, missing_rows
 from d3llm_ray.trajectories.staging import Manifest, committed_rows, is_finished, stage, stage_remaining
 from d3llm_ray.trajectories.storage import Location
+from d3llm_ray.trajectories.teacher import Teacher
 from d3llm_ray.trajectories.worker import STAGED_SCHEMA
 
 TEXTS = [f"prompt {number}" for number in range(10)]
@@ -97,6 +100,7 @@ def test_parts_in_any_order_become_few_files_in_the_order_of_the_prompts(plan: T
     assert {name: summary[name] for name in expected} == expected
     assert json.loads((plan.output / "summary.json").read_text()) == summary and summary["seconds"] == 2.0
     assert is_finished(plan, QUIET) and not plan.staging.exists
+    assert missing_rows(plan.output, "prompts") is None
     names = [file.path.rpartition("/")[2] for file in plan.output.files() if not file.path.endswith(".parquet")]
     assert names == ["_SUCCESS", "settings.yaml", "summary.json"]
 
@@ -111,12 +115,24 @@ def test_keep_correct_leaves_wrong_rows_out_and_says_how_many_there_were(plan: T
     assert (summary["rows"], summary["judged"], summary["correct"], summary["kept"]) == (10, 9, 5, 6)
 
 
-def test_errors_are_kept_apart(plan: TrajectoryPlan) -> None:
+def test_errors_are_kept_apart_and_told(plan: TrajectoryPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
     write_part(plan, "a", [failed(plan, 3) if number == 3 else staged(plan, number) for number in range(10)])
     summary = publish(plan, {})
     assert (summary["rows"], summary["errors"]) == (9, 1)
     (error,) = pq.read_table(plan.output.path + "/errors.parquet").to_pylist()
-    assert error == {**failed(plan, 3), "reference": None}
+    assert error == {**failed(plan, 3), "reference": None, "id": None}
+    told = (
+        f"prompts: 1 of 10 gave no trajectory and are in {plan.output.name}/errors.parquet, the others beside it: "
+        "row 4: too long"
+    )
+    with pytest.raises(IncompleteError) as caught:
+        pipeline.run(plan.settings, QUIET)
+    assert str(caught.value) == told
+    progress = Progress(quiet=True)
+    monkeypatch.setattr(progress, "note", notes.append)
+    assert pipeline.write_trajectories(plan.settings, progress) == plan.settings.output
+    assert notes == [f"warning: {told}"]
     assert read_trajectories(plan.output.name)["response_ids"].to_pylist() == [[n] for n in range(10) if n != 3]
     assert is_finished(plan, QUIET)
 
@@ -126,6 +142,24 @@ def test_too_many_errors_leave_no_marker(plan: TrajectoryPlan) -> None:
     with pytest.raises(InputError, match="3 of 10 gave no trajectory, for example: too long; accepted: at most 20%"):
         publish(plan, {})
     assert not is_finished(plan, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("failed", "total", "allowed", "stops"),
+    [
+        (1, 4, 0.05, False),
+        (2, 4, 0.05, True),
+        (1, 4, 0.0, True),
+        (0, 4, 0.0, False),
+        (5, 100, 0.05, False),
+        (6, 100, 0.05, True),
+    ],
+)
+def test_one_bad_prompt_never_stops_a_run_that_may_have_any(
+    failed: int, total: int, allowed: float, stops: bool
+) -> None:
+    with pytest.raises(InputError) if stops else nullcontext():
+        check_errors(failed, total, allowed, "too long")
 
 
 def test_missing_and_foreign_rows_are_named(plan: TrajectoryPlan) -> None:
@@ -169,6 +203,41 @@ def test_staged_prompts_are_numbered_by_their_place_in_the_source(plan: Trajecto
     (plan.staging / "manifest.json").remove()
     (plan.staged_prompts / "prompts-00007.parquet").write_text("of a staging that was cut short")
     assert stage(plan, QUIET) == found and len(plan.staged_prompts.files()) == 2
+
+
+def test_half_a_surrogate_pair_costs_its_own_prompt_and_ids_come_along(plan: TrajectoryPlan, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = [
+        {"prompt": "whole \U0001f600", "id": "a", "reference": "1"},
+        {"prompt": "cut \ud83d", "id": 7},
+        {"prompt": "cut reference", "reference": "\ud83d"},
+        {"prompt": "cut id", "id": "\ud83d"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = plan.settings.model_copy(update={"texts": [], "prompts": str(file), "output": str(tmp_path / "cut")})
+    plan = make_plan(chosen)
+    stage(plan, QUIET)
+    staged_rows = [row for file in plan.staged_prompts.files() for row in pq.read_table(file.path).to_pylist()]
+    assert [row["id"] for row in staged_rows] == ["a", "7", None, "\\ud83d"]
+    accepted = "accepted: text that can be written as UTF-8"
+    whole, cut, reference, _ = [row["error"] for row in staged_rows]
+    assert (whole, cut) == (None, f"messages.0: got half of a surrogate pair at character 8; {accepted}")
+    assert reference == f"reference: got half of a surrogate pair at character 0; {accepted}"
+    assert staged_rows[1]["messages"][0]["content"] == "cut \\ud83d"
+    teacher = Teacher(plan.settings, plan.source.task)
+    made = teacher.rows([Prompt(**row) for row in staged_rows])
+    assert [row.get("error") for row in made] == [None, cut, reference, None]
+    assert [row["id"] for row in made] == ["a", "7", None, "\\ud83d"]
+    write_part(plan, "a", made)
+    publishing.publish(make_plan(chosen.model_copy(update={"max_error_fraction": 0.5})), manifest(plan), {}, QUIET)
+    assert read_trajectories(plan.output.name)["id"].to_pylist() == ["a", "\\ud83d"]
+    errors = pq.read_table(plan.output.path + "/errors.parquet").to_pylist()
+    assert [(error["row"], error["id"], error["error"]) for error in errors] == [(1, "7", cut), (2, None, reference)]
+    told = missing_rows(plan.output, "prompts")
+    assert told is not None and f"row 2 (7): {cut}; row 3: {reference}" in told
+    file.write_text(file.read_text().replace('"a"', '"b"'))
+    with pytest.raises(InputError, match="a finished run of other prompts"):  # rows would carry ids of another file
+        is_finished(make_plan(chosen), QUIET)
 
 
 def test_unchanged_prompt_files_are_not_read_again(

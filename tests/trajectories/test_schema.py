@@ -29,6 +29,7 @@ TYPES = {
     "temperature": "float",
     "forwards": "int32",
     "seed": "int64",
+    "reference_ids": "list<element: int32>",
 }
 
 
@@ -50,6 +51,7 @@ def row(number: int, canvas: int = 64, vocabulary: int = 30000) -> dict[str, Any
         "temperature": 0.5,
         "forwards": canvas,
         "seed": rng.getrandbits(63),
+        "reference_ids": None,
     }
 
 
@@ -74,6 +76,16 @@ def test_round_trip_over_several_files_keeps_every_value(tmp_path: Path) -> None
     assert read_metadata(folder) == {"teacher": "t"}
     assert read_trajectories(folder.as_uri()).num_rows == 7
     assert read_trajectories(folder, columns=["seed"]).to_pydict() == {"seed": [r["seed"] for r in rows]}
+
+
+def test_files_of_earlier_versions_still_read(tmp_path: Path) -> None:
+    """They end with the column `seed`."""
+    folder = finished(tmp_path / "out", [row(0)])
+    (file,) = folder.glob("*.parquet")
+    pq.write_table(pq.read_table(file).drop_columns(["reference_ids"]), file)
+    assert read_trajectories(folder).to_pylist() == [row(0)] == read_trajectories(file).to_pylist()
+    assert read_trajectories(folder, columns=["reference_ids"]).to_pydict() == {"reference_ids": [None]}
+    assert read_metadata(folder) == {"teacher": "t"}
 
 
 @pytest.mark.parametrize(("canvas", "limit"), [(64, 1000), (256, 2000)])

@@ -44,6 +44,83 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+def snapshot(folder: Path, where: str = "data") -> Path:
+    """A dataset of the Hub as it is downloaded: two splits of Parquet, and what lies beside them."""
+    (folder / where).mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text("about")
+    (folder / ".gitattributes").write_text("*.parquet filter=lfs")
+    for name, text in (("test-00000-of-00001", "t"), ("train-00000-of-00002", "0"), ("train-00001-of-00002", "1")):
+        pq.write_table(pa.table({"question": [text]}), folder / where / f"{name}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["data", "beside", "cache", "cache of two", "folder a split", "legacy names"])
+def test_a_downloaded_dataset_is_read_a_split_at_a_time(layout: str, tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    if layout.startswith("cache"):
+        snapshot(folder / "snapshots" / ("0a" * 20))
+        if layout == "cache of two":
+            (folder / "snapshots" / ("0b" * 20)).mkdir()
+            (folder / "refs").mkdir()
+            (folder / "refs" / "main").write_text("0a" * 20)
+    elif layout == "folder a split":
+        for split, texts in (("train", ["0", "1"]), ("test", ["t"])):
+            (folder / split).mkdir(parents=True)
+            pq.write_table(pa.table({"question": texts}), folder / split / "rows.parquet")
+    else:
+        snapshot(folder, "." if layout == "beside" else "data")
+    if layout == "legacy names":
+        for file in (folder / "data").iterdir():
+            file.rename(file.with_name(f"{file.stem}-a09b74b3ef9c3b56.parquet"))
+    source = open_source(str(folder), [], "train", None)
+    assert source.total == 2 and contents(source) == ["0", "1"]
+    assert contents(open_source(folder.as_uri(), [], "test", None)) == ["t"]
+    with pytest.raises(InputError) as caught:
+        open_source(str(folder), [], "validation", None)
+    if layout == "folder a split":
+        assert "itself, but in its folders 'test', 'train'" in str(caught.value)
+    else:
+        assert "unknown value 'validation'; accepted: test, train" in str(caught.value)
+
+
+def test_folders_without_splits_are_read_whole(tmp_path: Path) -> None:
+    for name in ("part-00000-of-00002", "part-00001-of-00002"):
+        pq.write_table(pa.table({"question": [name]}), tmp_path / f"{name}.parquet")
+    assert len(contents(open_source(str(tmp_path), [], "test", None))) == 2
+    for name in ("one-00000-of-00001", "two-00000-of-00001"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"question": [name]}), tmp_path / "two" / f"{name}.parquet")
+    with pytest.raises(InputError, match="unknown value 'train'; accepted: one, two"):
+        open_source(str(tmp_path / "two"), [], "train", None)
+
+
+def test_what_is_no_dataset_is_said_to_be_what_it_is(tmp_path: Path) -> None:
+    def refusal(path: Path) -> str:
+        with pytest.raises(InputError) as caught:
+            open_source(str(path), [], "train", None)
+        return str(caught.value)
+
+    (tmp_path / "hub" / "datasets--openai--gsm8k").mkdir(parents=True)
+    assert "a cache of the Hugging Face Hub with datasets such as 'datasets--openai--gsm8k'" in refusal(
+        tmp_path / "hub"
+    )
+    for name in ("main", "socratic"):
+        snapshot(tmp_path / "configs" / name, ".")
+    assert "itself, but in its folders 'main', 'socratic'" in refusal(tmp_path / "configs")
+    for name in ("1", "2"):
+        snapshot(tmp_path / "cache" / "snapshots" / name)
+    assert "has the snapshots 1, 2; accepted: one of them" in refusal(tmp_path / "cache")
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "rows.parquet").symlink_to(tmp_path / "blob")
+    assert "'rows.parquet' is a broken symbolic link" in refusal(tmp_path / "gone")
+    assert "is a broken symbolic link to" in refusal(tmp_path / "gone" / "rows.parquet")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "lfs").mkdir()
+    (tmp_path / "lfs" / "rows.parquet").write_text(pointer)
+    for path in (tmp_path / "lfs", tmp_path / "lfs" / "rows.parquet"):
+        assert refusal(path).startswith("prompts: ") and "rows.parquet is a Git LFS pointer" in refusal(path)
+
+
 def test_texts() -> None:
     source = open_source("arith", ["hello", "you"], "train", None)
     assert (source.total, contents(source)) == (2, ["hello", "you"])
@@ -131,7 +208,10 @@ def test_a_bad_row_further_on_is_named_where_it_comes(folder: Path) -> None:
         ("data/missing.parquet", "prompts: cannot read 'data/missing.parquet': no such file or folder"),
         ("file:///missing", "prompts: cannot read 'file:///missing': no such file or folder"),
         ("nowhere://x", "prompts: cannot open 'nowhere://x'"),
-        ("{tmp}/empty", "no prompts file directly in this folder"),
+        (
+            "{tmp}/empty",
+            "prompts: no data files in '{tmp}/empty'; accepted: a folder with .jsonl, .jsonl.gz, .parquet files",
+        ),
         ("{tmp}/empty.jsonl", "has no rows"),
         ("{tmp}/rows.csv", "accepted: a .jsonl, .jsonl.gz or .parquet file"),
         ("{tmp}/column.jsonl", "line 1 of '{tmp}/column.jsonl' has the columns 'text'; accepted: exactly one of"),

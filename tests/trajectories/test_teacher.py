@@ -77,9 +77,8 @@ def test_ladder_stops_at_the_first_correct_rung(seed: int) -> None:
         assert [t for prompt, t in engine.served if prompt == p] == list(TEMPERATURES[: rung + 1])
 
 
-def test_vanilla_without_early_stop_reveals_one_position_a_forward_block_by_block(tiny_checkpoint: Path) -> None:
+def test_vanilla_teacher_reveals_one_position_a_forward_block_by_block_to_the_end(tiny_checkpoint: Path) -> None:
     values = {"teacher": str(tiny_checkpoint), "count": 5, "attempts": 1, "max_tokens": 48}
-    values |= {"decoder_settings": {"early_stop": False}}
     plan = make_plan(build(TrajectorySettings, values))
     for row in Teacher(plan.settings, plan.source.task).rows(list(plan.prompts())):
         assert sorted(row["reveal_step"]) == list(range(48)) and row["forwards"] == 48
@@ -96,9 +95,7 @@ def test_rows_equal_single_decodings_through_the_public_api(tiny_checkpoint: Pat
     llm = DiffusionLLM.from_pretrained(tiny_checkpoint, decoder="vanilla", max_batch_size=1)
     assert any(row["attempt"] == 1 for row in rows)
     for prompt, row in zip(plan.prompts(), rows, strict=True):
-        (output,) = llm.generate(
-            [prompt.messages], max_tokens=32, temperature=row["temperature"], seed=row["seed"], early_stop=True
-        )
+        (output,) = llm.generate([prompt.messages], max_tokens=32, temperature=row["temperature"], seed=row["seed"])
         assert row["prompt_id"] == prompt.prompt_id
         assert row["prompt_ids"] == output.prompt_ids and row["response_ids"] == output.response_ids
         assert row["reveal_step"] == output.reveal_steps and row["forwards"] == output.forwards
@@ -109,11 +106,11 @@ def test_rows_equal_single_decodings_through_the_public_api(tiny_checkpoint: Pat
 def test_prompt_beyond_the_context_becomes_an_error_row_and_spares_its_neighbours(tiny_checkpoint: Path) -> None:
     plan = make_plan(build(TrajectorySettings, {"teacher": str(tiny_checkpoint), "count": 2, "attempts": 1}))
     teacher = Teacher(plan.settings, plan.source.task)
-    poison = Prompt(9, "f" * 16, [{"role": "user", "content": "apples " * 300}], "1")
+    poison = Prompt(9, "f" * 16, [{"role": "user", "content": "apples " * 300}], "1", "mine")
     before, after = plan.prompts()
     first, error, last = teacher.rows([before, poison, after])
     reason = error.pop("error")
-    assert error == {"row": 9, "prompt_id": "f" * 16, "messages": poison.messages, "reference": "1"}
+    assert error == {"row": 9, "prompt_id": "f" * 16, "messages": poison.messages, "reference": "1", "id": "mine"}
     assert "exceed the model's context of 256" in reason
     assert [first, last] == teacher.rows([before, after])
 
@@ -138,8 +135,7 @@ def tiny_family(model_type: str, folder: Path) -> tuple[Transformer, Family]:
 )
 def test_every_family_teaches_one_token_a_forward_in_its_own_order(model_type: str, name: str, tmp_path: Path) -> None:
     model, family = tiny_family(model_type, tmp_path)
-    whole = {} if model_type == "qwen2" else {"early_stop": False}
-    chosen = teacher_decoder(TrajectorySettings(teacher=str(tmp_path), decoder_settings=whole), family)
+    chosen = teacher_decoder(TrajectorySettings(teacher=str(tmp_path)), family)
     assert chosen.name == name
     engine = Engine(model, family, chosen)
     engine.submit(Request([3, 4, 5, 6, 7, 8, 9, 10], 16, ignore_eos=True))
@@ -156,9 +152,7 @@ def test_teacher_may_reveal_several_tokens_a_forward_or_use_a_cached_decoder(tmp
     assert (few.name, few.settings()["steps"], few.block_size) == ("vanilla", 4, 8)
     assert teacher_decoder(TrajectorySettings(decoder="fast-dllm-dual"), family).caching.uses_cache
     (tmp_path / "mine.yaml").write_text("decoder: d3llm\nentropy_threshold: 0.1\n")
-    mine = teacher_decoder(
-        TrajectorySettings(decoder=str(tmp_path / "mine.yaml"), decoder_settings={"early_stop": False}), family
-    )
+    mine = teacher_decoder(TrajectorySettings(decoder=str(tmp_path / "mine.yaml")), family)
     assert (mine.name, mine.settings()["entropy_threshold"], mine.early_stop) == ("d3llm", 0.1, False)
     with pytest.raises(InputError, match="steps: no setting of decoder 'fast-dllm-dual'"):
         teacher_decoder(TrajectorySettings(decoder="fast-dllm-dual", decoder_settings={"steps": 4}), family)
@@ -169,15 +163,17 @@ def test_teacher_may_reveal_several_tokens_a_forward_or_use_a_cached_decoder(tmp
 @pytest.mark.parametrize(
     ("written", "given", "early_stop"),
     [
-        ("decoder: vanilla", {}, True),
+        ("decoder: vanilla", {}, False),
+        ("decoder: d3llm", {}, False),
         ("decoder: vanilla\nearly_stop: false", {}, False),
         ("decoder: vanilla\nearly_stop: false", {"early_stop": True}, True),
         ("decoder: vanilla\nearly_stop: true", {"early_stop": False}, False),
-        (None, {}, True),
-        (None, {"early_stop": False}, False),
+        ("decoder: vanilla\nearly_stop: true", {}, True),
+        (None, {}, False),
+        (None, {"early_stop": True}, True),
     ],
 )
-def test_a_row_ends_at_its_stop_token_unless_settings_or_file_say_otherwise(
+def test_a_row_fills_its_canvas_unless_settings_or_file_say_otherwise(
     written: str | None, given: dict[str, bool], early_stop: bool, tmp_path: Path
 ) -> None:
     _, family = tiny_family("llada", tmp_path)
@@ -191,7 +187,7 @@ def test_a_row_ends_at_its_stop_token_unless_settings_or_file_say_otherwise(
 
 def test_cheap_teacher_reveals_as_many_a_forward_as_it_was_told(tiny_checkpoint: Path) -> None:
     values = {"teacher": str(tiny_checkpoint), "count": 3, "attempts": 1}
-    values |= {"decoder_settings": {"early_stop": False, "steps": 8}}
+    values |= {"decoder_settings": {"steps": 8}}
     plan = make_plan(build(TrajectorySettings, {**values, "max_tokens": 32}))
     assert plan.metadata["decoder"]["steps"] == 8
     for row in Teacher(plan.settings, plan.source.task).rows(list(plan.prompts())):
