@@ -17,6 +17,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from ray import serve
 from starlette.datastructures import MutableHeaders
@@ -82,6 +83,17 @@ class Room:
             self._metrics.refused()
         return full
 
+    def take(self) -> ExitStack:
+        """A place, which is free again when that is closed."""
+
+        def leave() -> None:
+            self.in_flight -= 1
+
+        self.in_flight += 1
+        place = ExitStack()
+        place.callback(leave)
+        return place
+
     def recount(self, count_replicas: Callable[[str], int]) -> None:
         """Have the replicas counted, in a thread, unless that was done a moment ago."""
         if not self._name or self._counting is not None or time.monotonic() - self._counted < RECOUNT_S:
@@ -119,9 +131,8 @@ class Front:
                 self._rooms[prefix].learn(told)
                 self._rooms[prefix].recount(self._count_replicas)
 
-        send_on = _tapped(send, learn)
         if route == HEALTH or prefix not in self._rooms:
-            await self._app(scope, receive, send_on)
+            await self._app(scope, receive, _tapped(send, learn))
             return
         room = self._rooms[prefix]
         room.recount(self._count_replicas)
@@ -129,12 +140,13 @@ class Front:
         if room.refuses():
             await _refuse(scope, send)
             return
-        room.in_flight += 1
+        place = room.take()
         try:
             await self._lull()
-            await self._app(scope, receive, send_on)
+            # Free before a client can know that its answer is complete, and ask again.
+            await self._app(scope, receive, _tapped(send, learn, place.close))
         finally:
-            room.in_flight -= 1
+            place.close()
 
     async def _lull(self) -> None:
         """Refusals and health checks first: a request that has its place lets a shower of others pass by."""
@@ -160,8 +172,11 @@ def _route(scope: Scope) -> str | None:
     return None
 
 
-def _tapped(send: Send, learn: Callable[[int, str], None] | None = None) -> Send:
-    """A `send` that takes what replicas tell the front out of an answer's headers."""
+def _nothing(*_: object) -> None: ...
+
+
+def _tapped(send: Send, learn: Callable[[int, str], None] = _nothing, end: Callable[[], None] = _nothing) -> Send:
+    """A `send` that takes what replicas tell the front out of an answer's headers, and sees an answer's end."""
 
     async def tapped(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -169,8 +184,9 @@ def _tapped(send: Send, learn: Callable[[int, str], None] | None = None) -> Send
             told = headers.get(_ROOM_HEADER)
             if told is not None:
                 del headers[_ROOM_HEADER]
-                if learn is not None:
-                    learn(message["status"], told)
+                learn(message["status"], told)
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            end()
         await send(message)
 
     return tapped

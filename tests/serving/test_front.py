@@ -28,7 +28,9 @@ class Proxy:
 
     def __init__(self, room: int = 2, count_replicas: Callable[[str], int] = lambda name: 1) -> None:
         self.room, self.chats, self.order = room, 0, []
-        self.end = asyncio.Event()
+        self.end, self.cut, self.linger, self.answered = (asyncio.Event() for _ in range(4))
+        self.cut.set()
+        self.linger.set()
         self.front = Front(self.answer, count_replicas)
 
     async def answer(self, scope: Any, receive: Any, send: Any) -> None:
@@ -44,7 +46,12 @@ class Proxy:
             self.order.append(200)
             await self.end.wait()
         await send({"type": "http.response.start", "status": status, "headers": [(b"x-other", b"1")]})
-        await send({"type": "http.response.body", "body": b"{}"})
+        await send({"type": "http.response.body", "body": b"{", "more_body": True})
+        if scope["path"].endswith(CHAT):
+            await self.cut.wait()
+        await send({"type": "http.response.body", "body": b"}"})
+        self.answered.set()
+        await self.linger.wait()  # Serve has something to do yet
 
     async def ask(self, path: str = CHAT, method: str = "POST", **headers: str) -> tuple[int, dict[str, str], bytes]:
         messages: list[Any] = []
@@ -181,6 +188,26 @@ def test_a_client_that_leaves_and_a_failure_make_room() -> None:
             await proxy.ask()
         proxy.front._app = app
         assert await proxy.statuses(await proxy.begin(1)) == {200: 1}
+
+    run(test)
+
+
+def test_a_place_is_free_with_the_last_byte_of_an_answer_and_not_before() -> None:
+    async def test() -> None:
+        proxy = Proxy(room=1)
+        await proxy.health()
+        proxy.end.set()
+        proxy.cut.clear()
+        proxy.linger.clear()
+        proxy.answered.clear()
+        (streaming,) = await proxy.begin(1)
+        assert (await proxy.ask())[0] == 429
+        proxy.cut.set()
+        await proxy.answered.wait()
+        assert not streaming.done()
+        tasks = await proxy.begin(1)
+        proxy.linger.set()
+        assert await proxy.statuses([streaming, *tasks]) == {200: 2}
 
     run(test)
 

@@ -241,16 +241,35 @@ def test_settings_of_the_verb_arrive(monkeypatch: pytest.MonkeyPatch, tiny_check
     assert told["ended"]
 
 
-def test_the_body_limit_is_of_the_whole_body_however_it_is_cut(make_service: Any, client_of: Any) -> None:
+def post_in_chunks(served: ChatService, body: bytes, size: int) -> tuple[int, bytes]:
+    """Status and body of a chat request that arrives `size` bytes at a time."""
+    chunks = [body[at : at + size] for at in range(0, len(body), size)]
+    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    messages[-1]["more_body"] = False
+    arriving, sent = iter(messages), []
+
+    async def receive() -> Any:
+        return next(arriving, {"type": "http.disconnect"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")]}
+    asyncio.run(create_app(served)(scope, receive, send))
+    return sent[0]["status"], b"".join(message["body"] for message in sent[1:])
+
+
+@pytest.mark.parametrize("size", [10, 10_000])
+def test_the_body_limit_is_of_the_whole_body_however_it_is_cut(
+    service: ChatService, asked: list[Request], monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     body = json.dumps({"model": "tiny-random", "messages": QUESTION, "max_tokens": 1}).encode()
-    chunks = [body[at : at + 10] for at in range(0, len(body), 10)]
     for limit, status in ((len(body), 200), (len(body) - 1, 413)):
-        with client_of(make_service(max_body_bytes=limit)) as client:
-            for content in (body, iter(chunks)):
-                response = client.post(CHAT, content=content, headers={"Content-Type": "application/json"})
-                assert response.status_code == status
-        if status == 413:
-            assert response.json()["error"]["message"] == f"body: too large; accepted: at most {limit} bytes"
+        monkeypatch.setattr(service, "settings", service.settings.model_copy(update={"max_body_bytes": limit}))
+        answered, answer = post_in_chunks(service, body, size)
+        assert answered == status
+    assert json.loads(answer)["error"]["message"] == f"body: too large; accepted: at most {limit} bytes"
 
 
 @pytest.mark.parametrize("failed", [False, True])
