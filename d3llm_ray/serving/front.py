@@ -36,7 +36,6 @@ PROXY_OPTIONS = {
 }
 RECOUNT_S = 2.0  # a replica that has been added is made use of as soon
 LULL_S, LONGEST_WAIT_S = 0.005, 0.5
-SHOWER = 3  # requests in LULL_S: more than a proxy of Serve's can keep up with
 _ROOM_HEADER = "x-d3llm-room"
 _REFUSAL = queue_full().response()
 
@@ -156,8 +155,8 @@ class Front:
 
     async def _until_lull(self) -> None:
         deadline = time.monotonic() + LONGEST_WAIT_S
-        arrivals = self._arrivals - SHOWER
-        while self._arrivals - arrivals >= SHOWER and time.monotonic() < deadline:
+        arrivals = 0
+        while self._arrivals != arrivals and time.monotonic() < deadline:
             arrivals = self._arrivals
             await asyncio.sleep(LULL_S)
         self._shower = None
