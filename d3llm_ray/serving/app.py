@@ -11,17 +11,17 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
 
 from d3llm_ray import config
+from d3llm_ray.serving.front import TellsRoom
 from d3llm_ray.serving.http import create_app
-from d3llm_ray.serving.service import RETRY_AFTER_S, ChatService
+from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings
 
 DEPLOYMENT = "decoder"
-# Requests a replica takes on beyond its engine's slots and queue: the engine's own limit must be the one that
-# refuses, and health checks need a way in meanwhile.
-SPARE_REQUESTS = 64
+# What a replica is given beyond its engine's slots and queue. Serve's own queue is without an end and must stay empty:
+# it would refuse health checks, or let them wait. The replica's limit is the one that refuses.
+SPARE_REQUESTS = 1024
 
 
 class DecoderReplica:
@@ -33,7 +33,10 @@ class DecoderReplica:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         # Built here and not at import: endpoints pickled by reference lose the signature that FastAPI needs.
-        return create_app(self._service)
+        app, settings = create_app(self._service), self._service.settings
+        name = serve.get_replica_context().app_name
+        app.add_middleware(TellsRoom, application=name, model=settings.model_id, room=settings.room)
+        return app
 
     async def check_health(self) -> None:
         """Called by Serve's controller, which replaces a replica that raises."""
@@ -51,13 +54,11 @@ def application(settings: ReplicaSettings, **options: Any) -> Application:
     """Bind the deployment to checked settings; `options` are Serve's, as in a config's `deployments:`."""
     settings = settings.checked()
     gpus = float(settings.device != "cpu") if settings.gpus_per_actor is None else settings.gpus_per_actor
-    in_flight = settings.max_batch_size + settings.max_queue
     deployment = serve.deployment(
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": settings.cpus_per_actor, "num_gpus": gpus},
-        max_ongoing_requests=in_flight + SPARE_REQUESTS,
-        max_queued_requests=in_flight + SPARE_REQUESTS,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+        max_ongoing_requests=settings.room + SPARE_REQUESTS,
+        max_queued_requests=-1,
         health_check_period_s=2,
         # A model that cannot be loaded will not load at the twentieth attempt either.
         max_constructor_retry_count=3,

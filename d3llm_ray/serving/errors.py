@@ -15,6 +15,7 @@ from d3llm_ray.errors import InputError
 
 logger = logging.getLogger("d3llm_ray.serving")
 _TYPES = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable"}
+RETRY_AFTER_S = 1
 _SHOWN_INPUT = 80  # characters of a refused value that are echoed
 
 
@@ -43,6 +44,11 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         return JSONResponse(self.body(), self.status, headers)
+
+
+def queue_full() -> ApiError:
+    """The refusal of a request that would have to wait for too long."""
+    return ApiError(429, "the queue is full; ask again later", code="queue_full", retry_after_s=RETRY_AFTER_S)
 
 
 def bad_input(error: InputError, prefix: str = "") -> ApiError:

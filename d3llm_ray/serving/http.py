@@ -15,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from d3llm_ray import __version__
 from d3llm_ray.serving.errors import ApiError, install_handlers, to_api_error
 from d3llm_ray.serving.schemas import (
+    CHAT,
+    HEALTH,
     AssistantMessage,
     ChatChunk,
     ChatCompletion,
@@ -66,13 +68,31 @@ class BodyLimit:
         await self._app(scope, limited, send)
 
 
+class RefusesWhenFull:
+    """Answers a chat request that there is no room for before its body is read."""
+
+    def __init__(self, app: ASGIApp, service: ChatService) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].endswith(CHAT) and scope["method"] == "POST":
+            try:
+                self._service.check_room()
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 def create_app(service: ChatService) -> FastAPI:
     """Routes: `POST /v1/chat/completions`, `GET /v1/models`, `GET /v1/models/{id}`, `GET /health`."""
     app = FastAPI(title="d3llm-ray", version=__version__)
     app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
+    app.add_middleware(RefusesWhenFull, service=service)  # the outer one
     install_handlers(app)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    @app.post(CHAT, response_model=ChatCompletion)
     async def chat(body: ChatRequest) -> ChatCompletion | AnswerStream:
         answer = await service.open(body)
         with ExitStack() as cleanup:
@@ -93,7 +113,7 @@ def create_app(service: ChatService) -> FastAPI:
         service.check_model(name)
         return service.card()
 
-    @app.get("/health")
+    @app.get(HEALTH)
     async def health() -> JSONResponse:
         problem = service.worker.problem()
         if problem is not None:

@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+CHAT = "/v1/chat/completions"
+HEALTH = "/health"
+
 MAX_STOPS = 4
 MAX_STOP_IDS = 64
 MAX_STOP_LENGTH = 256

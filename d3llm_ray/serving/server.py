@@ -21,6 +21,7 @@ from d3llm_ray.cluster import connect
 from d3llm_ray.errors import InputError, WorkError, require
 from d3llm_ray.progress import Progress
 from d3llm_ray.serving.app import application
+from d3llm_ray.serving.front import PROXY_OPTIONS
 from d3llm_ray.serving.settings import ServeSettings
 
 APPLICATION = "d3llm"
@@ -85,7 +86,8 @@ def _http(settings: ServeSettings) -> Iterator[int]:
         return
     port = _free_port(settings)
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": settings.host, "port": port})
+        http_options = {"host": settings.host, "port": port}
+        serve.start(proxy_location="HeadOnly", http_options=http_options, controller_options=PROXY_OPTIONS)
         yield port
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]

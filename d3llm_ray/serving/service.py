@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from d3llm_ray.decoding import Decoder, DiffusionLLM, Request
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.bounds import check_overrides
-from d3llm_ray.serving.errors import ApiError, bad_input
+from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, queue_full
 from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest, FinishReason, ModelCard, Usage
 from d3llm_ray.serving.settings import ReplicaSettings
 from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded, Submission
 
-RETRY_AFTER_S = 1
 WARM_UP_TOKENS = 1
 
 
@@ -78,6 +79,16 @@ class Answer:
         self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards)
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except Overloaded as error:
+        raise queue_full() from error
+    except EngineFailure as error:
+        raise ApiError(503, str(error), code="engine_failed", retry_after_s=RETRY_AFTER_S) from error
+
+
 class ChatService:
     """A model with its engine's worker. Make one on a thread, `start` it on the event loop."""
 
@@ -92,8 +103,7 @@ class ChatService:
         )
         self.llm.generate(["1"], max_tokens=WARM_UP_TOKENS)  # the first request should not pay for lazy set-up
         metrics = ServingMetrics(settings.model_id)
-        capacity = settings.max_batch_size + settings.max_queue
-        self.worker = EngineWorker(self.llm.engine, capacity, metrics, settings.step_timeout_s)
+        self.worker = EngineWorker(self.llm.engine, settings.room, metrics, settings.step_timeout_s)
         self._metrics = metrics
         # Long prompts take a while to tokenise: not on the event loop, and one at a time.
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
@@ -122,19 +132,20 @@ class ChatService:
         self.check_model(request.model)
         self._check_answer_length(request)
         decoder = self._decoder(request)
+        self.check_room()  # before the work of tokenising
         try:
-            self.worker.check_room()  # before the work of tokenising
             engine_request = await self._engine_request(request, decoder)
             self.llm.engine.check(engine_request)
-            submission = self.worker.submit(engine_request)
         except InputError as error:
             raise bad_input(error) from error
-        except Overloaded as error:
-            message = "the queue is full; ask again later"
-            raise ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_S) from error
-        except EngineFailure as error:
-            raise ApiError(503, str(error), code="engine_failed", retry_after_s=RETRY_AFTER_S) from error
+        with _refusals():
+            submission = self.worker.submit(engine_request)
         return Answer(submission, CommittedText(self.llm.decode, request.stop), self._metrics)
+
+    def check_room(self) -> None:
+        """Raise the `ApiError` that a request would be refused with now, whatever it asks."""
+        with _refusals():
+            self.worker.check_room()
 
     async def _engine_request(self, request: ChatRequest, decoder: Decoder | None) -> Request:
         prompt_ids = await self._encode(request)

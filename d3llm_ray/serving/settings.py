@@ -58,6 +58,11 @@ class ReplicaSettings(Settings):
         """The name under which clients ask for the model."""
         return self.served_model_name or Path(self.model).name
 
+    @property
+    def room(self) -> int:
+        """Requests that a replica takes on at most, decoding and waiting."""
+        return self.max_batch_size + self.max_queue
+
     def decoding(self) -> Decoder:
         """Build the decoder of `decoder` and `decoder_settings`; `InputError` names the setting at fault."""
         from d3llm_ray.decoding import choose_decoder  # torch is slow to import: --help should not wait
