@@ -81,6 +81,20 @@ def order(**values: Any) -> list[int]:
     return masked(whole(**values))
 
 
+def windows_of(window_domain: str) -> list[tuple[int, int]]:
+    """Every window of two that is drawn of an answer of two tokens, its stop token and three of padding."""
+    answer = np.array([1, 2, 0, 0, 0, 0], "int32")
+    sample = TrainingSample("row", SAMPLE.prompt_ids, answer, np.arange(6))
+    objective = whole(window_domain=window_domain, window_sizes=(2,), noise_start=1.0, noise_end=1.0, noise_max=1.0)
+    found = set()
+    for number in range(4):
+        rng = Lowest()
+        rng.integers = lambda high, number=number: min(number, int(high) - 1)  # type: ignore[method-assign]
+        view = objective.views(Draws(rng, rng), sample, FIRST, family_of("llada")[1])[0]  # type: ignore[arg-type]
+        found.add((int(view.rows[0]) - 2, int(view.rows[-1]) - 1))
+    return sorted(found)
+
+
 class Odds:
     """Stands for the student: its logits are those of the packed rows, and say its hidden states."""
 
@@ -131,13 +145,11 @@ def forcing(block_size: int = 2, noise: tuple[float, float] = (0.25, 0.5)) -> tu
     return mask[0, 0].sum(-1).tolist(), [1 / float(weight) for weight in view.weights]
 
 
-def noisy_copies(block_size: int) -> int:
-    """Tokens of a Fast-dLLM v2 row of 6: the clean blocks before the last, and two copies from the prompt's block."""
-    draws = Draws(np.random.default_rng(0), np.random.default_rng(0))
+def copies(block_size: int) -> tuple[int | None, int]:
+    """The student's own block size, from a causal teacher, and the tokens of its row of two and four tokens."""
     objective = BlockDiffusion(block_size)
-    _, family = family_of("fast_dllm_v2")
-    endless = dataclasses.replace(family, eos_token_id=0, stop_token_ids=frozenset())
-    return int(objective.views(draws, SAMPLE, None, endless)[0].token_ids.size)
+    _, family = objective.student(*family_of("qwen2"), lambda: MASK)
+    return family.block_size, int(objective.views(Draws(Rising(), Rising()), SAMPLE, None, family)[0].token_ids.size)  # type: ignore[arg-type]
 
 
 # (objective, parameter) -> looks at something, given the parameter: (value, figure) of two values
@@ -152,6 +164,12 @@ EFFECTS: dict[tuple[str, str], Effect] = {
     ),
     # What was hidden after the step int(0.5 x 4) = 2: one position of the four.
     ("windows", "ratio_rounding"): (order, ("exact", [0, 2]), ("published", [0])),
+    # The stop token is the third: two windows begin in the answer, and the last of them runs on into padding.
+    ("windows", "window_domain"): (
+        windows_of,
+        ("answer", [(0, 2), (2, 6)]),
+        ("canvas", [(0, 2), (2, 4), (4, 6)]),
+    ),
     # Of the first two positions the one that was revealed last; of three, round(1.5) = 2.
     ("windows", "window_sizes"): (order, ((2, 4), [0]), ((3, 4), [0, 2])),
     ("windows", "noise_start"): (
@@ -189,7 +207,7 @@ EFFECTS: dict[tuple[str, str], Effect] = {
         ((0.5, 1.0), [0.5, 0.5, 1.0, 1.0]),
     ),
     # Blocks of 4: 4 clean tokens, and twice all 6. Blocks of 6: no clean ones, and twice 6.
-    ("block-diffusion", "block_size"): (noisy_copies, (4, 4 + 2 * 6), (6, 2 * 6)),
+    ("block-diffusion", "block_size"): (copies, (4, (4, 4 + 2 * 6)), (6, (6, 2 * 6))),
 }
 PARAMETERS = [
     (name, field.name)

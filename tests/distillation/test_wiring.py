@@ -61,7 +61,9 @@ ARRIVES: dict[str, tuple[Any, Look]] = {
     "trajectories": (None, only("trajectories")),
     "output": (None, only("student")),
     "keep": ("correct", lambda seen: "correct" if not seen["wrong rows"] else "all"),
-    "max_rows": (14, only("rows")),
+    "target": ("trajectory", only("read: target")),
+    "max_length": (47, only("read: max_length")),  # the longest row: 11 of prompt and the canvas
+    "max_rows": (26, only("rows")),
     "canvas": (OWN_CANVAS, only("canvas")),
     "objective": ({"window_sizes": [4, 6]}, only("objective")),
     "epochs": (3, only("epochs")),
@@ -78,7 +80,7 @@ ARRIVES: dict[str, tuple[Any, Look]] = {
     "weight_decay": (0.03, only("weight_decay")),
     "betas": ((0.8, 0.95), only("betas")),
     "clip": (0.125, only("clip")),
-    "batch_size": (6, lambda seen: sum(seen["micro"]) // len(seen["rates"])),
+    "batch_size": (12, lambda seen: sum(seen["micro"]) // len(seen["rates"])),
     "micro_batch_size": (2, only("micro")),
     "precision": ("bfloat16", lambda seen: str(only("dtype")(seen)).removeprefix("torch.")),
     "zero_stage": (3, lambda seen: only("deepspeed")(seen)["zero_optimization"]["stage"]),
@@ -117,16 +119,14 @@ def paths(
     """The settings that are paths."""
     _, family = read_configs(tiny_checkpoint)
     folder = tmp_path_factory.mktemp("wiring")
-    rows = write_trajectories(
-        folder / "rows", rows=60, canvas=CANVAS, vocab_size=4, mask_token_id=family.mask_token_id
-    )
+    rows = write_trajectories(folder / "rows", rows=60, canvas=CANVAS, vocab_size=4, mask_token_id=family.mask_token_id)
     return {"teacher": str(tiny_checkpoint), "trajectories": str(rows), "output": str(folder / "student")}
 
 
 @pytest.fixture(scope="module")
 def given(paths: dict[str, str]) -> dict[str, Any]:
     """A value of its own for every setting."""
-    return {name: value for name, (value, _) in ARRIVES.items() if name not in paths} | paths
+    return {name: ARRIVES[name][0] for name in DistillSettings.model_fields if name in ARRIVES} | paths
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,7 @@ def seen(given: dict[str, Any]) -> Iterator[Seen]:
 
 def _watch(patch: pytest.MonkeyPatch, seen: Seen) -> None:
     """Note what a run in this process hands on."""
+    patch.setattr(preparation, "plot_loss", lambda *_: None)
 
     def tell(owner: Any, name: str, note: Callable[..., None]) -> None:
         original = getattr(owner, name)
@@ -192,6 +193,11 @@ def _watch(patch: pytest.MonkeyPatch, seen: Seen) -> None:
         seen["rows"].append(len(samples))
         seen["epochs"].append(settings.epochs)
 
+    def read(path: str, **options: Any) -> None:
+        seen["trajectories"].append(path)
+        for name, value in options.items():
+            seen[f"read: {name}"].append(value)
+
     def saved(_engine: Any, folder: Path, step: int, keep: int) -> None:
         seen["saved"].append(step)
         seen["kept"].append(keep)
@@ -201,7 +207,7 @@ def _watch(patch: pytest.MonkeyPatch, seen: Seen) -> None:
     tell(student, "load_model", lambda name, *_: seen["teacher"].append(str(name)))
     tell(student, "with_adapters", built)
     tell(student, "checkpoint", lambda *_, **__: seen["recomputed"].append(1))
-    tell(preparation, "read_rows", lambda path, **_: seen["trajectories"].append(path))
+    tell(preparation, "read_rows", read)
     tell(job, "save", saved)
     tell(validation, "load_task", lambda name: seen["task"].append(name))
     tell(validation, "score", lambda _line, by: seen["selected by"].append(by))
@@ -300,15 +306,33 @@ def test_every_setting_arrives_where_it_acts(name: str, given: dict[str, Any], s
 
 
 def test_a_step_of_three_workers_takes_the_whole_batch(seen: Seen) -> None:
-    """6 rows a step: one forward of 2 rows on each of 3 workers, and 3 forwards in one process."""
+    """12 rows a step: two forwards of 2 rows on each of 3 workers, and 6 forwards in one process."""
     (options,) = seen["engine"]
-    assert (options.micro_batch_size, options.accumulation, options.bfloat16) == (2, 1, True)
+    assert (options.micro_batch_size, options.accumulation, options.bfloat16) == (2, 2, True)
     config = seen["deepspeed"][0]
-    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 1)
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 2)
     assert (config["gradient_clipping"], config["bf16"]) == (0.125, {"enabled": True})
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert (options.betas, options.weight_decay, options.clip) == ((0.8, 0.95), 0.03, 0.125)
-    assert len(seen["micro"]) == 5 * 3
+    assert len(seen["micro"]) == 5 * 6
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "autocast"),
+    [("float32", torch.float32, False), ("mixed", torch.float32, True), ("bfloat16", torch.bfloat16, False)],
+)
+def test_precision_is_that_of_the_weights_and_of_the_products(
+    precision: str, weights: torch.dtype, autocast: bool, paths: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = build(DistillSettings, {**paths, "precision": precision, "lora_rank": 0})
+    module, _ = student.build_student(settings, torch.device("cpu"))
+    assert {weight.dtype for weight in module.parameters()} == {weights}
+    assert settings.engine_options().bfloat16 == (precision == "bfloat16")
+    computed: list[bool] = []
+    watching: Any = lambda *_: computed.append(torch.is_autocast_enabled("cpu"))  # noqa: E731
+    monkeypatch.setattr(type(settings.objective), "loss", watching)
+    module(SimpleNamespace(token_ids=torch.zeros(1)))
+    assert computed == [autocast]
 
 
 def test_ray_is_asked_for_what_the_settings_say(seen: Seen) -> None:
@@ -317,7 +341,7 @@ def test_ray_is_asked_for_what_the_settings_say(seen: Seen) -> None:
     assert seen["demand"] == [[on_cpu] * 3, [on_gpu] * 3]
     assert seen["cpus"] == [3 * 4 + 3] * 2  # and one a worker that packs its batches
     assert [str(worked.work) for worked in seen["worked on"]] == seen["trained in"]
-    assert {(len(worked.held_out), len(worked.plan.samples)) for worked in seen["worked on"]} == {(4, 14)}
+    assert {(len(worked.held_out), len(worked.plan.samples)) for worked in seen["worked on"]} == {(4, 26)}
 
 
 # Five steps, of which ceil(0.4 x 5) = 2 warm up in thirds; then constant, or the half cosine at 0, 1/3 and 2/3 of it.
@@ -337,6 +361,7 @@ def test_the_rate_that_moves_the_weights_follows_the_schedule(
         return step(optimizer, *args, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    monkeypatch.setattr(preparation, "plot_loss", lambda *_: None)
     values = {"lr": 0.02, "warmup_ratio": 0.4, "max_steps": 5, "workers": 1, "output": str(tmp_path / "student")}
     values |= {"batch_size": 8, "micro_batch_size": 8, "lora_rank": 4, "precision": "float32"}
     folder = local.distil_here(build(DistillSettings, paths | values), QUIET)
@@ -431,4 +456,3 @@ def test_the_fingerprint_names_the_work_folder(paths: dict[str, str], tmp_path: 
         settings = build(DistillSettings, {**paths, "output": str(tmp_path / "student"), "lr": lr})
         works.append(preparation.prepare(settings, QUIET).work)
     assert works[0] != works[1] and all(work.parent == tmp_path and ".student." in work.name for work in works)
-
