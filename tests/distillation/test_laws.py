@@ -105,14 +105,16 @@ def test_a_row_keeps_its_order_in_every_epoch(samples: TrajectorySet, order: str
     hidden = masks(plan_of(samples, objective={**QUARTER, "order": order}))
     assert len(hidden) == 24 and all(len(epochs) == EPOCHS and len(set(epochs)) == 1 for epochs in hidden.values())
     assert len({epochs[0] for epochs in hidden.values()}) > 20  # and each row its own
-    by_hand = {}
+    by_hand, places = {}, set()
     for n in range(24):
         revealed = np.argsort(samples[n].reveal_step, kind="stable")
+        places.add(tuple(np.flatnonzero(np.isin(revealed, hidden[samples[n].prompt_id][0]))))
         last = revealed[24:] if order == "trajectory" else revealed[:8]
         by_hand[samples[n].prompt_id] = tuple(sorted(last.tolist()))
     same = sum(hidden[row][0] == by_hand[row] for row in hidden)
     assert same == (24 if order in ("trajectory", "reversed") else 0)
     if order in ("shuffled", "inverted"):
+        assert len(places) > 12  # a row's own disorder
         assert hidden != masks(plan_of(samples, seed=1, objective={**QUARTER, "order": order}))
 
 
@@ -245,7 +247,9 @@ def published_loss(model: Any, micro: MicroBatch) -> torch.Tensor:
         seen = torch.zeros(1, 1, len(row), len(row))
         logits.append(model(input_ids=torch.from_numpy(row).long()[None], attention_mask=seen).logits[0])
     predicted = torch.cat(logits)[torch.from_numpy(micro.rows)]
-    labels, view_b = torch.from_numpy(micro.labels).long(), torch.from_numpy(micro.second)
+    labels = torch.from_numpy(micro.labels).long()
+    first_views = micro.lengths[: len(micro.prompt_ids)].sum()
+    view_b = torch.from_numpy(micro.rows >= first_views)
     ce = cross_entropy(predicted, labels, reduction="none")
     right = (predicted.argmax(-1) == labels) & ~view_b
     cold = log_softmax(predicted / 0.5, -1)[right]

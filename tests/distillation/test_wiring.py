@@ -103,7 +103,7 @@ ARRIVES: dict[str, tuple[Any, Look]] = {
     "val_decoder_settings": ({"entropy_threshold": 0.7}, lambda seen: _chosen(only("decoder")(seen))),
     "val_max_tokens": (16, only("val_max_tokens")),
     "select_by": ("accuracy", only("selected by")),
-    "export": ("best", lambda seen: "best" if "last" in seen["files"] else "last"),
+    "export": ("best", lambda seen: "best" if {"last", "validation.json"} <= {*seen["files"]} else ""),
     "seed": (11, only("adapters' seed")),
 }
 
