@@ -77,9 +77,9 @@ ARRIVES: dict[str, tuple[Any, Look]] = {
         {"entropy_threshold": 0.3, "block_size": 8, "early_stop": True},
         lambda seen: {name: only("decoder")(seen).settings()[name] for name in ARRIVES["decoder_settings"][0]},
     ),
-    "max_tokens": (32, lambda seen: {request.max_tokens for request in seen["requests"]}.pop()),
+    "max_tokens": (16, lambda seen: {request.max_tokens for request in seen["requests"]}.pop()),
     "attempts": (3, lambda seen: len(rungs(seen))),
-    "temperatures": ((0.1, 0.5, 0.9), rungs),
+    "temperatures": ((0.1, 0.5, 0.9, 1.3), lambda seen: (*rungs(seen), 1.3)),  # attempts end before the last
     "seed": (7, lambda seen: 7 if {r.seed for r in seen["requests"]} == set(seen["seeds of 7"]) else None),
     "dtype": ("bfloat16", lambda seen: str(only("dtype")(seen)).removeprefix("torch.")),
     "device": ("cuda:1", only("device")),
@@ -242,7 +242,7 @@ def test_rows_are_those_of_the_published_algorithm(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The figure from outside for all tests that compare a run with another teacher of ours."""
-    texts = ["Tom has 5 apples.", "How many apples?", "Tom buys 2 more."]
+    texts = ["Tom has 5 apples.", "How many apples?"]
     values = {"teacher": str(tiny_checkpoint), "texts": texts, "output": str(tmp_path / "out"), "max_tokens": 32}
     run_here(monkeypatch, build(TrajectorySettings, {**values, "decoder_settings": {"early_stop": False}}))
     model, family = load_model(tiny_checkpoint)
