@@ -34,6 +34,7 @@ from d3llm_ray.models import ModelConfig, Transformer, load_model, read_configs,
 from d3llm_ray.models.families import read_family
 from d3llm_ray.models.ragged import Ragged
 from d3llm_ray.progress import Progress
+from d3llm_ray.trajectories.schema import read_trajectories
 from tests.distillation.toys import CONFIGS, family_of
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def rows(
 
 @pytest.fixture(scope="module")
 def samples(rows: Path) -> TrajectorySet:
-    return TrajectorySet(read_rows(str(rows))[0])
+    return TrajectorySet(read_trajectories(rows))
 
 
 def plan_of(samples: TrajectorySet, **values: Any) -> TrainingPlan:
@@ -164,10 +165,10 @@ def test_dropout_draws_anew_in_every_step_and_on_every_worker(
     assert first != seeds(100, 0, 0)
 
 
-def test_validation_averages_rows_however_they_are_batched(rows: Path, tmp_path: Path) -> None:
+def test_validation_averages_rows_however_they_are_batched(rows: Path, samples: TrajectorySet, tmp_path: Path) -> None:
     """Three micro-batches of 4, 4 and 1 rows: the last row is one of nine, not one of three."""
-    plan = plan_of(TrajectorySet(read_rows(str(rows))[0]), val_every=1, val_rows=9)
-    held_out = plan.validation(TrajectorySet(read_rows(str(rows), held_out=9)[1]), 0, 1)
+    plan = plan_of(samples, val_every=1, val_rows=9)
+    held_out = plan.validation(TrajectorySet(read_trajectories(rows).slice(0, 9)), 0, 1)
     assert [len(micro.prompt_ids) for micro in held_out] == [4, 4, 1]
     losses = iter([1.0, 2.0, 10.0])
 
