@@ -235,7 +235,6 @@ def test_every_attempt_draws_with_a_seed_of_its_own(seen: Seen) -> None:
 def test_ray_is_asked_for_what_the_settings_say(seen: Seen) -> None:
     """The first three of five actors, and a CPU that reads prompts."""
     assert seen["demand"] == [[{"CPU": 1.0, "GPU": 0.5}] * 3 + [{"CPU": 1.0}]] and seen["cpus"] == [5 + 1]
-    assert only("pool")(seen).max_tasks_in_flight_per_actor is None
 
 
 def test_rows_are_those_of_the_published_algorithm(
@@ -263,7 +262,7 @@ def test_rows_are_those_of_the_published_algorithm(
 
 
 # Other values for those of `ARRIVES` that do not go along with `SOURCES`, or are its values.
-OTHERS = {"prompts": "arith", "texts": ["three"], "split": "test", "teacher": "tiny-llada", "output": "elsewhere"}
+OTHERS = {"prompts": "arith", "texts": ["three"], "split": "test", "teacher": "tiny-llada"}
 OTHERS |= {"device": "cuda", "decoder_settings": {"steps": 16, "block_size": 8}, "min_actors": 1}
 OTHERS |= {"temperatures": (0.0, 0.1, 0.2, 0.3, 0.9)}
 SOURCES = {"file": {}, "texts": {"texts": ["one", "two", "three", "four", "five", "six"]}}
@@ -271,7 +270,7 @@ WITH = {"gpus_per_actor": 1.0, "decoder_settings": {"block_size": 8}}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize("name", TrajectorySettings.model_fields)
+@pytest.mark.parametrize("name", [name for name in TrajectorySettings.model_fields if name != "output"])
 def test_a_begun_folder_is_known_by_every_setting_that_changes_a_row(
     name: str, kind: str, given: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -283,8 +282,6 @@ def test_a_begun_folder_is_known_by_every_setting_that_changes_a_row(
     found = read_manifest(plan)
     assert found is not None and (found.inputs is not None) == (kind == "file")
     other = begun | {name: OTHERS.get(name, given[name])}
-    if name == "output":
-        return
     changed = make_plan(build(TrajectorySettings, other))
     # A file has no splits, texts hide the prompts, and neither's rows are fewer than five.
     same = name in ANY_ROW or name == "split" or (name == "prompts" and kind == "texts")
@@ -374,12 +371,12 @@ def published(question: str, prompt_ids: list[int], given_ids: list[int]) -> dic
         sequence = list(sequence)
         sequence[len(prompt_ids) + position] = ANSWER[position]
         steps.append(sequence)
-    return {"question": question, "prompt_ids": given_ids, "trajectory": steps, "idx": 0}
+    return {"question": question, "prompt_ids": given_ids, "trajectory": steps, "idx": 1}
 
 
 def answered(question: str, response: str) -> dict[str, Any]:
     """A row of dParallel's layout."""
-    return {"question": question, "llm_response": response, "idx": 0}
+    return {"question": question, "llm_response": response}
 
 
 @pytest.fixture
@@ -445,11 +442,40 @@ def shard_sizes(imported: Callable[..., Path], **settings: Any) -> Any:
     return [pq.read_metadata(file).num_rows for file in sorted(folder.glob("trajectories-*"))]
 
 
+def split_of(imported: Callable[..., Path], *, split: str, output: str) -> Any:
+    """The question of the only row of a folder's file of that name."""
+    folder = Path(output).parent / "splits"
+    folder.mkdir(exist_ok=True)
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text(json.dumps(answered(f"of {name}", "two")) + "\n")
+    (row,) = read_trajectories(imported([], source=str(folder), split=split, output=output)).to_pylist()
+    return row["messages"][0]["content"]
+
+
+TWO = ("apples", "has")
+
+
+def response_of(
+    imported: Callable[..., Path], *, output: str, responses: Any = ("apples", "has"), **settings: Any
+) -> Any:
+    """The training set's response to a trajectory whose idx is 1, and whose question two of its rows have."""
+    question = "Tom has 5 apples."
+    file = Path(output).parent / "responses.jsonl"
+    file.write_text("".join(json.dumps(answered(question, response)) + "\n" for response in responses))
+    folder = imported([published(question, [5, 6], [5, 6])], responses=str(file), output=output, **settings)
+    (row,) = read_trajectories(folder).to_pylist()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(read_metadata(folder)["teacher"])
+    return tokenizer.decode(row["reference_ids"]).strip()
+
+
 # Setting -> (looks at an import, (value, figure) of two values)
 IMPORT_ARRIVES: dict[str, tuple[Callable[..., Any], list[tuple[Any, Any]]]] = {
     "source": (source_of, [(None, "one apple")]),
     "teacher": (teacher_of, [(None, "tiny-random")]),
     "output": (lambda imported: imported([answered("one apple", "two")]).name, [(None, "imported")]),
+    "split": (split_of, [("train", "of train"), ("test", "of test")]),
+    "responses": (response_of, [(TWO, "has"), (TWO[::-1], "apples")]),
+    "response_key": (response_of, [("idx", "has"), ("question", "apples")]),
     "retemplate": (prompt_ids, [(True, False), (False, True)]),
     "max_tokens": (canvas, [(16, 16), (48, 48)]),
     "max_error_fraction": (refused, [(0.4, True), (0.6, False)]),
