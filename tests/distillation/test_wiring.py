@@ -33,26 +33,14 @@ from d3llm_ray.models import read_configs
 from d3llm_ray.progress import Progress
 from d3llm_ray.yaml_file import read_yaml
 from tests.distillation.toys import family_of, toy
+from tests.wiring import Look, Seen, only
 
 QUIET = Progress(quiet=True)
 CANVAS, OWN_CANVAS = 32, 36
-Seen = defaultdict[str, list[Any]]
-Look = Callable[[Seen], Any]
 
 
 class Stop(Exception):
     """Ends a run where enough has been seen."""
-
-
-def only(name: str) -> Look:
-    """The one value that was seen, however often."""
-
-    def look(seen: Seen) -> Any:
-        first, *others = seen[name]
-        assert all(other == first for other in others), (name, seen[name])
-        return first
-
-    return look
 
 
 # Setting -> (a value that is not its default, where it is seen); None: a path that the fixtures make.
@@ -170,7 +158,6 @@ def _watch(patch: pytest.MonkeyPatch, seen: Seen) -> None:
     def batched(module: LossModule, micro: Any, _device: Any) -> None:
         if torch.is_grad_enabled():
             seen["micro"].append(len(micro.prompt_ids))
-            # prompts have 4 to 11 tokens, and the last one says the first of the answer
             seen["canvas"] += (micro.lengths - micro.prompt_lengths).tolist()
             seen["objective"].append({"window_sizes": list(module.objective.window_sizes)})  # type: ignore[attr-defined]
             seen["wrong rows"] += [row for row in micro.prompt_ids if int(row, 16) % 3 == 1]  # see `write_rows`

@@ -38,21 +38,9 @@ from d3llm_ray.trajectories.worker import STAGED_SCHEMA, write_part
 from tests.reference import vanilla_llada
 from tests.reference.answer import Conventions
 from tests.reference.network import Network
+from tests.wiring import Look, Seen, only
 
 QUIET = Progress(quiet=True)
-Seen = defaultdict[str, list[Any]]
-Look = Callable[[Seen], Any]
-
-
-def only(name: str) -> Look:
-    """The one value that was seen, however often."""
-
-    def look(seen: Seen) -> Any:
-        first, *others = seen[name]
-        assert all(other == first for other in others), (name, seen[name])
-        return first
-
-    return look
 
 
 def rungs(seen: Seen) -> tuple[float, ...]:
