@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         pa.field("temperature", pa.float32()),
         pa.field("forwards", pa.int32()),  # model forwards of this attempt
         pa.field("seed", pa.int64()),  # of this attempt: the row can be decoded again by itself
+        pa.field("reference_ids", _list(pa.int32())),  # the training set's response, without a stop token
     ]
 )
 MAX_CANVAS = 2**16  # reveal_step is uint16

@@ -201,7 +201,7 @@ def test_bad_input_is_told_before_any_work(settings: Callable[..., DistillSettin
         ({"val_every": 3, "val_rows": 4, "val_task": "arith", "val_decoder": "d3lm"}, "'d3lm'"),
         ({"val_every": 3, "val_rows": 4, "val_task": "arith", "val_decoder_settings": {"size": 1}}, "size"),
         ({"device": "cuda:7"}, "device: got 'cuda:7'; accepted: cpu, or cuda"),
-        ({"canvas": 20}, "response_ids of row .* at most the canvas of 20 tokens"),
+        ({"max_length": 4}, r"at least one row \(keep: all, target: response\)"),
     ):
         with pytest.raises(InputError, match=message):
             distil_here(settings("bad", **values), Notes())
