@@ -61,7 +61,9 @@ class TrajectorySet:
         self.unordered = table["reveal_step"].null_count
         self._prompts, self._reveals = _Lists(table["prompt_ids"]), _Lists(table["reveal_step"])
         responses, given = table["response_ids"], has_response(table, target)
-        self._answers = _Lists(pc.if_else(given, table["reference_ids"], responses) if pc.any(given).as_py() else responses)
+        self._answers = _Lists(
+            pc.if_else(given, table["reference_ids"], responses) if pc.any(given).as_py() else responses
+        )
         self._given: NDArray[np.bool_] = given.to_numpy(zero_copy_only=False)
         widths = np.maximum(pc.list_value_length(responses).to_numpy(), self._answers.lengths + self._given)
         if canvas is not None:

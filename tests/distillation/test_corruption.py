@@ -205,7 +205,7 @@ def test_windows_are_drawn_over_the_answer_and_the_last_runs_on(answer: int, can
     assert ends == {16, 32, 48, 64}
 
 
-@pytest.mark.parametrize(("domain", "low", "high"), [("answer", 0.003, 0.010), ("canvas", 0.44, 0.46)])
+@pytest.mark.parametrize(("domain", "low", "high"), [("answer", 0.003, 0.010), ("canvas", 0.43, 0.48)])
 def test_share_of_windows_that_see_nothing_but_padding(domain: str, low: float, high: float) -> None:
     """Answers of about 130 of 256 tokens, the published window sizes: 0.6 to 0.8 %, and 44 to 46 % over the canvas."""
     _, family = read_family(CONFIGS["llada"], {})
@@ -213,13 +213,13 @@ def test_share_of_windows_that_see_nothing_but_padding(domain: str, low: float, 
     rng = np.random.default_rng(3)
     objective = PseudoTrajectory(window_sizes=(16, 16, 24, 24, 32, 32), window_domain=domain)  # type: ignore[arg-type]
     padding = total = 0
-    for n in range(3000):
+    for n in range(1000):
         answer = int(np.clip(rng.normal(130, 25), 40, 250))  # with its stop token
         response = np.full(256, stop, dtype=np.int32)
         response[: answer - 1] = 1
         sample = TrainingSample(str(n), np.array([2, 2], dtype=np.int32), response, np.arange(256, dtype=np.uint16))
         for step in (0, 3, 5):
-            views = objective.views(draws(0, step, str(n)), sample, Moment(step, n, 3000, 1000 * step, 6000), family)
+            views = objective.views(draws(0, step, str(n)), sample, Moment(step, n, 1000, 1000 * step, 6000), family)
             first = min(view.rows.min() for view in views if view.rows.size) - 2
             padding += first >= answer
             total += 1
