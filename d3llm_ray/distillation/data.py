@@ -60,12 +60,12 @@ class TrajectorySet:
         self.prompt_ids: NDArray[np.str_] = np.array(table["prompt_id"].to_pylist(), dtype=np.str_)
         self.unordered = table["reveal_step"].null_count
         self._prompts, self._reveals = _Lists(table["prompt_ids"]), _Lists(table["reveal_step"])
-        responses, given = table["response_ids"], has_response(table, target)
-        self._answers = _Lists(
-            pc.if_else(given, table["reference_ids"], responses) if pc.any(given).as_py() else responses
-        )
-        self._given: NDArray[np.bool_] = given.to_numpy(zero_copy_only=False)
-        widths = np.maximum(pc.list_value_length(responses).to_numpy(), self._answers.lengths + self._given)
+        answers, given = table["response_ids"], has_response(table, target)
+        widths = pc.list_value_length(answers).to_numpy()
+        if pc.any(given).as_py():
+            answers = pc.if_else(given, table["reference_ids"], answers)
+        self._answers, self._given = _Lists(answers), given.to_numpy(zero_copy_only=False)
+        widths = np.maximum(widths, self._answers.lengths + self._given)  # a stop token ends a given response
         if canvas is not None:
             widths = np.full_like(widths, canvas)
         if max_length is not None:
@@ -78,7 +78,7 @@ class TrajectorySet:
 
     def __getitem__(self, row: int) -> TrainingSample:
         width, reveal = int(self._widths[row]), self._reveals[row]
-        response = _fit(self._answers[row], width, self._pad_token_id)  # the stop token of a given one is padding
+        response = _fit(self._answers[row], width, self._pad_token_id)
         order = _fit(reveal, width, LAST_STEP) if reveal.size else None
         return TrainingSample(str(self.prompt_ids[row]), self._prompts[row], response, order)
 

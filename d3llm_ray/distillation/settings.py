@@ -43,9 +43,8 @@ class DistillSettings(Settings):
     keep: Keep = Field("all", description="all rows, or only those whose answer is correct or could not be checked")
     target: Target = Field(
         "response",
-        description="tokens to learn. response: a row's own response and the stop token, the trajectory gives the order "
-        "only; the teacher's answer where there is none and it is not wrong. trajectory: the teacher's answers, wrong "
-        "ones as well",
+        description="what is learnt: a row's own response and the stop token, the trajectory gives the order only "
+        "(without one the teacher's answer, unless it is wrong); or the teacher's answer, wrong ones as well",
     )
     max_rows: int | None = Field(None, gt=0, description="train on at most so many rows")
     canvas: int | None = Field(

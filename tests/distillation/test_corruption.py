@@ -18,7 +18,6 @@ from d3llm_ray.distillation.objectives.corruption import (
     mask_blocks,
     monotone_ratios,
 )
-
 from d3llm_ray.models.families import read_family
 from tests.distillation.toys import CONFIGS
 
@@ -188,7 +187,7 @@ def test_every_window_is_drawn_about_equally_often() -> None:
 
 
 def published_window(rng: np.random.Generator, answer: int, canvas: int, size: int) -> tuple[int, int]:
-    """[start, end) by the published LLaDA trainer, restated: n uniform on 0 .. floor(R / S), the last one to the end."""
+    """[start, end) by the published LLaDA trainer: n uniform on 0 .. floor(R / S), the last one to the end."""
     most = answer // size
     n = int(rng.integers(0, most + 1))
     return n * size, canvas if n == most else n * size + size

@@ -130,7 +130,7 @@ RESPONSE = [31, 32, 33, 34]
 
 @pytest.fixture
 def references(tmp_path: Path) -> Path:
-    """Two rows whose training set has a response, the first teacher answer wrong, and a right and a wrong one without."""
+    """Two rows with a response of their own, the first of a wrong teacher, and a right and a wrong one without."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -203,9 +203,8 @@ def test_every_setting_of_the_rows_reaches_the_samples(references: Path, capsys:
     samples, said = of(canvas=4)
     assert samples == [RESPONSE, RESPONSE, TEACHER[:4]] and "2 answers cut, by 4 tokens in all" in said
     samples, said = of(max_length=5, keep="correct")
-    assert (
-        samples == [RESPONSE[:2], TEACHER[:2]] and "2 rows to train on; left out: 2 wrong; 2 answers cut, by 6" in said
-    )
+    assert samples == [RESPONSE[:2], TEACHER[:2]]
+    assert "2 rows to train on; left out: 2 wrong; 2 answers cut, by 6 tokens" in said
 
 
 def drawn(samples: TrajectorySet, step: int, workers: int, **values: Any) -> list[tuple[Any, ...]]:

@@ -28,8 +28,8 @@ def published_terms(logits: Tensor, labels: Tensor) -> Terms:
     return ce[~VIEW_B].mean(), ce[VIEW_B].mean(), entropy[right & ~VIEW_B].mean(), entropy[right & VIEW_B].mean()
 
 
-# (loss of a micro-batch, what the trainer divides it by before its backward pass), as published. LLaDA's trainer divides
-# by the forwards of a step, on top of the literal 4; Dream's, which Dream-Coder shares, does not.
+# (loss of a micro-batch, what the trainer divides it by before its backward pass), as published. LLaDA's trainer
+# divides by the forwards of a step, on top of the literal 4; Dream's, which Dream-Coder shares, does not.
 PUBLISHED: dict[str, tuple[Callable[[Terms], Tensor], int]] = {
     "llada": (lambda t: (t[0] + t[1] + 2.0 * t[2]) / 4, 4),
     "dream": (lambda t: (t[0] + t[1] + 1.0 * (t[2] + t[3])) / 4, 1),
