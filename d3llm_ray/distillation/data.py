@@ -60,11 +60,12 @@ class TrajectorySet:
         self.prompt_ids: NDArray[np.str_] = np.array(table["prompt_id"].to_pylist(), dtype=np.str_)
         self.unordered = table["reveal_step"].null_count
         self._prompts, self._reveals = _Lists(table["prompt_ids"]), _Lists(table["reveal_step"])
-        answers, given = table["response_ids"], has_response(table, target)
+        answers, own = table["response_ids"], table["reference_ids"]
         widths = pc.list_value_length(answers).to_numpy()
-        if pc.any(given).as_py():
-            answers = pc.if_else(given, table["reference_ids"], answers)
-        self._answers, self._given = _Lists(answers), given.to_numpy(zero_copy_only=False)
+        self._given: NDArray[np.bool_] = own.is_valid().to_numpy() & (target == "response")
+        if self._given.any():
+            answers = pc.if_else(pa.array(self._given), own, answers)
+        self._answers = _Lists(answers)
         widths = np.maximum(widths, self._answers.lengths + self._given)  # a stop token ends a given response
         if canvas is not None:
             widths = np.full_like(widths, canvas)
@@ -142,11 +143,10 @@ def _fit(values: NDArray[Any], width: int, padding: int) -> NDArray[Any]:
     return values[:width] if values.size >= width else np.pad(values, (0, width - values.size), constant_values=padding)
 
 
-def has_response(table: pa.Table, target: Target) -> pa.BooleanArray:
-    """Whether each row trains on a response of its own instead of the teacher's answer, [N]."""
-    if target == "trajectory" or "reference_ids" not in table.schema.names:
-        return pa.array(np.zeros(table.num_rows, dtype=np.bool_))
-    return table["reference_ids"].is_valid().combine_chunks()
+def _answered_otherwise(table: pa.Table) -> NDArray[np.bool_]:
+    """Whether each row has a response of its own that is not what the teacher wrote, [N]."""
+    written = zip(table["reference_ids"].to_pylist(), table["response_ids"].to_pylist(), strict=True)
+    return np.array([own is not None and own != answer[: len(own)] for own, answer in written], dtype=np.bool_)
 
 
 class Rows(NamedTuple):
@@ -170,17 +170,17 @@ def read_rows(
 
     The schema is checked. `keep="correct"` drops rows with a wrong answer; a row that could not be checked stays, as
     in the published recipe. A wrong answer is no target either, unless `target="trajectory"` asks for it: its row stays
-    where it has a response of its own. A prompt without room for an answer in `max_length` is left out. The first rows
-    by `prompt_id`, which is a hash, are held out: a random but fixed subset; of the others `max_rows` stay.
+    where it has another response of its own. A prompt without room for an answer in `max_length` is left out. The
+    first rows by `prompt_id`, which is a hash, are held out: a random but fixed subset; of the others `max_rows` stay.
     """
     table = read_trajectories(path)
-    right = pc.fill_null(table["is_correct"], True)
+    right = pc.fill_null(table["is_correct"], True).to_numpy(zero_copy_only=False).copy()
     if keep == "all":
-        right = pc.or_(right, has_response(table, target)) if target == "response" else pc.or_(right, True)
-    room = pc.less(pc.list_value_length(table["prompt_ids"]), max_length or np.iinfo(np.int32).max)
-    reasons = {"wrong": pc.invert(right), "without room in max_length": pc.and_(right, pc.invert(room))}
-    left_out = {reason: pc.sum(rows).as_py() or 0 for reason, rows in reasons.items()}
-    table = table.filter(pc.and_(right, room))
+        right[~right] = target == "trajectory" or _answered_otherwise(table.filter(pa.array(~right)))
+    prompts = pc.list_value_length(table["prompt_ids"]).to_numpy()
+    room = prompts < (prompts.max(initial=0) + 1 if max_length is None else max_length)
+    left_out = {"wrong": int((~right).sum()), "without room in max_length": int((right & ~room).sum())}
+    table = table.filter(pa.array(right & room))
     require(table.num_rows > 0, "trajectories", path, f"at least one row (keep: {keep}, target: {target})")
     require(held_out < table.num_rows, "val_rows", held_out, f"fewer than the {table.num_rows} rows there are")
     table = table.sort_by("prompt_id")

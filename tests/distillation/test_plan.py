@@ -130,7 +130,7 @@ RESPONSE = [31, 32, 33, 34]
 
 @pytest.fixture
 def references(tmp_path: Path) -> Path:
-    """Two rows with a response of their own, the first of a wrong teacher, and a right and a wrong one without."""
+    """Two rows with a response of their own, the first of a wrong teacher, and a right and two wrong ones without."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -142,6 +142,7 @@ def references(tmp_path: Path) -> Path:
         {"prompt_id": "b", "reference_ids": [*RESPONSE, 35, 36], "is_correct": True},
         {"prompt_id": "c", "reference_ids": None, "is_correct": True},
         {"prompt_id": "d", "reference_ids": None, "is_correct": False},
+        {"prompt_id": "e", "reference_ids": TEACHER[:2], "is_correct": False},  # an answer that was imported alone
     ]
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_pylist([row | own for own in rows], schema=SCHEMA), path)
@@ -162,7 +163,7 @@ def test_targets_are_the_responses_and_the_trajectory_gives_the_order_by_positio
         "b": ([31, 32, 33, 34, 35, 36, STOP], [*order, last]),  # longer than the teacher's canvas: revealed last
         "c": (TEACHER, order),
     }
-    assert of("trajectory") == dict.fromkeys("abcd", (TEACHER, order))
+    assert of("trajectory") == dict.fromkeys("abcde", (TEACHER, order))
     assert of("response", canvas=5)["b"] == ([31, 32, 33, 34, 35], [1, 0, 2, 3, 5])
     assert of("response", max_length=7)["a"] == ([31, 32, 33, 34], [1, 0, 2, 3])
     # keep: correct judges the teacher's row, as published.
@@ -181,7 +182,7 @@ def test_what_is_cut_counts_up_to_the_stop_token(references: Path) -> None:
     assert TrajectorySet(table, canvas=100, max_length=8).lengths.tolist() == [8, 8, 8]  # padded and cut: rows of 8
     whole = TrajectorySet(table, target="trajectory", pad_token_id=STOP, canvas=2)
     assert whole.cut([STOP]).tolist() == [1, 1, 1]  # the teacher's first stop token, not the end of its canvas
-    assert read_rows(str(references), max_length=4).left_out == {"wrong": 1, "without room in max_length": 0}
+    assert read_rows(str(references), max_length=4).left_out == {"wrong": 2, "without room in max_length": 0}
     with pytest.raises(InputError, match=r"at least one row \(keep: all, target: response\)"):
         read_rows(str(references), max_length=3)
 
@@ -197,14 +198,14 @@ def test_every_setting_of_the_rows_reaches_the_samples(references: Path, capsys:
 
     samples, said = of()
     assert samples == [[*RESPONSE, 0, 0], [*RESPONSE, 35, 36, 0], TEACHER]
-    assert "3 rows to train on; left out: 1 wrong\n" in said
-    assert of(target="trajectory")[0] == [TEACHER] * 4
+    assert "3 rows to train on; left out: 2 wrong\n" in said
+    assert of(target="trajectory")[0] == [TEACHER] * 5
     assert of(keep="correct")[0] == [[*RESPONSE, 35, 36, 0], TEACHER]
     samples, said = of(canvas=4)
     assert samples == [RESPONSE, RESPONSE, TEACHER[:4]] and "2 answers cut, by 4 tokens in all" in said
     samples, said = of(max_length=5, keep="correct")
     assert samples == [RESPONSE[:2], TEACHER[:2]]
-    assert "2 rows to train on; left out: 2 wrong; 2 answers cut, by 6 tokens" in said
+    assert "2 rows to train on; left out: 3 wrong; 2 answers cut, by 6 tokens" in said
 
 
 def drawn(samples: TrajectorySet, step: int, workers: int, **values: Any) -> list[tuple[Any, ...]]:
