@@ -100,6 +100,7 @@ def test_an_interrupted_run_goes_on_to_the_same_student(
             distil_here(settings("parts", **values), Notes())
     progress = Notes()
     parts = distil_here(settings("parts", checkpoint_every=3, **values), progress)  # how it is run may change
+    assert progress.notes[0] == "40 rows to train on; left out: 20 wrong"
     assert f"resuming behind step 5 of {STEPS}" in progress.notes
     assert losses(parts) == losses(whole)
     assert [line["step"] for line in read_metrics(parts / "metrics.jsonl")] == list(range(1, STEPS + 1))

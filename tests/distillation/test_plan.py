@@ -375,7 +375,7 @@ def test_the_command_line_takes_lists() -> None:
         (["--config", "tiny-fast-dllm-v2", "--objective.block-size", "4"], BlockDiffusion(4)),
         (["--objective.order", "random", "--objective.ce-weight", "0.5"], PseudoTrajectory("random", ce_weight=0.5)),
         # The recipe's parameters stay with its objective, and go with another one.
-        (["--config", "tiny", "--objective.noise-end", "0.5"], PseudoTrajectory(noise_end=0.5)),
+        (["--config", "tiny", "--objective.noise-end", "0.5"], PseudoTrajectory(noise_end=0.5, window_domain="canvas")),
         (["--config", "tiny-dparallel", "--objective.name", "d2f"], DiscreteForcing()),
         (["--config", "tiny-dparallel", "--objective", "d2f"], DiscreteForcing()),
     ],
