@@ -63,9 +63,10 @@ def built_in(recipe: DistillSettings) -> dict[str, Variant]:
         "noise-fixed": row("noise", 12.0, noise_start=0.5, noise_end=0.5, noise_max=0.5),
         "noise-reversed": row("noise", noise_start=objective.noise_end, noise_end=objective.noise_start),
         "window-fixed": row("window", 8.0, window_sizes=objective.window_sizes[-1:]),
+        "windows-canvas": row("window domain", window_domain="canvas"),
         "certainty-off": row("certainty", certainty_weight=0.0),
         "complement-off": row("complement", complement_weight=0.0),
-        "rows-all": Variant(claim="rows", changes={"keep": "all"}),
+        "rows-all": Variant(claim="rows", changes={"keep": "all", "target": "trajectory"}),
         "targets-reference": Variant(
             claim="targets",
             changes={"objective": {"order": "random"}},

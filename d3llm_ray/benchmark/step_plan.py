@@ -78,6 +78,7 @@ class StepPlan:
         """d3LLM's, at one mask ratio."""
         return PseudoTrajectory(
             window_sizes=(self.window,),
+            window_domain="canvas",  # every step as large
             noise_start=self.mask_ratio,
             noise_end=self.mask_ratio,
             noise_max=self.mask_ratio,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from d3llm_ray.models.families import Family
 from d3llm_ray.trajectories.schema import read_trajectories
 
 Keep = Literal["all", "correct"]
+Target = Literal["response", "trajectory"]
 LAST_STEP = np.iinfo(np.uint16).max  # padding added here is revealed after everything else
 
 
@@ -39,35 +41,60 @@ class _Lists:
 class TrajectorySet:
     """Samples by index. Rows are sorted by `prompt_id`, so that an index means the same row wherever it is read.
 
-    `canvas`: answers are padded to so many tokens with `pad_token_id`; None takes them as they are.
+    `target` "response" trains on a row's own response (`reference_ids`) and the stop token, where it has one: the
+    trajectory gives the order, position by position. `canvas`: answers take so many positions, shorter ones are padded
+    with `pad_token_id`, longer ones cut; None takes the teacher's canvas, or more where the response needs it.
+    `max_length`: prompt and answer together lose what is behind it; every prompt must be shorter.
     """
 
-    def __init__(self, table: pa.Table, *, canvas: int | None = None, pad_token_id: int = 0) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        *,
+        target: Target = "response",
+        canvas: int | None = None,
+        max_length: int | None = None,
+        pad_token_id: int = 0,
+    ) -> None:
         table = table.sort_by("prompt_id")
         self.prompt_ids: NDArray[np.str_] = np.array(table["prompt_id"].to_pylist(), dtype=np.str_)
         self.unordered = table["reveal_step"].null_count
-        self._prompts, self._responses = _Lists(table["prompt_ids"]), _Lists(table["response_ids"])
-        self._reveals = _Lists(table["reveal_step"])
-        self._canvas, self._pad_token_id = canvas, pad_token_id
+        self._prompts, self._reveals = _Lists(table["prompt_ids"]), _Lists(table["reveal_step"])
+        answers, own = table["response_ids"], table["reference_ids"]
+        widths = pc.list_value_length(answers).to_numpy()
+        self._given: NDArray[np.bool_] = own.is_valid().to_numpy() & (target == "response")
+        if self._given.any():
+            answers = pc.if_else(pa.array(self._given), own, answers)
+        self._answers = _Lists(answers)
+        widths = np.maximum(widths, self._answers.lengths + self._given)  # a stop token ends a given response
+        if canvas is not None:
+            widths = np.full_like(widths, canvas)
+        if max_length is not None:
+            widths = np.minimum(widths, max_length - self._prompts.lengths)
+        self._widths: NDArray[np.int64] = widths.astype(np.int64)
+        self._pad_token_id = pad_token_id
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
     def __getitem__(self, row: int) -> TrainingSample:
-        response, reveal = self._responses[row], self._reveals[row]
-        missing = 0 if self._canvas is None else self._canvas - response.size
-        if missing:
-            response = np.pad(response, (0, missing), constant_values=self._pad_token_id)
-        order = None
-        if reveal.size:
-            order = np.pad(reveal, (0, missing), constant_values=LAST_STEP) if missing else reveal
+        width, reveal = int(self._widths[row]), self._reveals[row]
+        response = _fit(self._answers[row], width, self._pad_token_id)
+        order = _fit(reveal, width, LAST_STEP) if reveal.size else None
         return TrainingSample(str(self.prompt_ids[row]), self._prompts[row], response, order)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of prompt and canvas of every row, [N]."""
-        responses = self._responses.lengths
-        return self._prompts.lengths + (responses if self._canvas is None else np.full_like(responses, self._canvas))
+        return self._prompts.lengths + self._widths
+
+    def cut(self, stop_token_ids: Collection[int]) -> NDArray[np.int64]:
+        """Tokens that each row's answer, stop token included, loses to `canvas` and `max_length`, [N]."""
+        ends = self._answers.offsets[1:]
+        stops = np.flatnonzero(np.isin(self._answers.values, list(stop_token_ids)))
+        first = np.append(stops, ends[-1])[np.searchsorted(stops, self._answers.offsets[:-1])]
+        answers = np.where(first < ends, first + 1, ends + self._given) - self._answers.offsets[:-1]
+        return np.maximum(answers - self._widths, 0)
 
     def check(self, config: ModelConfig, family: Family, *, ordered: bool) -> None:
         """Raise `InputError` for rows that this student cannot be trained on, naming the first of them.
@@ -83,27 +110,25 @@ class TrajectorySet:
         )
         repeated = [str(here) for here, following in pairwise(self.prompt_ids) if here == following]
         require(not repeated, "trajectories: prompt_id", repeated[:1], "every prompt_id once")
-        prompts, responses = self._prompts, self._responses
+        prompts, answers = self._prompts, self._answers
         self._all(prompts.lengths > 0, "prompt_ids", "at least one token")
-        self._all(responses.lengths > 0, "response_ids", "at least one token")
-        if self._canvas is not None:
-            self._all(responses.lengths <= self._canvas, "response_ids", f"at most the canvas of {self._canvas} tokens")
+        self._all(answers.lengths + self._given > 0, "response", "at least one token")
         context = config.max_position_embeddings
         self._all(self.lengths <= context, "prompt and response", f"at most the model's context of {context} tokens")
-        for name, column in (("prompt_ids", prompts), ("response_ids", responses)):
+        for name, column in (("prompt_ids", prompts), ("response", answers)):
             inside = (column.values >= 0) & (column.values < config.vocab_size)
             self._all(
                 _every(inside, column.offsets), name, f"ids below the teacher's vocabulary of {config.vocab_size}"
             )
-        masks = responses.values == family.mask_token_id
-        self._all(_every(~masks, responses.offsets), "response_ids", "no mask token")
+        masks = answers.values == family.mask_token_id
+        self._all(_every(~masks, answers.offsets), "response", "no mask token")
 
     def _all(self, good: NDArray[np.bool_], field: str, accepted: str) -> None:
         if not good.all():
             row = int(np.argmin(good))
             raise InputError(
                 f"trajectories: {field} of row {str(self.prompt_ids[row])!r} ({int(self._prompts.lengths[row])} + "
-                f"{int(self._responses.lengths[row])} tokens); accepted: {accepted}"
+                f"{int(self._answers.lengths[row])} tokens); accepted: {accepted}"
             )
 
 
@@ -113,17 +138,50 @@ def _every(good: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.bo
     return np.equal(np.diff(count[offsets]), np.diff(offsets))
 
 
-def read_rows(path: str, *, keep: Keep = "all", max_rows: int | None = None, held_out: int = 0) -> tuple[pa.Table, ...]:
-    """The rows to train on and, as a second table, `held_out` rows to validate on; any `pyarrow.fs` path.
+def _fit(values: NDArray[Any], width: int, padding: int) -> NDArray[Any]:
+    """`values` at exactly `width`: padded or cut at the end."""
+    return values[:width] if values.size >= width else np.pad(values, (0, width - values.size), constant_values=padding)
+
+
+def _answered_otherwise(table: pa.Table) -> NDArray[np.bool_]:
+    """Whether each row has a response of its own that is not what the teacher wrote, [N]."""
+    written = zip(table["reference_ids"].to_pylist(), table["response_ids"].to_pylist(), strict=True)
+    return np.array([own is not None and own != answer[: len(own)] for own, answer in written], dtype=np.bool_)
+
+
+class Rows(NamedTuple):
+    """Rows of a trajectory folder: to train on, to validate on, and how many were `left_out`, by reason."""
+
+    train: pa.Table
+    held_out: pa.Table
+    left_out: Mapping[str, int]
+
+
+def read_rows(
+    path: str,
+    *,
+    keep: Keep = "all",
+    target: Target = "response",
+    max_length: int | None = None,
+    max_rows: int | None = None,
+    held_out: int = 0,
+) -> Rows:
+    """The rows to train on, and `held_out` rows to validate on; any `pyarrow.fs` path.
 
     The schema is checked. `keep="correct"` drops rows with a wrong answer; a row that could not be checked stays, as
-    in the published recipe. The first rows by `prompt_id`, which is a hash, are held out: a random but fixed subset;
-    of the others `max_rows` stay.
+    in the published recipe. A wrong answer is no target either, unless `target="trajectory"` asks for it: its row stays
+    where it has another response of its own. A prompt without room for an answer in `max_length` is left out. The
+    first rows by `prompt_id`, which is a hash, are held out: a random but fixed subset; of the others `max_rows` stay.
     """
     table = read_trajectories(path)
-    if keep == "correct":
-        table = table.filter(pc.fill_null(table["is_correct"], True))
-    require(table.num_rows > 0, "trajectories", path, f"at least one row (keep: {keep})")
+    right = pc.fill_null(table["is_correct"], True).to_numpy(zero_copy_only=False).copy()
+    if keep == "all":
+        right[~right] = target == "trajectory" or _answered_otherwise(table.filter(pa.array(~right)))
+    prompts = pc.list_value_length(table["prompt_ids"]).to_numpy()
+    room = prompts < (prompts.max(initial=0) + 1 if max_length is None else max_length)
+    left_out = {"wrong": int((~right).sum()), "without room in max_length": int((right & ~room).sum())}
+    table = table.filter(pa.array(right & room))
+    require(table.num_rows > 0, "trajectories", path, f"at least one row (keep: {keep}, target: {target})")
     require(held_out < table.num_rows, "val_rows", held_out, f"fewer than the {table.num_rows} rows there are")
     table = table.sort_by("prompt_id")
-    return table.slice(held_out, max_rows), table.slice(0, held_out)
+    return Rows(table.slice(held_out, max_rows), table.slice(0, held_out), left_out)

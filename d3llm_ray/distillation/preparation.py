@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from d3llm_ray.config import build, to_yaml
@@ -61,7 +62,7 @@ def prepare(settings: DistillSettings, progress: Progress) -> Job:
     """
     settings = absolute(settings)
     shape, family = student_family(settings)
-    samples, held_out = load(settings, shape, family)
+    samples, held_out = load(settings, shape, family, progress)
     plan = TrainingPlan(settings, samples, family)
     if settings.val_task is not None and settings.val_every is not None:
         validation_problems(load_task(settings.val_task), settings.val_count)
@@ -80,16 +81,37 @@ def prepare(settings: DistillSettings, progress: Progress) -> Job:
     return Job(settings, plan, held_out, work)
 
 
-def load(settings: DistillSettings, shape: ModelConfig, family: Family) -> tuple[TrajectorySet, TrajectorySet]:
-    """The rows to train on and those to validate on, checked."""
-    tables = read_rows(
-        settings.trajectories, keep=settings.keep, max_rows=settings.max_rows, held_out=settings.held_out
+def load(
+    settings: DistillSettings, shape: ModelConfig, family: Family, progress: Progress | None = None
+) -> tuple[TrajectorySet, TrajectorySet]:
+    """The rows to train on and those to validate on, checked; `progress` is told of what is left out or cut."""
+    rows = read_rows(
+        settings.trajectories,
+        keep=settings.keep,
+        target=settings.target,
+        max_length=settings.max_length,
+        max_rows=settings.max_rows,
+        held_out=settings.held_out,
     )
     train, held_out = (
-        TrajectorySet(table, canvas=settings.canvas, pad_token_id=family.eos_token_id) for table in tables
+        TrajectorySet(
+            table,
+            target=settings.target,
+            canvas=settings.canvas,
+            max_length=settings.max_length,
+            pad_token_id=family.eos_token_id,
+        )
+        for table in (rows.train, rows.held_out)
     )
-    for rows in (train, held_out):
-        rows.check(shape, family, ordered=settings.objective.needs_order)
+    for samples in (train, held_out):
+        samples.check(shape, family, ordered=settings.objective.needs_order)
+    if progress is not None:
+        cut = train.cut(family.stop_token_ids)
+        left_out = [f"{count} {reason}" for reason, count in rows.left_out.items() if count]
+        parts = [f"{len(train)} rows to train on"]
+        parts += [f"left out: {', '.join(left_out)}"] if left_out else []
+        parts += [f"{np.count_nonzero(cut)} answers cut, by {cut.sum()} tokens in all"] if cut.any() else []
+        progress.note("; ".join(parts))
     return train, held_out
 
 

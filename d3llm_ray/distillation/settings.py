@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from d3llm_ray.config import DecoderSettings, Settings
-from d3llm_ray.distillation.data import Keep
+from d3llm_ray.distillation.data import Keep, Target
 from d3llm_ray.distillation.objective_settings import DEFAULT, ObjectiveSettings, objective_values, read_objective
 from d3llm_ray.distillation.objectives import Objective
 from d3llm_ray.distillation.objectives.curriculum import LearningRateSchedule
@@ -41,10 +41,18 @@ class DistillSettings(Settings):
     output: str = Field(description="folder to write the student to; on a cluster, on storage that all nodes share")
 
     keep: Keep = Field("all", description="all rows, or only those whose answer is correct or could not be checked")
+    target: Target = Field(
+        "response",
+        description="what is learnt: a row's own response and the stop token, the trajectory gives the order only "
+        "(without one the teacher's answer, unless it is wrong); or the teacher's answer, wrong ones as well",
+    )
     max_rows: int | None = Field(None, gt=0, description="train on at most so many rows")
     canvas: int | None = Field(
-        None, gt=0, description="pad answers with the end-of-text token to so many; null: rows are whole canvases"
+        None,
+        gt=0,
+        description="answers take so many positions: padded with the end-of-text token, or cut; null: the teacher's",
     )
+    max_length: int | None = Field(None, gt=1, description="cut prompt and answer behind so many tokens; null: never")
 
     objective: ObjectiveSettings = Field(
         DEFAULT, description="what a student learns: a name, or a mapping of its name and its own parameters"

@@ -64,6 +64,9 @@ def build_student(settings: DistillSettings, device: torch.device) -> tuple[Loss
     shape, family = student_family(settings)
     model, _ = load_model(settings.teacher, "bfloat16" if settings.precision == "bfloat16" else "float32", device)
     model = group_queries(model, shape)
+    if settings.lora_rank == 0:
+        # As published: no gradient reaches the padding token's row of the embedding.
+        model.embed_tokens.padding_idx = family.config.get("pad_token_id")
     if settings.activation_checkpointing:
         recompute_layers(model)
     model.train()

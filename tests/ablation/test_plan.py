@@ -82,7 +82,7 @@ def test_rows_without_an_order_are_refused_before_training(make_settings, rows, 
 def test_the_embedded_recipe_is_the_default(make_settings):
     design = make_design(make_settings(teacher=None, distill={}))
     assert design.recipe.items() >= read_yaml(TINY_RECIPE).items() and design.teacher == "tiny-llada"
-    assert len(design.variants) == 11
+    assert len(design.variants) == 12
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ EXPECTED = {
     "noise-fixed": {"objective": {"noise_start": 0.5, "noise_end": 0.5, "noise_max": 0.5}},
     "noise-reversed": {"objective": {"noise_start": 0.8, "noise_end": 0.0}},
     "window-fixed": {"objective": {"window_sizes": [16]}},
+    "windows-canvas": {"objective": {"window_domain": "canvas"}},
     "certainty-off": {"objective": {"certainty_weight": 0.0}},
     "complement-off": {"objective": {"complement_weight": 0.0}},
-    "rows-all": {"keep": "all"},
+    "rows-all": {"keep": "all", "target": "trajectory"},
     "targets-reference": {"objective": {"order": "random"}},
 }
 
@@ -38,7 +39,7 @@ def test_the_recipe_is_the_papers():
     recipe = build(DistillSettings, RECIPE)
     objective = recipe.objective
     assert isinstance(objective, PseudoTrajectory)
-    assert (objective.order, recipe.keep) == ("trajectory", "correct")
+    assert (objective.order, objective.window_domain, recipe.keep) == ("trajectory", "answer", "correct")
     assert (objective.noise_start, objective.noise_end, objective.noise_max) == (0.0, 0.8, 0.8)
     assert objective.complement_weight > 0 and objective.certainty_weight > 0
     assert objective.window_sizes[0] * 2 == objective.window_sizes[-1] == 16  # the embedded model's block

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d3llm_ray.distillation.objectives import Moment, PseudoTrajectory
+from d3llm_ray.distillation.objectives.batches import TrainingSample
 from d3llm_ray.distillation.objectives.corruption import (
     TrainingWindow,
     block_ratios,
@@ -16,6 +18,8 @@ from d3llm_ray.distillation.objectives.corruption import (
     mask_blocks,
     monotone_ratios,
 )
+from d3llm_ray.models.families import read_family
+from tests.distillation.toys import CONFIGS
 
 MASK = 99
 RNG = np.random.default_rng(0)
@@ -180,6 +184,45 @@ def test_every_window_is_drawn_about_equally_often() -> None:
     values, counts = np.unique(starts, return_counts=True)
     assert values.tolist() == [0, 24, 48]  # the last holds 16 positions; there is no empty fourth
     assert abs(counts - 1000).max() < 130  # five standard deviations
+
+
+def published_window(rng: np.random.Generator, answer: int, canvas: int, size: int) -> tuple[int, int]:
+    """[start, end) by the published LLaDA trainer: n uniform on 0 .. floor(R / S), the last one to the end."""
+    most = answer // size
+    n = int(rng.integers(0, most + 1))
+    return n * size, canvas if n == most else n * size + size
+
+
+@pytest.mark.parametrize(("answer", "canvas", "size"), [(130, 256, 24), (128, 256, 32), (5, 64, 16), (255, 256, 17)])
+def test_windows_are_drawn_over_the_answer_and_the_last_runs_on(answer: int, canvas: int, size: int) -> None:
+    for seed in range(200):
+        window = draw_window(np.random.default_rng(seed), answer, size, 0.0, 0.8, canvas=canvas)
+        expected = published_window(np.random.default_rng(seed), answer, canvas, size)
+        assert (window.start, window.end) == expected
+    # Where the answer fills the canvas, the published last window would be empty; here the one before it is the last.
+    ends = {draw_window(np.random.default_rng(seed), 64, 16, 0.0, 0.8, canvas=64).end for seed in range(200)}
+    assert ends == {16, 32, 48, 64}
+
+
+@pytest.mark.parametrize(("domain", "low", "high"), [("answer", 0.003, 0.010), ("canvas", 0.43, 0.48)])
+def test_share_of_windows_that_see_nothing_but_padding(domain: str, low: float, high: float) -> None:
+    """Answers of about 130 of 256 tokens, the published window sizes: 0.6 to 0.8 %, and 44 to 46 % over the canvas."""
+    _, family = read_family(CONFIGS["llada"], {})
+    stop = family.eos_token_id
+    rng = np.random.default_rng(3)
+    objective = PseudoTrajectory(window_sizes=(16, 16, 24, 24, 32, 32), window_domain=domain)  # type: ignore[arg-type]
+    padding = total = 0
+    for n in range(1000):
+        answer = int(np.clip(rng.normal(130, 25), 40, 250))  # with its stop token
+        response = np.full(256, stop, dtype=np.int32)
+        response[: answer - 1] = 1
+        sample = TrainingSample(str(n), np.array([2, 2], dtype=np.int32), response, np.arange(256, dtype=np.uint16))
+        for step in (0, 3, 5):
+            views = objective.views(draws(0, step, str(n)), sample, Moment(step, n, 1000, 1000 * step, 6000), family)
+            first = min(view.rows.min() for view in views if view.rows.size) - 2
+            padding += first >= answer
+            total += 1
+    assert low < padding / total < high
 
 
 def test_draws_depend_on_seed_epoch_and_prompt_alone() -> None:

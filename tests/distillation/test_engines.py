@@ -10,7 +10,9 @@ import torch
 
 from d3llm_ray.distillation.training.engines import EngineOptions, torch_engine
 from d3llm_ray.errors import InputError
+from d3llm_ray.models import Transformer
 from tests.distillation.toy_training import ToyLoss, batches, in_group, lr_at, options, train, values_of
+from tests.distillation.toys import family_of
 
 pytestmark = pytest.mark.timeout(900)  # two processes that wait for each other take long on a busy machine
 
@@ -97,7 +99,9 @@ def alone(*, bfloat16: bool = False) -> dict[str, Any]:
 def test_torch_engine_is_the_plain_loop() -> None:
     module, engine_options = ToyLoss(), options(accumulation=4)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    adamw = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0.1)
+    matrices = [module.mixer.weight, module.down.weight, module.up.weight]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": [module.mixer.bias], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     losses, norms = [], []
     for step in range(STEPS):
         adamw.zero_grad()
@@ -105,7 +109,8 @@ def test_torch_engine_is_the_plain_loop() -> None:
             loss = module(batch)[0]
             (loss / 4).backward()
             losses.append(loss.item())
-        adamw.param_groups[0]["lr"] = lr_at(step)
+        for group in adamw.param_groups:
+            group["lr"] = lr_at(step)
         norms.append(torch.nn.utils.clip_grad_norm_(trained, 1.0).item())
         adamw.step()
 
@@ -138,6 +143,23 @@ def test_one_update_by_hand() -> None:
     assert state.exp_avg.tolist() == pytest.approx([0.1 * 0.6, 0.1 * 0.8], rel=1e-5)
     assert state.exp_avg_sq.tolist() == pytest.approx([0.01 * 0.36, 0.01 * 0.64], rel=1e-5)
     assert engine.updates == 1
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    """Where no gradient comes, AdamW's decay is all that changes a weight: 0.1 x 0.5 of it, by hand."""
+    shape, _ = family_of("dream")  # biases on queries, keys and values
+    model = torch.nn.ModuleDict({"model": Transformer(shape)})
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    engine = torch_engine(model, EngineOptions(0.5, (0.9, 0.99), 1.0, micro_batch_size=1, accumulation=1))
+    sum((parameter * 0.0).sum() for parameter in model.parameters()).backward()
+    engine.step(0.1)
+    still = {name for name, tensor in model.named_parameters() if torch.equal(tensor, before[name])}
+    of_layer = ("input_layernorm.weight", "post_attention_layernorm.weight")
+    of_layer += tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
+    assert still == {"model.norm.weight", *(f"model.layers.{n}.{name}" for n in range(2) for name in of_layer)}
+    for name, tensor in model.named_parameters():
+        if name not in still:
+            torch.testing.assert_close(tensor, before[name] * 0.95)
 
 
 @pytest.mark.parametrize(("zero_stage", "offload"), PLACES)

@@ -100,6 +100,7 @@ def test_an_interrupted_run_goes_on_to_the_same_student(
             distil_here(settings("parts", **values), Notes())
     progress = Notes()
     parts = distil_here(settings("parts", checkpoint_every=3, **values), progress)  # how it is run may change
+    assert progress.notes[0] == "40 rows to train on; left out: 20 wrong"
     assert f"resuming behind step 5 of {STEPS}" in progress.notes
     assert losses(parts) == losses(whole)
     assert [line["step"] for line in read_metrics(parts / "metrics.jsonl")] == list(range(1, STEPS + 1))
@@ -201,7 +202,7 @@ def test_bad_input_is_told_before_any_work(settings: Callable[..., DistillSettin
         ({"val_every": 3, "val_rows": 4, "val_task": "arith", "val_decoder": "d3lm"}, "'d3lm'"),
         ({"val_every": 3, "val_rows": 4, "val_task": "arith", "val_decoder_settings": {"size": 1}}, "size"),
         ({"device": "cuda:7"}, "device: got 'cuda:7'; accepted: cpu, or cuda"),
-        ({"canvas": 20}, "response_ids of row .* at most the canvas of 20 tokens"),
+        ({"max_length": 4}, r"at least one row \(keep: all, target: response\)"),
     ):
         with pytest.raises(InputError, match=message):
             distil_here(settings("bad", **values), Notes())

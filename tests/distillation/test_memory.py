@@ -218,8 +218,10 @@ def test_views_and_rows_by_objective() -> None:
         planned_memory = plan_of(settings, config, 100)
         return planned_memory.tokens, planned_memory.logit_rows
 
-    assert of(window_sizes=(16, 32)) == (2 * 4 * 100, 4 * 32)
-    assert of(window_sizes=(16, 32), complement_weight=0) == (4 * 100, 4 * 32)
+    canvas = {"window_sizes": (16, 32), "window_domain": "canvas"}
+    assert of(**canvas) == (2 * 4 * 100, 4 * 32)
+    assert of(**canvas, complement_weight=0) == (4 * 100, 4 * 32)
+    assert of(window_sizes=(16, 32)) == (2 * 4 * 100, 4 * 100)  # the last window may be all of the canvas
     assert of(name="d2f", head_rows=64) == (4 * 100, 64)
     assert of(name="block-diffusion") == (3 * 4 * 100, 4 * 100)
 

@@ -95,7 +95,8 @@ def test_training_lowers_the_loss(student: Path, progress: Recorder) -> None:
     assert last < 0.5 * first
     assert {"loss", "ce", "complement", "certainty", "right", "mask_ratio", "window", "lr"} <= lines[0].keys()
     assert {"grad_norm", "samples_per_second", "tokens_per_second", "memory_gib"} <= lines[0].keys()
-    assert "LoRA rank 8" in progress.notes[0] and "memory plan of each of 2 workers" in progress.notes[0]
+    assert progress.notes[0].endswith(" rows to train on; left out: 33 wrong")
+    assert "LoRA rank 8" in progress.notes[1] and "memory plan of each of 2 workers" in progress.notes[1]
     assert 0 < min(line["mask_ratio"] for line in lines) < max(line["mask_ratio"] for line in lines) < 1
     assert progress.stages == [("distill", STEPS)]
     assert progress.done[-1] == STEPS

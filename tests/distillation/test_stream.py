@@ -31,7 +31,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory, write_trajectories: Callable[
     rows = write_trajectories(folder, rows=70, canvas=32, vocab_size=50, mask_token_id=49)
     values = {"trajectories": str(rows), "output": "out", "batch_size": 16, "micro_batch_size": 4, "epochs": 12}
     settings = build(DistillSettings, {**values, "workers": 1})
-    return TrainingPlan(settings, TrajectorySet(read_rows(str(rows))[0]), family_of("llada")[1])
+    return TrainingPlan(settings, TrajectorySet(read_rows(str(rows), target="trajectory")[0]), family_of("llada")[1])
 
 
 def test_shards_are_the_plans_batches_behind_the_newest_checkpoint(

@@ -65,6 +65,21 @@ def test_full_training_trains_everything_and_copies_nothing_away(tiny_checkpoint
         assert torch.equal(tensor, original) and tensor.data_ptr() != original.data_ptr()
 
 
+@pytest.mark.parametrize(("rank", "gradient"), [(0, False), (4, None)])
+def test_the_padding_row_of_the_embedding_is_not_trained(rank: int, gradient: bool | None) -> None:
+    """As published (an embedding with a padding index). tiny-dream pads with 0; its answers end with another token."""
+    module, family = build_student(settings_of("tiny-dream", lora_rank=rank), CPU)
+    assert family.pad_token_id == 0 != family.eos_token_id
+    module.model(torch.tensor([5, 0, family.eos_token_id, 7]), Ragged.build([4])).square().sum().backward()
+    weight = next(tensor for name, tensor in module.named_parameters() if name.endswith("embed_tokens.weight"))
+    if gradient is None:  # adapters leave the whole embedding alone
+        assert weight.grad is None
+        return
+    assert weight.grad is not None
+    reached = weight.grad.abs().sum(1) > 0
+    assert reached.nonzero().flatten().tolist() == sorted([5, family.eos_token_id, 7])
+
+
 def test_adapter_alone_is_written_without_the_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     settings = settings_of(tiny_checkpoint, merge=False, save_adapter=True)
     module, family = build_student(settings, CPU)

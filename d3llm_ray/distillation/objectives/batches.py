@@ -38,6 +38,11 @@ class TrainingSample:
     response_ids: NDArray[np.int32]  # [canvas]
     reveal_step: NDArray[np.uint16] | None  # [canvas], 0-based teacher step that revealed each position; None: unknown
 
+    def answer_length(self, stop_token_ids: Sequence[int]) -> int:
+        """Tokens of the answer up to its stop token; the whole response where it has none."""
+        stops = np.flatnonzero(np.isin(self.response_ids, stop_token_ids))
+        return int(stops[0]) + 1 if stops.size else self.response_ids.size
+
 
 @dataclass(frozen=True)
 class View:

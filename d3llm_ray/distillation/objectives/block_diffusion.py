@@ -84,11 +84,8 @@ class BlockDiffusion(Objective):
 
     def _answer(self, sample: TrainingSample, family: Family) -> NDArray[np.int32]:
         """The response up to the end of its first stop token's block, behind which decoding begins no other."""
-        stops = np.flatnonzero(np.isin(sample.response_ids, list(family.stop_token_ids)))
-        if not stops.size:
-            return sample.response_ids
         prompt = sample.prompt_ids.size
-        blocks = (prompt + int(stops[0])) // self.block_size + 1
+        blocks = (prompt + sample.answer_length(family.stop_token_ids) - 1) // self.block_size + 1
         return sample.response_ids[: blocks * self.block_size - prompt]
 
     def _first(self, prompt: int) -> int:

@@ -59,15 +59,18 @@ def _generator(key: str) -> np.random.Generator:
 
 
 def draw_window(
-    rng: np.random.Generator, length: int, size: int, noise_floor: float, noise_max: float
+    rng: np.random.Generator, length: int, size: int, noise_floor: float, noise_max: float, canvas: int | None = None
 ) -> TrainingWindow:
-    """Choose one of the `ceil(length / size)` windows of a response of `length` tokens, and r ~ U(floor, max).
+    """Choose one of the windows of an answer of `length` tokens, and r ~ U(floor, max).
 
-    The last window is shorter where `size` does not divide `length`; none is empty.
+    There are `length // size + 1`, as in the published trainer: the last one begins with what `size` leaves over of the
+    answer and ends with the `canvas` (None: with the answer). None is empty.
     """
-    start = size * int(rng.integers(-(-length // size)))
+    canvas = length if canvas is None else canvas
+    last = min(length // size, (canvas - 1) // size)
+    number = int(rng.integers(last + 1))
     ratio = noise_floor + (noise_max - noise_floor) * float(rng.random())
-    return TrainingWindow(start, min(start + size, length), ratio)
+    return TrainingWindow(number * size, canvas if number == last else (number + 1) * size, ratio)
 
 
 def choose_views(

@@ -37,6 +37,7 @@ from d3llm_ray.errors import require
 from d3llm_ray.models.families import Family
 
 CertaintyViews = Literal["a", "both"]
+WindowDomain = Literal["answer", "canvas"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class PseudoTrajectory(Objective):
     ratio_rounding: RatioRounding = parameter("exact", "'published' reproduces the published masked counts")
     window_sizes: tuple[int, ...] = parameter(
         (8, 8, 12, 12, 16, 16), "tokens in a window at the start of each epoch", min_length=1
+    )
+    window_domain: WindowDomain = parameter(
+        "answer",
+        "what windows are drawn over: the answer with its stop token, the last window running on to the end of the "
+        "canvas (d3LLM on LLaDA); or the whole canvas, padding included",
     )
     noise_start: float = parameter(0.0, "smallest mask ratio at the first step", ge=0, le=1)
     noise_end: float = parameter(0.8, "smallest mask ratio at the last step", ge=0, le=1)
@@ -87,8 +93,8 @@ class PseudoTrajectory(Objective):
         return 1 + (self.complement_weight > 0)
 
     def supervised(self, length: int) -> int:
-        """A window, whichever view each of its tokens is in."""
-        return max(self.window_sizes)
+        """A window, whichever view each of its tokens is in; the last one may be a short answer's whole canvas."""
+        return length if self.window_domain == "answer" else max(self.window_sizes)
 
     def curriculum(self, moment: Moment | None) -> dict[str, float]:
         """Tokens in a window, which grows, and the smallest mask ratio, which rises."""
@@ -103,8 +109,10 @@ class PseudoTrajectory(Objective):
         """View A, and view B unless its weight is 0."""
         assert family.mask_token_id is not None
         now = self.curriculum(moment)
+        canvas = sample.response_ids.size
+        drawn_over = sample.answer_length(family.stop_token_ids) if self.window_domain == "answer" else canvas
         window = draw_window(
-            draws.epoch, sample.response_ids.size, int(now["window"]), now["noise_floor"], self.noise_max
+            draws.epoch, drawn_over, int(now["window"]), now["noise_floor"], self.noise_max, canvas=canvas
         )
         split = choose_views(
             draws.epoch,

@@ -62,7 +62,7 @@ class ZeroEngine:
         # In float32 without ZeRO, DeepSpeed clips but reports no norm.
         self.clips_itself = options.zero_stage == 0 and not options.bfloat16
         # DeepSpeed takes a step of its own here to create bfloat16's masters: harmless at a learning rate of 0.
-        self.adamw = adamw(self.parameters.values(), options)
+        self.adamw = adamw(self.parameters, options)
         on_gpu = next(loss_module.parameters()).device.type == "cuda"
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=loss_module,

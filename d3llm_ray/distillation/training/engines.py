@@ -7,6 +7,7 @@ PyTorch; `deepspeed_engine` has the one for many workers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from d3llm_ray.errors import require
 
 Offload = Literal["none", "optimizer", "all"]
 Precision = Literal["float32", "mixed", "bfloat16"]
+UNDECAYED = re.compile(r"\bbias$|norm\.weight$")  # names of parameters without weight decay
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class TorchEngine:
         self.masters: Mapping[str, Tensor] = self.parameters
         if options.bfloat16:
             self.masters = {name: parameter.detach().float() for name, parameter in self.parameters.items()}
-        self.optimizer = adamw(self.masters.values(), options)
+        self.optimizer = adamw(self.masters, options)
         create_state(self.optimizer, self.masters.values())
 
     @property
@@ -153,13 +155,24 @@ class TorchEngine:
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are not frozen, by name, in the module's order."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    """The parameters that are not frozen, by name: in the module's order, those behind the others that never decay."""
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return dict(sorted(trained.items(), key=lambda item: bool(UNDECAYED.search(item[0]))))
 
 
-def adamw(parameters: Iterable[Tensor], options: EngineOptions) -> torch.optim.AdamW:
-    """AdamW at a learning rate of 0: each step sets its own."""
-    return torch.optim.AdamW(list(parameters), lr=0.0, betas=options.betas, weight_decay=options.weight_decay)
+def adamw(parameters: Mapping[str, Tensor], options: EngineOptions) -> torch.optim.AdamW:
+    """AdamW at a learning rate of 0: each step sets its own. Biases and norms do not decay, as in published training.
+
+    `parameters` by name, those that decay first (see `trained_parameters`).
+    """
+    decays = {name: tensor for name, tensor in parameters.items() if not UNDECAYED.search(name)}
+    others = [tensor for name, tensor in parameters.items() if name not in decays]
+    groups = [
+        {"params": tensors, "weight_decay": decay}
+        for tensors, decay in ((list(decays.values()), options.weight_decay), (others, 0.0))
+        if tensors  # DeepSpeed takes no empty group
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas)
 
 
 def create_state(optimizer: torch.optim.AdamW, masters: Iterable[Tensor]) -> None:
