@@ -37,6 +37,7 @@ from d3llm_ray.decoding.selections import (
 )
 from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.models.attention import sdpa_attention
+from d3llm_ray.yaml_file import dump_yaml
 from tests.decoding.models import EOS, SETTINGS, VOCABULARY, decode_all, engine_for, loaded
 
 
@@ -283,16 +284,13 @@ def test_every_setting_of_a_decoder_arrives_in_its_part(name: str, tmp_path: Pat
     given = {field: next(value for value in SETTINGS[field] if value != own) for field, own in base.settings().items()}
     if name == "fast-dllm-v2":
         given |= {"block_size": 8, "sub_block_size": 4}
-    file = tmp_path / "mine.yaml"
-    file.write_text(
-        "\n".join([f"decoder: {name}", *(f"{key}: {value}" for key, value in given.items() if value is not None)])
-    )
-    elsewhere = tmp_path / "plain.yaml"
+    file, elsewhere = tmp_path / "mine.yaml", tmp_path / "plain.yaml"
+    file.write_text(dump_yaml({"decoder": name, **given}))
     elsewhere.write_text(f"decoder: {name}\n")
     for made in (
         base.override(**given),
         decoder(name, **given),
-        read_decoder(file, **{key: value for key, value in given.items() if value is None}),
+        read_decoder(file),
         read_decoder(elsewhere, **given),
         override_known([base, PRESETS["vanilla"], PRESETS["d3llm"]], given)[0],
     ):

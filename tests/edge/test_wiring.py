@@ -7,6 +7,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -185,8 +186,9 @@ OVERRIDES = {
 
 def quick(tmp_path: Path, **values: Any) -> QuickstartSettings:
     given = {
-        "teacher": "tiny-dream", "task": "arith-long", "rows": 11, "count": 12, "trials": 13, "max_tokens": 96, "seed": 14,
-        "output": tmp_path / "quick", "fresh": True, "question": "how many?", **dict.fromkeys(STAGES, {}),
+        "teacher": "tiny-dream", "task": "arith-long", "rows": 11, "count": 12, "trials": 13, "max_tokens": 96,
+        "seed": 14, "output": tmp_path / "quick", "fresh": True, "question": "how many?",
+        **{name: {} for name in STAGES},
     }  # fmt: skip
     assert given.keys() == QuickstartSettings.model_fields.keys()
     return build(QuickstartSettings, given | values)
@@ -335,29 +337,21 @@ def test_the_question_goes_to_the_served_model_as_any_client_would_ask(monkeypat
     made: list[dict[str, Any]] = []
     asked: list[dict[str, Any]] = []
 
-    class Reply:
-        choices = [type("Choice", (), {"message": type("M", (), {"content": "#### 9"}), "finish_reason": "stop"})]
-        usage = type("Usage", (), {"model_dump": lambda self: {"forwards": 2}})()
+    message = SimpleNamespace(message=SimpleNamespace(content="#### 9"), finish_reason="stop")
+    reply = SimpleNamespace(choices=[message], usage=SimpleNamespace(model_dump=lambda: {"forwards": 2}))
 
-    class Client:
+    class Client(contextlib.nullcontext):  # type: ignore[type-arg]
         def __init__(self, **options: Any) -> None:
             made.append(options)
-            self.models = type(
-                "L", (), {"list": lambda _: type("P", (), {"data": [type("N", (), {"id": "student"})]})}
-            )()
-            create = lambda _, **call: asked.append(call) or Reply()  # noqa: E731
-            self.chat = type("C", (), {"completions": type("D", (), {"create": create})()})
-
-        def __enter__(self) -> Client:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
+            completions = SimpleNamespace(create=lambda **call: asked.append(call) or reply)
+            models = SimpleNamespace(list=lambda: SimpleNamespace(data=[SimpleNamespace(id="student")]))
+            super().__init__(SimpleNamespace(models=models, chat=SimpleNamespace(completions=completions)))
 
     monkeypatch.setattr(quickstart, "OpenAI", Client)
     found = quickstart.ask("http://here:7", "how many?")
     assert made[0]["base_url"] == "http://here:7/v1"
     assert asked == [{"model": "student", "messages": [{"role": "user", "content": "how many?"}]}]
     assert found == {
-        "model": "student", "question": "how many?", "text": "#### 9", "finish_reason": "stop", "usage": {"forwards": 2},
+        "model": "student", "question": "how many?", "text": "#### 9", "finish_reason": "stop",
+        "usage": {"forwards": 2},
     }  # fmt: skip

@@ -24,9 +24,10 @@ from d3llm_ray.tasks import Problem, load_task
 QUIET = Progress(quiet=True)
 GIVEN: dict[str, Any] = {
     "max_tokens": 24, "temperature": 0.3, "seed": 5, "max_batch_size": 7, "dtype": "bfloat16", "device": "cuda:1",
-    "models": ["tiny-llada", "tiny-dream"], "decoders": ["vanilla", "dparallel"], "decoder_settings": {"block_size": 16},
-    "pairs": [], "sweep": {"entropy_threshold": [0.1, 0.2]}, "tasks": ["arith", "arith-long"], "split": "validation",
-    "count": 3, "warmup": 2, "anchors": {"tiny-dream": "tiny-llada"},
+    "models": ["tiny-llada", "tiny-dream"], "decoders": ["vanilla", "dparallel"],
+    "decoder_settings": {"block_size": 16}, "pairs": [], "sweep": {"entropy_threshold": [0.1, 0.2]},
+    "tasks": ["arith", "arith-long"], "split": "validation", "count": 3, "warmup": 2,
+    "anchors": {"tiny-dream": "tiny-llada"},
 }  # fmt: skip
 
 

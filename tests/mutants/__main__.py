@@ -14,12 +14,14 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +31,8 @@ from tests.mutants.lists import ROOT, Mutant, read_mutants, rooms
 LIBRARIES = (
     *("numpy", "torch", "transformers", "tokenizers", "safetensors.torch", "huggingface_hub", "peft", "yaml"),
     *("pytest", "_pytest.assertion.rewrite", "hypothesis.strategies", "pydantic_settings", "matplotlib.figure"),
-    *("pyarrow.parquet", "pyarrow.dataset", "ray", "ray.data", "ray.train", "ray.tune", "ray.serve", "optuna"),
-    *("fastapi.testclient", "openai", "psutil", "datasets", "tensorboardX"),
+    *("pyarrow.parquet", "pyarrow.dataset", "ray.data", "ray.train.torch", "ray.tune.search.optuna", "ray.serve"),
+    *("optuna", "fastapi.testclient", "openai", "psutil", "datasets", "tensorboardX", "deepspeed"),
 )
 FROM_TRANSFORMERS = ("PreTrainedTokenizerFast", "Qwen2Tokenizer")  # which it imports late
 LEFT_OUT = {".git", ".hypothesis", ".pytest_cache", ".venv", "runs"}
@@ -165,6 +167,8 @@ def preload() -> None:
             continue  # an extra that is not installed: tests that need it say so
     for name in FROM_TRANSFORMERS:
         getattr(sys.modules["transformers"], name)
+    for plugin in entry_points(group="pytest11"):
+        plugin.load()
     assert "d3llm_ray" not in sys.modules
     gc.freeze()
 
@@ -190,11 +194,13 @@ def run_all(mutants: Sequence[Mutant], workers: int, limit_s: float, folder: Pat
         run, status = wait(running)
         assert run.mutant is not None
         outcome = run.outcome(status)
+        failed, printed = run.failed(), run.printed()
+        shutil.rmtree(run.folder)
         where = f"{run.mutant.room}: {run.mutant.name}"
-        killer = "; ".join(run.failed()[:1])
+        killer = "; ".join(failed[:1])
         print(f"{outcome:<8} {run.seconds:5.1f} s  {where}{f'  ({killer})' if killer else ''}", flush=True)
         if outcome == "BROKEN":
-            problems.append(f"{outcome}: {where}: pytest could not run the tests\n{run.printed()}")
+            problems.append(f"{outcome}: {where}: pytest could not run the tests\n{printed}")
         elif outcome == "SURVIVED":
             problems.append(f"{outcome}: {where} ({run.mutant.file})")
     return problems
