@@ -16,7 +16,7 @@ from d3llm_ray.errors import IncompleteError, InputError, require
 from d3llm_ray.models import read_configs
 from d3llm_ray.output_folder import is_written
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import check_output, write_text
+from d3llm_ray.report import check_output, json_line, write_text
 from d3llm_ray.tasks import Problem, read_problems
 
 NAMED_ROWS = 10  # of those without an answer, in the line that ends the verb
@@ -102,12 +102,7 @@ def _line(problem: Problem, output: Output) -> str:
     values = asdict(output)
     if values.pop("error") is not None:
         values = {"error": output.error}
-    line = json.dumps(named | values, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # half a surrogate pair in an id: JSON can spell it, UTF-8 cannot
-        line = json.dumps(named | values)
-    return line
+    return json_line(named | values)
 
 
 def settings_file(output: Path) -> Path:

@@ -125,7 +125,8 @@ _DISTILL_GAUGES = {
     "grad_norm": "Gradient norm before clipping",
     "memory_gib": "Peak memory of the first worker in GiB: its GPU's, or its process's",
     "val_loss": "Loss on the rows held out",
-    "val_accuracy": "Share of the validation problems that the student solves",
+    "val_accuracy": "Percent of the validation problems that the student solves",
+    "val_errors": "Validation problems without an answer, which count as wrong",
     "val_tpf": "Tokens per forward on the validation problems",
 }
 

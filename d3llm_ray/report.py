@@ -143,6 +143,16 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def json_line(values: Any) -> str:
+    """JSON on one line, letters as they are; half of a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    line = json.dumps(values, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(values)
+    return line
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG as a whole."""
     with replacing(path) as partial:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,20 @@ def evaluate(
 
     All problems are decoded in one call, `max_batch_size` of `llm` at a time. The first `warmup` of them are decoded
     once before the clock starts, so that compilation and allocation are not timed. `decoder` and `overrides`, its
-    settings, are those of `generate`.
+    settings, are those of `generate`. A problem that cannot be answered (refused by the chat template, too long, logits
+    that are not finite) costs its own answer: its sample has the reason, and it counts as wrong.
     The row's `model` is the family's name; callers that know a better label replace it.
 
     Raises:
-        InputError: no problems, a problem without a reference, an unknown decoder setting, or a prompt longer than
-            the model's context.
+        InputError: no problems, a problem without a reference, or an unknown decoder setting.
     """
     require(bool(problems), "problems", 0, "at least one problem")
-    for problem in problems:
-        require(problem.reference is not None, f"problem {problem.id}: reference", None, "the expected answer")
+    check_references(problems)
     chosen = llm.decoder(decoder, **overrides)
     progress = progress or Progress()
     prompts = [problem.messages for problem in problems]
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "decoder": chosen}
+    options["errors"] = "return"
     if warmup:
         llm.generate(prompts[:warmup], **options)
     device = llm.model.embed_tokens.weight.device
@@ -65,16 +65,24 @@ def evaluate(
     )
 
 
+def check_references(problems: Iterable[Problem]) -> None:
+    """Raise `InputError` for a problem that no answer can be checked against."""
+    for problem in problems:
+        require(problem.reference is not None, f"problem {problem.id}: reference", None, "the expected answer")
+
+
 def _sample(task: Task, problem: Problem, output: Output) -> EvaluatedSample:
     assert problem.reference is not None
     return EvaluatedSample(
         problem_id=problem.id,
         text=output.text,
-        answer=task.extract(output.text),
+        answer=task.extract(output.text) if output.error is None else None,
         reference=problem.reference,
-        correct=task.is_correct(output.text, problem.reference),
+        correct=output.error is None and task.is_correct(output.text, problem.reference),
         tokens=len(output.token_ids),
         forwards=output.forwards,
         prompt_tokens=output.prompt_tokens,
         finish_reason=output.finish_reason,
+        user_id=problem.user_id,
+        error=output.error,
     )

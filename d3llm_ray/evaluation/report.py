@@ -15,6 +15,8 @@ ANCHOR_DECODER = "vanilla"
 # How every figure is counted, in every report: a number without its rule cannot be compared.
 COUNTING = {
     "accuracy": "percent of all problems; accuracy_low and accuracy_high are the 95 % Wilson interval",
+    "errors": "problems without an answer (refused by the chat template, too long, logits that are not finite); they "
+    "count as wrong",
     "tokens": "tokens before the first stop token, summed over all problems",
     "forwards": "model forwards in which the request took part, prefill and refresh included, summed over all problems",
     "tpf": "tokens / forwards",
@@ -42,11 +44,12 @@ class EvaluationReport(WrittenReport):
         }
 
     def to_markdown(self) -> str:
-        """A table with one line a row; a task column where there are several tasks."""
-        tasks = len({row.task for row in self.rows}) > 1
-        header = ["model", "decoder", *(["task"] if tasks else []), "accuracy", "TPF", "TPS", "AUP"]
-        cells = (_cells(row, _decoder_cell(row, self.rows), tasks) for row in self.rows)
-        return table(header, cells, left=len(header) - 4)
+        """A table with one line a row; a task column where there are several tasks, errors where there are any."""
+        tasks, errors = len({row.task for row in self.rows}) > 1, any(row.errors for row in self.rows)
+        left = ["model", "decoder", *(["task"] if tasks else [])]
+        header = [*left, "accuracy", *(["errors"] if errors else []), "TPF", "TPS", "AUP"]
+        cells = (_cells(row, _decoder_cell(row, self.rows), tasks, errors) for row in self.rows)
+        return table(header, cells, left=len(left))
 
 
 def _decoder_cell(row: EvaluationRow, rows: Sequence[EvaluationRow]) -> str:
@@ -56,11 +59,12 @@ def _decoder_cell(row: EvaluationRow, rows: Sequence[EvaluationRow]) -> str:
     return ", ".join([row.decoder, *(f"{name}={row.settings[name]}" for name in differing)])
 
 
-def _cells(row: EvaluationRow, decoder: str, with_task: bool) -> list[str]:
+def _cells(row: EvaluationRow, decoder: str, with_task: bool, with_errors: bool) -> list[str]:
     accuracy = f"{row.accuracy:.1f} % ({row.accuracy_low:.1f} - {row.accuracy_high:.1f})"
     score = "-" if row.aup is None else f"{row.aup:.1f}"
     task = [row.task] if with_task else []
-    return [row.model, decoder, *task, accuracy, f"{row.tpf:.2f}", f"{row.tps:.1f}", score]
+    errors = [str(row.errors)] if with_errors else []
+    return [row.model, decoder, *task, accuracy, *errors, f"{row.tpf:.2f}", f"{row.tps:.1f}", score]
 
 
 def score(rows: Iterable[EvaluationRow], anchors: Mapping[str, str] | None = None) -> EvaluationReport:

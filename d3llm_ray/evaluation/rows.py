@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from d3llm_ray.errors import require
+from d3llm_ray.errors import IncompleteError, require
 
+NAMED = 10  # problems without an answer, in the line that names them
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
 @dataclass(frozen=True)
 class EvaluatedSample:
-    """One answered problem. `tokens` are those before the first stop token; `forwards` those it took part in."""
+    """One problem and its answer. `tokens` are those before the first stop token; `forwards` those it took part in.
+
+    A problem that could not be answered has the reason in `error`, no text, and counts as wrong. `user_id` is what a
+    task file calls it.
+    """
 
     problem_id: str
     text: str
@@ -25,6 +30,8 @@ class EvaluatedSample:
     forwards: int
     prompt_tokens: int
     finish_reason: str
+    user_id: str | int | float | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class EvaluationRow:
 
     `model` and `decoder` are labels; `settings` is the content of a decoding settings file: the preset under
     `decoder`, and every setting of it.
-    `accuracy` and its 95 % Wilson interval are in percent; `tpf` is the sum of tokens over the sum of forwards of
+    `accuracy` and its 95 % Wilson interval are in percent of all `problems`; `errors` is how many of these have no
+    answer and so count as wrong. `tpf` is the sum of tokens over the sum of forwards of
     all problems; `tps` is tokens over `seconds`, the wall clock of the whole run after `warmup` problems; `aup` is
     None until the rows of a report are scored together.
     """
@@ -57,6 +65,7 @@ class EvaluationRow:
     seed: int
     warmup: int
     max_batch_size: int
+    errors: int = 0
     aup: float | None = None
     samples: tuple[EvaluatedSample, ...] = field(default=(), repr=False, compare=False)
 
@@ -86,12 +95,32 @@ def summarise(samples: Sequence[EvaluatedSample], seconds: float, **labels: Any)
         problems=count,
         tokens=tokens,
         forwards=forwards,
-        tpf=tokens / forwards,
+        tpf=tokens / forwards if forwards else 0.0,  # no problem has an answer
         tps=tokens / seconds,
         seconds=seconds,
+        errors=sum(sample.error is not None for sample in samples),
         samples=tuple(samples),
         **labels,
     )
+
+
+def unanswered(samples: Iterable[EvaluatedSample]) -> list[str]:
+    """The problems without an answer: their place in the task (from 1), the user's name for them, and the reason."""
+    places = ((place, sample) for place, sample in enumerate(samples, start=1) if sample.error is not None)
+    return [
+        f"problem {place}{'' if sample.user_id is None else f' ({sample.user_id!r})'}: {sample.error}"
+        for place, sample in places
+    ]
+
+
+def check_answered(failures: Sequence[str], where: object) -> None:
+    """Raise `IncompleteError`, which names the first few `failures`, if there are any; `where` holds all else."""
+    if failures:
+        more = f"; and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
+        raise IncompleteError(
+            f"problems: answers are missing: {len(failures)}, counted as wrong; the others are in {where}: "
+            f"{'; '.join(failures[:NAMED])}{more}"
+        )
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:

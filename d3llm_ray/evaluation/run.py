@@ -6,37 +6,48 @@ another decoder added, measures only what is missing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from d3llm_ray.config import DecodingOptions
 from d3llm_ray.decoding import Decoder, DiffusionLLM, decoding_settings, override_known, read_decoder
 from d3llm_ray.device import check_device
 from d3llm_ray.errors import InputError
-from d3llm_ray.evaluation.decoders import decoder_label, sweep_decoder
-from d3llm_ray.evaluation.evaluate import evaluate
+from d3llm_ray.evaluation.decoders import decoder_label, distinct, sweep_decoder
+from d3llm_ray.evaluation.evaluate import check_references, evaluate
+from d3llm_ray.evaluation.kept import measurement_key, read_row, write_row
 from d3llm_ray.evaluation.plots import plot_report
 from d3llm_ray.evaluation.report import EvaluationReport, score
-from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow
+from d3llm_ray.evaluation.rows import EvaluationRow, check_answered, unanswered
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.output_folder import claim
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import digest, write_text
-from d3llm_ray.tasks import Problem, Task, load_task
+from d3llm_ray.report import digest
+from d3llm_ray.tasks import EMBEDDED, Problem, Task, load_task
+
+
+@dataclass(frozen=True)
+class _PlannedTask:
+    """A task of the report. `place`: its name or its file's real path; `content`: digest of its problems."""
+
+    task: Task
+    label: str
+    place: str
+    problems: list[Problem]
+    content: str
 
 
 @dataclass(frozen=True)
 class _PlannedRow:
-    """What one row of the report stands for. `key` names its file."""
+    """What one row of the report stands for. `key` names its file, `place` its task."""
 
     model: str
     labels: tuple[str, str]
     decoder: Decoder
-    task: str
+    place: str
     key: str
 
 
@@ -48,36 +59,58 @@ def run(settings: EvaluateSettings, progress: Progress | None = None) -> Evaluat
 
     Raises:
         InputError: an unknown model, decoder, setting, task or device, a decoder that does not fit its model, labels
-            that clash, or a folder that is not ours; before any model is loaded.
+            that clash, a problem without a reference, or a folder that is not ours; before any model is loaded.
+        IncompleteError: some problems have no answer and count as wrong; the report is written.
     """
     progress = progress or Progress()
     check_device(settings.device)
-    tasks = {name: load_task(name) for name in settings.tasks}
-    problems = {name: task.problems(settings.split, settings.count) for name, task in tasks.items()}
-    measurements = _plan(settings, problems)
+    tasks = _plan_tasks(settings)
+    measurements = _plan(settings, tasks)
     claim(settings.output, "evaluate.yaml", settings)
     (settings.output / "samples").mkdir(exist_ok=True)
-    rows = dict(_measure_all(settings, measurements, tasks, problems, progress))
-    report = score([rows[item.key] for item in measurements], settings.anchors)
+    rows = dict(_measure_all(settings, measurements, tasks, progress))
+    measured = [rows[item.key] for item in measurements]
+    report = score(measured, settings.anchors)
     plot_report(report, settings.output / "accuracy_vs_tpf.png")
     report.write(settings.output)
+    named = [(f"{row.model}, {row.decoder}, {row.task}", unanswered(row.samples)) for row in measured]
+    check_answered([f"{row}, {text}" for row, texts in named for text in texts], settings.output / "report.md")
     return report
 
 
-def _plan(settings: EvaluateSettings, problems: dict[str, list[Problem]]) -> list[_PlannedRow]:
+def _plan_tasks(settings: EvaluateSettings) -> dict[str, _PlannedTask]:
+    """Every task by its place; a file under two names is one task, two files of one name are told apart."""
+    names: dict[str, str] = {}
+    for name in settings.tasks:
+        names.setdefault(name if name in EMBEDDED else str(Path(name).resolve()), name)
+    loaded = [load_task(name) for name in names.values()]
+    labels = distinct([task.name for task in loaded], list(names.values()))
+    tasks = {}
+    for place, task, label in zip(names, loaded, labels, strict=True):
+        problems = task.problems(settings.split, settings.count)
+        check_references(problems)
+        tasks[place] = _PlannedTask(task, label, place, problems, digest([asdict(problem) for problem in problems]))
+    return tasks
+
+
+def _plan(settings: EvaluateSettings, tasks: dict[str, _PlannedTask]) -> list[_PlannedRow]:
     """Every measurement, in the order of the report, checked as far as is possible without weights."""
     planned, pairs = [], settings.all_pairs()
     bases = override_known([read_decoder(pair.decoder) for pair in pairs], settings.decoder_settings)
-    for pair, base in zip(pairs, bases, strict=True):
-        checkpoint = fingerprint(resolve_model(pair.model))
-        model = pair.model_label or Path(pair.model).name
-        labels = (model, pair.decoder_label or decoder_label(pair.decoder, base.name))
+    names = [(pair.decoder, base.name) for pair, base in zip(pairs, bases, strict=True)]
+    whole = [f"{preset} ({chosen})" for chosen, preset in names]
+    decoder_labels = distinct([decoder_label(*name) for name in names], whole)
+    options = settings.model_dump(mode="json", include={*DecodingOptions.model_fields, "warmup"})
+    for pair, base, own_label in zip(pairs, bases, decoder_labels, strict=True):
+        folder = resolve_model(pair.model)
+        checkpoint = [str(folder.resolve()), fingerprint(folder)]
+        labels = (pair.model_label or Path(pair.model).name, pair.decoder_label or own_label)
         base.check(read_configs(pair.model)[1])
         for decoder in sweep_decoder(base.override(**pair.decoder_settings), settings.sweep):
-            for task in settings.tasks:
-                content = [labels, checkpoint, decoding_settings(decoder), [problem.id for problem in problems[task]]]
-                key = _key(settings, (*labels, Path(task).stem), content)
-                planned.append(_PlannedRow(pair.model, labels, decoder, task, key))
+            for task in tasks.values():
+                content = [checkpoint, decoding_settings(decoder), task.place, task.content, options]
+                key = measurement_key((*labels, task.task.name), content)
+                planned.append(_PlannedRow(pair.model, labels, decoder, task.place, key))
     _check_labels(settings, planned)
     return list(dict.fromkeys(planned))
 
@@ -95,30 +128,21 @@ def _check_labels(settings: EvaluateSettings, planned: list[_PlannedRow]) -> Non
             raise InputError(f"anchors: no model is called {name!r}; accepted: {', '.join(sorted(models))}")
 
 
-def _key(settings: EvaluateSettings, names: tuple[str, ...], content: list[Any]) -> str:
-    """A readable file name, made unique by a hash of all that the measurement depends on."""
-    options = settings.model_dump(
-        mode="json", include={"max_tokens", "temperature", "seed", "max_batch_size", "warmup", "dtype", "device"}
-    )
-    slug = "".join(letter if letter.isalnum() else "-" for letter in "-".join(names))
-    return f"{slug}-{digest([content, options])}"
-
-
 def _measure_all(
-    settings: EvaluateSettings,
-    measurements: list[_PlannedRow],
-    tasks: dict[str, Task],
-    problems: dict[str, list[Problem]],
-    progress: Progress,
+    settings: EvaluateSettings, measurements: list[_PlannedRow], tasks: dict[str, _PlannedTask], progress: Progress
 ) -> Iterator[tuple[str, EvaluationRow]]:
     """Key and row of every measurement, read back where it was made before; one model in memory at a time."""
     llm: DiffusionLLM | None = None
     loaded = ""
     for item in sorted(measurements, key=lambda item: item.model):
         path = settings.output / "samples" / f"{item.key}.jsonl"
+        task = tasks[item.place]
         if path.is_file():
-            yield item.key, _read(path)
-            continue
+            kept = read_row(path, [problem.id for problem in task.problems])
+            if not isinstance(kept, str):
+                yield item.key, replace(kept, task=task.label)
+                continue
+            progress.note(f"measured again, as {path} cannot be used: {kept}")
         if loaded != item.model:
             llm = None  # let the previous model go before the next one is read
             llm = DiffusionLLM.from_pretrained(
@@ -132,8 +156,8 @@ def _measure_all(
         assert llm is not None
         row = evaluate(
             llm,
-            tasks[item.task],
-            problems[item.task],
+            task.task,
+            task.problems,
             settings.max_tokens,
             settings.temperature,
             settings.seed,
@@ -141,18 +165,6 @@ def _measure_all(
             settings.warmup,
             item.decoder,
         )
-        row = replace(row, model=item.labels[0], decoder=item.labels[1])
-        _write(path, row)
+        row = replace(row, model=item.labels[0], decoder=item.labels[1], task=task.label)
+        write_row(path, row)
         yield item.key, row
-
-
-def _write(path: Path, row: EvaluationRow) -> None:
-    """First line: the row; then a line a sample."""
-    lines = [row.to_dict(), *(asdict(sample) for sample in row.samples)]
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _read(path: Path) -> EvaluationRow:
-    with path.open(encoding="utf-8") as lines:
-        first, *rest = (json.loads(line) for line in lines)
-    return EvaluationRow(**first, samples=tuple(EvaluatedSample(**line) for line in rest))

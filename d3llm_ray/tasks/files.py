@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from d3llm_ray.errors import InputError
+from d3llm_ray.paths import expanded
 from d3llm_ray.tasks.task import Message, Problem, problem_id
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
     """All problems of a local file, in order; `InputError` names the file, the row and what is wrong."""
     from pyarrow import fs
 
-    name = os.fspath(path)
+    name = expanded(path, "prompts")
     problems = list(stream_problems(fs.LocalFileSystem(), os.path.abspath(name), name))
     if not problems:
         raise no_rows(name)

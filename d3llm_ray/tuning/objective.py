@@ -46,7 +46,10 @@ class SearchObjective:
 
 @dataclass(frozen=True)
 class TuneTrial:
-    """One measured setting; `number` counts trials in the order in which they finished."""
+    """One measured setting; `number` counts trials in the order in which they finished.
+
+    `errors` of the problems have no answer and count as wrong; `unanswered` names them with their reasons.
+    """
 
     number: int
     values: dict[str, Any]
@@ -57,6 +60,8 @@ class TuneTrial:
     tokens: int
     forwards: int
     seconds: float
+    errors: int = 0
+    unanswered: tuple[str, ...] = ()
 
 
 def best_trial(trials: Sequence[TuneTrial]) -> TuneTrial:

@@ -13,9 +13,13 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
+from d3llm_ray.decoding import read_decoder
+from d3llm_ray.errors import InputError
 from d3llm_ray.report import machine, save_figure, versions, write_text
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial, best_trial, pareto_front
 from d3llm_ray.tuning.space import SearchSpace
+
+CHOSEN = "settings.yaml"
 
 
 def write_records(directory: Path, space: SearchSpace, objective: SearchObjective, trials: Sequence[TuneTrial]) -> Path:
@@ -36,14 +40,27 @@ def write_records(directory: Path, space: SearchSpace, objective: SearchObjectiv
     }
     write_text(directory / "trials.json", json.dumps(content, indent=1) + "\n")
     plot_trials(directory / "pareto.png", space, objective, trials)
-    path = directory / "settings.yaml"
+    path = directory / CHOSEN
     write_text(path, yaml.safe_dump(chosen, sort_keys=False))
     return path
 
 
+def read_unanswered(directory: Path) -> list[str]:
+    """The problems that trials of a complete search did not answer; `InputError` where its records are damaged."""
+    file = directory / "trials.json"
+    if not file.is_file():
+        return []
+    read_decoder(directory / CHOSEN)  # which a user may have changed since
+    try:
+        trials = json.loads(file.read_text(encoding="utf-8"))["trials"]
+        return [str(text) for trial in trials for text in trial["unanswered"]]
+    except (ValueError, TypeError, LookupError) as error:
+        raise InputError(f"output: {file} is damaged or another version's: {type(error).__name__}: {error}") from error
+
+
 def _csv(space: SearchSpace, trials: Sequence[TuneTrial]) -> str:
     rows: list[dict[str, Any]] = [{**asdict(trial), **trial.values} for trial in trials]
-    figures = [name for name in asdict(trials[0]) if name not in ("number", "values")]
+    figures = [name for name in asdict(trials[0]) if name not in ("number", "values", "unanswered")]
     text = io.StringIO()
     writer = csv.DictWriter(text, ["number", *space.parameters, *figures], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

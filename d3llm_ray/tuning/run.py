@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from d3llm_ray.cluster import connect
-from d3llm_ray.config import read_yaml, to_yaml
+from d3llm_ray.config import to_yaml
 from d3llm_ray.decoding import Decoder, decoding_settings, is_settings_file, written_settings
 from d3llm_ray.decoding.presets import plain_decoder
 from d3llm_ray.device import check_device_name
 from d3llm_ray.errors import InputError
-from d3llm_ray.evaluation.aup import Point
+from d3llm_ray.evaluation.evaluate import check_references
+from d3llm_ray.evaluation.rows import check_answered, unanswered
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.output_folder import check_folder
 from d3llm_ray.progress import Progress
-from d3llm_ray.report import write_text
-from d3llm_ray.tasks import load_task
+from d3llm_ray.report import digest, versions, write_text
+from d3llm_ray.tasks import Problem, load_task
+from d3llm_ray.tuning.anchor import Anchor, known_anchor, read_anchor, write_anchor
 from d3llm_ray.tuning.evaluators import evaluator_pool
 from d3llm_ray.tuning.objective import SearchObjective
-from d3llm_ray.tuning.records import write_records
-from d3llm_ray.tuning.search import search
+from d3llm_ray.tuning.records import CHOSEN, read_unanswered, write_records
+from d3llm_ray.tuning.search import SEARCH_FOLDER, search
 from d3llm_ray.tuning.settings import TuneSettings
 from d3llm_ray.tuning.space import SearchSpace, read_space
 from d3llm_ray.tuning.trial import Pool, measure
@@ -33,12 +36,14 @@ MARKER = "tune.yaml"
 def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     """Search, write and return the path of the chosen decoding settings, `settings.output / "settings.yaml"`.
 
-    Beside it: `tune.yaml`, `space.yaml`, `model.json` and, for a decoder from a file, `decoder.json` (what was asked),
-    `trials.csv`, `trials.json`, `pareto.png` and Ray Tune's own folder `search`. A search that is complete is not
-    repeated, an interrupted one goes on, and a folder that holds another search is refused.
+    Beside it: `tune.yaml`, `space.yaml`, `model.json`, `problems.json`, for an `anchor_model` `anchor_model.json` and
+    for a decoder from a file `decoder.json` (what was asked), `anchor.yaml`, `trials.csv`, `trials.json`, `pareto.png`
+    and Ray Tune's own folder `search`. A search that is complete is not repeated, an interrupted one goes on, and a
+    folder that holds another search is refused.
 
     Raises:
         InputError: an unknown model, task, decoder, setting or value; before Ray starts.
+        IncompleteError: some problems had no answer and counted as wrong; everything is written.
         RuntimeError: trials failed.
         KeyboardInterrupt: the search was stopped before its end; the next call goes on.
     """
@@ -47,55 +52,77 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
     check_device_name(settings.device)
     space.base().check(read_configs(settings.model)[1])
     plain = plain_decoder(read_configs(settings.anchor_model or settings.model)[1])
-    problems = len(load_task(settings.task).problems(settings.split, settings.count))
-    if problems < settings.actors:
-        raise InputError(f"actors: got {settings.actors} for {problems} problems; accepted: at most one a problem")
+    problems = load_task(settings.task).problems(settings.split, settings.count)
+    if len(problems) < settings.actors:
+        raise InputError(f"actors: got {settings.actors} for {len(problems)} problems; accepted: at most one a problem")
+    check_references(problems)
     check_folder(settings.output, MARKER, TuneSettings).mkdir(parents=True, exist_ok=True)
-    _claim(settings, space)
-    chosen = settings.output / "settings.yaml"
-    if chosen.is_file():
-        return chosen
+    asked = _asked(settings, space, problems)
+    _claim(settings.output, asked)
+    if (settings.output / CHOSEN).is_file():
+        try:
+            named = _unanswered(settings.output)
+        except InputError as error:
+            progress.note(f"searched again: {error}")
+        else:
+            check_answered(named, settings.output / "trials.json")
+            return settings.output / CHOSEN
     connect()
-    anchor = _known_anchor(settings)
+    anchor_file = settings.output / ANCHOR_FILE
+    key = digest([asked, decoding_settings(plain), versions()])
+    anchor = Anchor(*settings.anchor, key) if settings.anchor else known_anchor(anchor_file, key, progress)
     if anchor is None and settings.anchor_model is not None:  # before the model's own evaluators take the room
         with evaluator_pool(settings.model_copy(update={"model": settings.anchor_model})) as pool:
-            anchor = _measure_anchor(settings, pool, plain, progress)
+            anchor = _measure_anchor(settings, pool, plain, key, progress)
     with evaluator_pool(settings) as pool:
         if anchor is None:
-            anchor = _measure_anchor(settings, pool, plain, progress)
-        objective = SearchObjective(settings.metric, anchor, settings.max_accuracy_drop)
+            anchor = _measure_anchor(settings, pool, plain, key, progress)
+        objective = SearchObjective(settings.metric, (anchor.tpf, anchor.accuracy), settings.max_accuracy_drop)
         trials = search(settings, space, objective, pool, progress)
-    return write_records(settings.output, space, objective, trials)
+    path = write_records(settings.output, space, objective, trials)
+    check_answered(_unanswered(settings.output), settings.output / "trials.json")
+    return path
 
 
-def _claim(settings: TuneSettings, space: SearchSpace) -> None:
-    """Write down what is searched, or check that the folder's earlier search is the same one."""
-    model = json.dumps(fingerprint(resolve_model(settings.model)))
-    texts = {MARKER: to_yaml(settings), "space.yaml": to_yaml(space), "model.json": model}
+def _unanswered(output: Path) -> list[str]:
+    """The problems that the anchor or a trial did not answer; `InputError` where the records are damaged."""
+    file = output / ANCHOR_FILE
+    return list(dict.fromkeys([*(read_anchor(file).unanswered if file.is_file() else ()), *read_unanswered(output)]))
+
+
+def _asked(settings: TuneSettings, space: SearchSpace, problems: list[Problem]) -> dict[str, str]:
+    """All that the search depends on, as texts by the names of the files that keep them; the marker first."""
+    asked = {
+        MARKER: to_yaml(settings),
+        "space.yaml": to_yaml(space),
+        "model.json": json.dumps(fingerprint(resolve_model(settings.model))),
+        "problems.json": json.dumps({"digest": digest([asdict(problem) for problem in problems])}),
+    }
+    if settings.anchor_model is not None:
+        asked["anchor_model.json"] = json.dumps(fingerprint(resolve_model(settings.anchor_model)))
     if is_settings_file(space.decoder):  # the space holds its path only
-        texts["decoder.json"] = json.dumps(written_settings(space.decoder))
-    for name, text in texts.items():
-        path = settings.output / name
-        if not path.is_file():
+        asked["decoder.json"] = json.dumps(written_settings(space.decoder))
+    return asked
+
+
+def _claim(output: Path, asked: dict[str, str]) -> None:
+    """Write down what is searched, or check that the folder's earlier search is the same one."""
+    begun = any((output / name).exists() for name in (ANCHOR_FILE, SEARCH_FOLDER, CHOSEN))
+    for name, text in asked.items():
+        path = output / name
+        if not path.is_file() and not begun:
             write_text(path, text)
-        elif path.read_text(encoding="utf-8") != text:
+        elif not path.is_file() or path.read_bytes() != text.encode():
             raise InputError(
-                f"output: {path} belongs to another search; accepted: the same model and settings, or another folder"
+                f"output: {path} belongs to another search; accepted: the same model, problems and settings, or "
+                "another folder"
             )
 
 
-def _known_anchor(settings: TuneSettings) -> Point | None:
-    """(TPF, accuracy) of the plain decoder, as given or as an earlier start of this search has measured it."""
-    path = settings.output / ANCHOR_FILE
-    if settings.anchor is not None or not path.is_file():
-        return settings.anchor
-    values = read_yaml(path)
-    return values["tpf"], values["accuracy"]
-
-
-def _measure_anchor(settings: TuneSettings, pool: Pool, plain: Decoder, progress: Progress) -> Point:
+def _measure_anchor(settings: TuneSettings, pool: Pool, plain: Decoder, key: str, progress: Progress) -> Anchor:
     with progress.stage("anchor", settings.count, "problem"):
         row = measure(pool, decoding_settings(plain))
         progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
-    write_text(settings.output / ANCHOR_FILE, f"tpf: {row.tpf!r}\naccuracy: {row.accuracy!r}\n")
-    return row.tpf, row.accuracy
+    anchor = Anchor(row.tpf, row.accuracy, key, tuple(unanswered(row.samples)))
+    write_anchor(settings.output / ANCHOR_FILE, anchor)
+    return anchor

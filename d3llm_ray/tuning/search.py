@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import optuna
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune import ResultGrid
 from ray.tune.search.optuna import OptunaSearch
 
@@ -41,7 +43,8 @@ def search(
 ) -> list[TuneTrial]:
     """Run the trials that are missing in `settings.output / "search"`; returns all of them, in order of completion.
 
-    An interrupted search goes on where it stopped: finished trials are kept, failed and unfinished ones run again.
+    An interrupted search goes on where it stopped: finished trials are kept, failed and unfinished ones run again. One
+    whose state is torn or another version's begins anew, and this is said.
 
     Raises:
         RuntimeError: trials failed.
@@ -53,18 +56,45 @@ def search(
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress display says what matters
     folder = settings.output.resolve() / SEARCH_FOLDER
-    if tune.Tuner.can_restore(str(folder)):
-        # A new trainable: the handles of the evaluators that the interrupted search knew are dead.
-        tuner = tune.Tuner.restore(str(folder), trainable=trainable, resume_errored=True)
-    else:
-        tuner = _new_tuner(settings, space, trainable, folder)
+    tuner = _restored_tuner(trainable, folder, progress) or _new_tuner(settings, space, trainable, folder)
     with progress.stage("tune", settings.trials, "trial"):
         _ShowTrials.display = progress
         try:
             grid = tuner.fit()
         finally:
             _ShowTrials.display = None
-    return _trials(grid, settings.trials)
+    trials = _trials(grid, settings.trials)
+    # Of a restored search too: what was measured holds, whatever anchor it was scored by.
+    return [replace(trial, score=objective.score(trial.tpf, trial.accuracy, trial.tps)) for trial in trials]
+
+
+def _restored_tuner(trainable: Any, folder: Path, progress: Progress) -> tune.Tuner | None:
+    """The interrupted search in the folder; None where there is none, or what is there cannot be read."""
+    if not folder.exists():
+        return None
+    try:
+        read_state(folder)
+        # A new trainable: the handles of the evaluators that the interrupted search knew are dead.
+        return tune.Tuner.restore(str(folder), trainable=trainable, resume_errored=True)
+    except Exception as error:  # pickles of a torn or other version's state fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        aside = folder.with_name(f"{folder.name}.unusable-{len(list(folder.parent.glob(f'{folder.name}.*')))}")
+        folder.rename(aside)
+        progress.note(f"the search begins anew, as the interrupted one, now {aside}, cannot be restored: {reason}")
+        return None
+
+
+def read_state(folder: Path) -> None:
+    """Read what Tune restores a search from, some of it only when it runs; raises anything where that would fail."""
+    newest = max(folder.glob("experiment_state-*.json"), key=lambda path: path.name, default=None)
+    if newest is None:
+        raise FileNotFoundError("experiment_state-*.json")
+    if not json.loads(newest.read_text(encoding="utf-8"))["trial_data"]:
+        raise ValueError(f"{newest.name} has no trial")
+    for file in folder.glob("search_gen_state-*.json"):
+        json.loads(file.read_text(encoding="utf-8"))
+    for file in folder.glob("*.pkl"):
+        cloudpickle.loads(file.read_bytes())
 
 
 def _new_tuner(settings: TuneSettings, space: SearchSpace, trainable: Any, folder: Path) -> tune.Tuner:
@@ -115,5 +145,9 @@ def _trials(grid: ResultGrid, expected: int) -> list[TuneTrial]:
 
 def _trial(number: int, values: dict[str, Any], metrics: dict[str, Any]) -> TuneTrial:
     return TuneTrial(
-        number=number, values=dict(values), score=metrics["score"], **{name: metrics[name] for name in FIGURES}
+        number=number,
+        values=dict(values),
+        score=metrics["score"],
+        **{name: metrics[name] for name in FIGURES},
+        unanswered=tuple(json.loads(metrics["unanswered"])),
     )

@@ -21,7 +21,7 @@ def line_of(step: int) -> dict[str, Any]:
     line: dict[str, Any] = {"step": step, "epoch": 0, "window": 16 + step, "noise_floor": step / 10, "lr": 1 / step}
     line |= {"loss": 2 / step, "ce": 3.0, "complement": 1.0, "certainty": 0.5, "right": 0.75, "mask_ratio": 0.5}
     line |= {"grad_norm": 1.5, "samples_per_second": 9.0, "steps_per_second": 3.0, "memory_gib": 1.0}
-    return line | ({"val_loss": 1.0, "val_accuracy": 0.5, "val_tpf": 2.0} if step % 2 == 0 else {})
+    return line | ({"val_loss": 1.0, "val_accuracy": 50.0, "val_tpf": 2.0} if step % 2 == 0 else {})
 
 
 def drawn(lines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[Curves]:
@@ -52,6 +52,8 @@ def test_every_figure_has_its_panel(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert axes[0]["loss"] == ([1, 2, 3, 4], [2.0, 1.0, 2 / 3, 0.5])
     assert axes[0]["validation: loss"] == ([2, 4], [1.0, 1.0])
+    assert axes[1]["supervised tokens right"][1] == [75.0] * 4  # in percent, on one axis
+    assert axes[1]["validation: problems solved"] == ([2, 4], [50.0, 50.0])
     assert axes[3]["window"] == ([1, 2, 3, 4], [17, 18, 19, 20])
 
 

@@ -100,7 +100,7 @@ def test_ray_series_carry_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Metric, "_record", record)
     metrics = DistillMetrics("tiny", done=10)
-    metrics.log({"step": 15, "loss": 2.0, "ce": 1.5, "note": "text", "steps_per_second": 4.0, "val_accuracy": 0.5})
+    metrics.log({"step": 15, "loss": 2.0, "ce": 1.5, "note": "text", "steps_per_second": 4.0, "val_accuracy": 50.0})
     metrics.log({"step": 20, "loss": 1.0, "ce": 0.5, "steps_per_second": 5.0})
     running = {
         ("steps", "tiny"): 10,  # 11 to 20
@@ -108,7 +108,7 @@ def test_ray_series_carry_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
         ("loss", "tiny"): 1.0,
         ("figure", "tiny", "ce"): 0.5,
         ("steps_per_second", "tiny"): 5.0,
-        ("val_accuracy", "tiny"): 0.5,
+        ("val_accuracy", "tiny"): 50.0,
     }
     assert dict(values) == running
     metrics.close()

@@ -5,60 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from d3llm_ray.config import build, parse
-from d3llm_ray.decoding import DiffusionLLM, Engine, Output, api, decoder, engine
+from d3llm_ray.decoding import DiffusionLLM, Engine, api, decoder, engine
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation import run as verb
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.models import KVCache
 from d3llm_ray.progress import Progress
-from d3llm_ray.tasks import Problem, load_task
+from d3llm_ray.tasks import load_task
+from tests.evaluation.fakes import FakeLLM, problem
 
 QUIET = Progress(quiet=True)
 
 
-class FakeLLM(DiffusionLLM):
-    """Answers from a table: prompt -> (text, tokens, forwards). Remembers what it was asked."""
-
-    def __init__(self, answers: dict[str, tuple[str, int, int]]) -> None:
-        self.answers, self.calls = answers, []
-        self.engine = SimpleNamespace(decoder=decoder("d3llm"), max_batch_size=32)
-        self.family = SimpleNamespace(name="fake")
-        self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1)))
-
-    def generate(self, prompts, progress=None, **options) -> list[Output]:
-        self.calls.append((len(prompts), options))
-        return [self._output(*self.answers[prompt[0]["content"]]) for prompt in prompts]
-
-    def _output(self, text: str, tokens: int, forwards: int) -> Output:
-        return Output(
-            text,
-            [7] * tokens,
-            "stop",
-            5,
-            [1] * 5,
-            forwards,
-            tokens / forwards,
-            [0] * 64,
-            [0.0] * 64,
-            [0.0] * 64,
-            [7] * 64,
-        )
-
-
-def _problem(question: str, reference: str | None) -> Problem:
-    return Problem(question, [{"role": "user", "content": question}], reference)
-
-
 def test_figures_are_those_of_the_outputs_and_warmup_is_not_counted():
     llm = FakeLLM({"a": ("1 + 1 = 2.\n#### 2", 12, 4), "b": ("#### 9", 6, 2), "c": ("no answer", 2, 4)})
-    problems = [_problem("a", "2"), _problem("b", "8"), _problem("c", "1")]
+    problems = [problem("a", "2"), problem("b", "8"), problem("c", "1")]
     row = evaluate(llm, load_task("arith"), problems, 64, 0.0, 3, QUIET, 2, entropy_threshold=0.3)
     assert (row.correct, row.problems, row.tokens, row.forwards) == (1, 3, 20, 10)
     assert row.tpf == 2.0
@@ -68,7 +34,13 @@ def test_figures_are_those_of_the_outputs_and_warmup_is_not_counted():
     assert (
         llm.calls[0][1]
         == llm.calls[1][1]
-        == {"max_tokens": 64, "temperature": 0.0, "seed": 3, "decoder": decoder("d3llm", entropy_threshold=0.3)}
+        == {
+            "max_tokens": 64,
+            "temperature": 0.0,
+            "seed": 3,
+            "decoder": decoder("d3llm", entropy_threshold=0.3),
+            "errors": "return",
+        }
     )
     assert row.settings["decoder"] == "d3llm" and row.settings["entropy_threshold"] == 0.3
     assert (row.warmup, row.task, row.model) == (2, "arith", "fake")
@@ -79,9 +51,9 @@ def test_bad_calls_are_refused_before_anything_is_decoded():
     with pytest.raises(InputError, match="problems"):
         evaluate(llm, task, [], progress=QUIET)
     with pytest.raises(InputError, match="reference"):
-        evaluate(llm, task, [_problem("a", None)], progress=QUIET)
+        evaluate(llm, task, [problem("a", None)], progress=QUIET)
     with pytest.raises(InputError, match=r"entropy_treshold.*accepted.*entropy_threshold"):
-        evaluate(llm, task, [_problem("a", "1")], progress=QUIET, entropy_treshold=0.3)
+        evaluate(llm, task, [problem("a", "1")], progress=QUIET, entropy_treshold=0.3)
     assert llm.calls == []
 
 

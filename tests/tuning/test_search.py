@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 
@@ -150,43 +149,6 @@ def test_a_real_search_writes_settings_that_reproduce_its_best_trial(settings):
 def test_an_unknown_anchor_model_is_refused(settings):
     with pytest.raises(InputError, match=r"model: unknown .*'gpt-9'"):
         verb.run(settings.model_copy(update={"anchor_model": "gpt-9"}), QUIET)
-
-
-@pytest.mark.parametrize(
-    ("model", "anchor_model", "plain"),
-    [
-        ("tiny-fast-dllm-v2", None, {"decoder": "fast-dllm-v2", "confidence_threshold": 1.0}),
-        ("tiny-fast-dllm-v2", "tiny-ar", {"decoder": "autoregressive"}),
-        ("tiny-fast-dllm-v2", "tiny-dream", {"decoder": "vanilla", "steps": None}),
-    ],
-)
-def test_the_anchor_is_one_token_a_forward_of_its_own_family(settings, monkeypatch, model, anchor_model, plain):
-    asked = []
-
-    class Evaluators:
-        def measure(self, chosen: dict) -> EvaluationRow:
-            llm = DiffusionLLM.from_pretrained(anchor_model or model)
-            problems = load_task("arith").problems("validation", 3)
-            asked.append(chosen)
-            return evaluate(llm, load_task("arith"), problems, max_tokens=32, progress=QUIET, warmup=0, **chosen)
-
-    def pool(pool_settings: TuneSettings) -> contextlib.nullcontext:
-        pools.append(pool_settings.model)
-        return contextlib.nullcontext([Evaluators()])
-
-    pools: list[str] = []
-    settings.space.write_text(
-        "decoder: fast-dllm-v2\nparameters: {confidence_threshold: {type: float, low: 0.2, high: 1}}"
-    )
-    monkeypatch.setattr(verb, "connect", lambda: None)
-    monkeypatch.setattr(verb, "evaluator_pool", pool)
-    monkeypatch.setattr(verb, "measure", lambda actors, chosen: actors[0].measure(chosen))
-    monkeypatch.setattr(verb, "search", lambda _settings, _space, objective, *_: objective)
-    monkeypatch.setattr(verb, "write_records", lambda _output, _space, objective, _trials: objective.anchor)
-    tpf, accuracy = verb.run(settings.model_copy(update={"model": model, "anchor_model": anchor_model}), QUIET)
-    assert plain.items() <= asked[0].items()
-    assert pools[0] == (anchor_model or model)
-    assert accuracy > 0 and 0.5 < tpf <= 1.0  # a stop token takes a forward and is no token
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -31,6 +31,7 @@ _LABELS = {
     "mask_ratio": "mask ratio",
 }
 _NOT_LOSSES = {"step", "loss", "right", "grad_norm", *CURRICULUM, *SPEED}
+_SHARES = {"right"}  # drawn in percent, beside accuracy
 _SCHEDULED = {"window", "noise_floor", "lr"}  # not measured: drawn as they are
 _SMOOTHED_FROM = 60  # points
 _SMOOTHING = 0.05  # share of the points that a smoothed one is the mean of
@@ -46,7 +47,7 @@ class _Panel(NamedTuple):
 def plot_loss(lines: Lines, path: Path) -> None:
     """Draw the lines of `metrics.jsonl` as a PNG; a figure that no line has is left out.
 
-    From above: the loss, the objective's parts of it and the validation loss; shares of right tokens and problems,
+    From above: the loss, the objective's parts of it and the validation loss; percent of right tokens and problems,
     with tokens per forward; gradient norm and learning rate; window, noise floor and mask ratio. Long curves are
     smoothed, with what was measured behind them.
     """
@@ -54,7 +55,7 @@ def plot_loss(lines: Lines, path: Path) -> None:
     parts = [name for name in names if name not in _NOT_LOSSES and not name.startswith(VALIDATION)]
     panels = [
         _Panel(("loss", *parts, "val_loss"), "nats a token"),
-        _Panel(("right", "val_accuracy"), "share", ("val_tpf",), "tokens per forward"),
+        _Panel(("right", "val_accuracy"), "percent", ("val_tpf",), "tokens per forward"),
         _Panel(("grad_norm",), "gradient norm", ("lr",), "learning rate"),
         _Panel(("window",), "window (tokens)", ("noise_floor", "mask_ratio"), "mask ratio"),
     ]
@@ -83,6 +84,8 @@ def _draw(axes: Axes, lines: Lines, names: Sequence[str], quantity: str, first_c
         if not points:
             continue
         steps, values = np.array(points, dtype=np.float64).T
+        if name in _SHARES:
+            values = 100 * values
         style: dict[str, Any] = {"color": f"C{(first_color + index) % 10}", "linewidth": 1.8 if name == "loss" else 1.2}
         if name.startswith(VALIDATION):
             style |= {"marker": "o", "markersize": 4, "linestyle": ":"}
@@ -94,7 +97,7 @@ def _draw(axes: Axes, lines: Lines, names: Sequence[str], quantity: str, first_c
         axes.set_yticks([])
         return []
     axes.set_ylabel(quantity)
-    if quantity != "share":
+    if quantity != "percent":
         axes.set_ylim(bottom=0)
     return curves
 

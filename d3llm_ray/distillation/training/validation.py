@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from functools import cached_property
@@ -25,6 +26,8 @@ from d3llm_ray.models import Family, load_tokenizer
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Task, load_task
 from d3llm_ray.tasks.task import Message
+
+logger = logging.getLogger("d3llm_ray.distillation")
 
 BEST, SCORE_FILE = "best", "validation.json"
 
@@ -76,7 +79,11 @@ class Validator:
         return {"val_loss": float(sums[0] / sums[1])}
 
     def _decode(self) -> Line:
-        """Accuracy (percent) and TPF of the student on the task's validation problems, by the engine."""
+        """Accuracy (percent) and TPF of the student on the task's validation problems, by the engine.
+
+        A problem without an answer (logits that are not finite, a prompt that is refused) counts as wrong; how many
+        there are is `val_errors`, and a warning names the first.
+        """
         assert self._task is not None
         settings = self.settings
         model = transformer_of(self.module.model)
@@ -84,10 +91,20 @@ class Validator:
         engine = Engine(model, self.family, validation_decoder(settings), vocabulary_size=vocabulary, cuda_graphs=False)
         llm = DiffusionLLM(model, self.family, self._tokenizer, engine)
         prompts, references = zip(*self._problems, strict=True)
-        outputs = llm.generate(prompts, max_tokens=settings.val_max_tokens, progress=Progress(quiet=True))
-        right = [self._task.is_correct(output.text, known) for output, known in zip(outputs, references, strict=True)]
+        quiet = Progress(quiet=True)
+        outputs = llm.generate(prompts, max_tokens=settings.val_max_tokens, progress=quiet, errors="return")
+        errors = [f"problem {place}: {output.error}" for place, output in enumerate(outputs, 1) if output.error]
+        if errors:
+            logger.warning(
+                "validation: %d of %d without an answer, the first: %s", len(errors), len(outputs), errors[0]
+            )
+        right = sum(
+            output.error is None and self._task.is_correct(output.text, known)
+            for output, known in zip(outputs, references, strict=True)
+        )
         tokens, forwards = sum(len(output.token_ids) for output in outputs), sum(output.forwards for output in outputs)
-        return {"val_accuracy": 100.0 * sum(right) / len(right), "val_tpf": tokens / forwards}
+        tpf = tokens / forwards if forwards else 0.0
+        return {"val_accuracy": 100.0 * right / len(outputs), "val_errors": len(errors), "val_tpf": tpf}
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
