@@ -14,7 +14,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, Field
 
-from d3llm_ray import generate
+from d3llm_ray import generate, report
 from d3llm_ray.cli import VERBS, main
 from d3llm_ray.config import Settings, SettingsGroup, build, merge, parse, to_yaml
 from d3llm_ray.decoding import Output, decoder
@@ -24,7 +24,7 @@ from d3llm_ray.generate import GenerateSettings
 from d3llm_ray.progress import Progress
 from d3llm_ray.quickstart import run as quickstart
 from d3llm_ray.quickstart.settings import QuickstartSettings
-from d3llm_ray.report import WrittenReport
+from d3llm_ray.report import WrittenReport, digest
 
 QUIET = Progress(quiet=True)
 
@@ -254,6 +254,18 @@ class Table(WrittenReport):
 
     def to_markdown(self) -> str:
         return "| a table |"
+
+
+def test_a_report_is_complete_where_its_json_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(report, "write_text", lambda path, text: written.append(path.name))
+    Table().write(tmp_path)
+    assert written == ["report.md", "report.json"]
+
+
+def test_a_digest_is_of_the_content_alone() -> None:
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2}) and digest([1, 2]) != digest([2, 1])
 
 
 @pytest.fixture

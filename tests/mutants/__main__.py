@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -57,6 +58,13 @@ class Run:
             return "killed by the time limit"
         outcomes: dict[int, Outcome] = {0: "SURVIVED", 1: "killed"}  # pytest: all passed, tests failed
         return outcomes.get(os.waitstatus_to_exitcode(status), "BROKEN")
+
+    def stop(self) -> None:
+        """End the child and all that it has started."""
+        for end in (os.killpg, os.kill):  # it may not lead a group yet
+            with suppress(ProcessLookupError):
+                end(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
     def failed(self) -> list[str]:
         """Tests that did not pass."""
@@ -147,8 +155,7 @@ def wait(running: list[Run]) -> tuple[Run, int | None]:
             run.seconds = time.monotonic() - run.began
             pid, status = os.waitpid(run.pid, os.WNOHANG)
             if pid == 0 and run.seconds > run.limit_s:
-                os.killpg(run.pid, signal.SIGKILL)
-                os.waitpid(run.pid, 0)
+                run.stop()
                 pid, status = run.pid, None
             if pid:
                 running.remove(run)
@@ -186,24 +193,30 @@ def check_unchanged(mutants: Sequence[Mutant], folder: Path) -> list[str]:
 
 def run_all(mutants: Sequence[Mutant], workers: int, limit_s: float, folder: Path) -> list[str]:
     """Make every bug; returns a line for each that is not noticed."""
-    pending, running, problems = list(enumerate(mutants))[::-1], [], []
-    while pending or running:
-        while pending and len(running) < workers:
-            number, mutant = pending.pop()
-            running.append(start(mutant, mutant.tests, folder / str(number), limit_s))
-        run, status = wait(running)
-        assert run.mutant is not None
-        outcome = run.outcome(status)
-        failed, printed = run.failed(), run.printed()
-        shutil.rmtree(run.folder)
-        where = f"{run.mutant.room}: {run.mutant.name}"
-        killer = "; ".join(failed[:1])
-        print(f"{outcome:<8} {run.seconds:5.1f} s  {where}{f'  ({killer})' if killer else ''}", flush=True)
-        if outcome == "BROKEN":
-            problems.append(f"{outcome}: {where}: pytest could not run the tests\n{printed}")
-        elif outcome == "SURVIVED":
-            problems.append(f"{outcome}: {where} ({run.mutant.file})")
+    pending, problems = list(enumerate(mutants))[::-1], []
+    running: list[Run] = []
+    try:
+        while pending or running:
+            while pending and len(running) < workers:
+                number, mutant = pending.pop()
+                running.append(start(mutant, mutant.tests, folder / str(number), limit_s))
+            run, status = wait(running)
+            problems += judge(run, status)
+            shutil.rmtree(run.folder)
+    finally:
+        for run in running:  # of an interrupted call
+            run.stop()
     return problems
+
+
+def judge(run: Run, status: int | None) -> list[str]:
+    """Print how a bug's tests ended; a line for one that was not noticed."""
+    assert run.mutant is not None
+    outcome, where = run.outcome(status), f"{run.mutant.room}: {run.mutant.name}"
+    print(f"{outcome:<8} {run.seconds:5.1f} s  {'  '.join((where, *run.failed()[:1]))}", flush=True)
+    if outcome == "BROKEN":
+        return [f"{outcome}: {where}: pytest could not run the tests\n{run.printed()}"]
+    return [f"{outcome}: {where} ({run.mutant.file})"] if outcome == "SURVIVED" else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
