@@ -232,7 +232,7 @@ def test_every_field_of_a_request_reaches_the_step(monkeypatch: pytest.MonkeyPat
 def test_margins_are_there_when_any_request_ranks_by_them() -> None:
     """The second of two: its answer is the one that it has alone."""
     margin = decoder("vanilla", remasking="topk_margin")
-    requests = [Request([5, 6], 8, decoder=decoder("vanilla")), Request([7, 8, 9], 16, decoder=margin)]
+    requests = [Request([5, 6], 24, decoder=decoder("vanilla")), Request([7, 8, 9], 16, decoder=margin)]
     together = decode_all(engine_for("dream", decoder("vanilla")), requests)
     (alone,) = decode_all(engine_for("dream", decoder("vanilla")), requests[1:])
     (plain,) = decode_all(engine_for("dream", decoder("vanilla")), [Request([7, 8, 9], 16)])
@@ -307,6 +307,7 @@ def test_the_decoder_by_default_and_the_one_that_speed_is_set_against() -> None:
         "llada": "d3llm", "dream": "d3llm", "block_diffusion": "fast-dllm-v2", "causal": "autoregressive",
     }  # fmt: skip
     for kind, family in families.items():
+        assert plain_decoder(family).settings().get("confidence_threshold", 1.0) == 1.0
         plain = plain_decoder(family).override(**({"block_size": 8} if kind == "block_diffusion" else {}))
         (done,) = decode_all(engine_for(kind, plain), [Request([5, 6, 7], 16, ignore_eos=True)])
         assert len(done.token_ids) == 16
