@@ -14,10 +14,11 @@ from tests.mutants.lists import ROOT, Mutant, read_mutants, rooms
 
 # A list for each, and where its bugs are.
 ROOMS = {
+    "ablation": ["ablation/"],
     "benchmark": ["benchmark/"],
     "command_line": ["cli", "config", "yaml_file", "paths", "generate", "report", "output_folder", "progress"],
     "decoding": ["decoding/"],
-    "distillation": ["distillation/", "ablation/"],
+    "distillation": ["distillation/"],
     "evaluation": ["evaluation/"],
     "models": ["models/"],
     "quickstart": ["quickstart/"],
