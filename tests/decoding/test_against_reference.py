@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +14,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from d3llm_ray.decoding import Completion, Engine, Request, decoder
 from d3llm_ray.decoding.sampling import uniforms
 from d3llm_ray.errors import InputError
-from tests.decoding.models import CONTEXT, VOCABULARY, loaded
+from tests.decoding.models import CONTEXT, EOS, VOCABULARY, loaded
 from tests.reference import (
     autoregressive,
     d2f,
@@ -43,20 +41,15 @@ REFERENCES = {
     "autoregressive": autoregressive,
 }
 
-# Stop tokens of the request besides the model's own, which these random models seldom say: none, a few, a third of all.
-STOPS: tuple[tuple[int, ...], ...] = ((), (7, 9, 14, 19, 25), tuple(range(2, VOCABULARY, 3)))
 
-
-def _decode(
-    kind: str, preset: str, prompt: list[int], limit: int, stops: tuple[int, ...] = (), **options: Any
-) -> Completion:
+def _decode(kind: str, preset: str, prompt: list[int], limit: int, **options: Any) -> Completion:
     model, family, _, _ = loaded(kind)
     # A neighbour that joins first and has other lengths: what the request gets must not depend on it.
     chosen = decoder(preset, **options)
     engine = Engine(model, family, chosen, vocabulary_size=VOCABULARY)
     engine.submit(Request([3, 4, 5, 6, 7], 11, temperature=1.0, decoder=chosen))
     engine.step()
-    request_id = engine.submit(Request(prompt, limit, seed=7, decoder=chosen, stop_token_ids=stops))
+    request_id = engine.submit(Request(prompt, limit, seed=7, decoder=chosen))
     while engine.active or engine.waiting:
         for event in engine.step():
             if event.request_id == request_id and event.completion is not None:
@@ -64,23 +57,20 @@ def _decode(
     return done
 
 
-def _assert_equal(done: Completion, answer: Answer, stops: Sequence[int]) -> None:
+def _assert_equal(done: Completion, answer: Answer) -> None:
     length = len(answer.response_ids)
     assert done.response_ids[:length] == answer.response_ids
     assert done.forwards == answer.forwards
     assert done.reveal_steps[: len(answer.reveal_steps)] == answer.reveal_steps
-    ends = [place for place, token in enumerate(answer.response_ids) if token in stops]
-    if ends:
-        assert done.token_ids == answer.response_ids[: ends[0]]
+    if EOS in answer.response_ids:
+        assert done.token_ids == answer.response_ids[: answer.response_ids.index(EOS)]
         assert done.finish_reason == "stop"
 
 
 def _compare(kind: str, preset: str, prompt: list[int], limit: int, **options: Any) -> None:
     _, _, network, conventions = loaded(kind)
     block = options.get("block_size", 8)
-    stops = STOPS[sum(prompt) % len(STOPS)]
-    conventions = replace(conventions, stop_ids=(*conventions.stop_ids, *stops))
-    done = _decode(kind, preset, prompt, limit, stops, **options)
+    done = _decode(kind, preset, prompt, limit, **options)
     size = len(done.response_ids)
     if preset not in ("vanilla", "autoregressive", "fast-dllm-v2"):
         assert size == min(-(-limit // block) * block, CONTEXT - len(prompt))
@@ -98,7 +88,7 @@ def _compare(kind: str, preset: str, prompt: list[int], limit: int, **options: A
 
     answer = decode(network)
     try:
-        _assert_equal(done, answer, conventions.stop_ids)
+        _assert_equal(done, answer)
     except AssertionError:
         # A tie to within rounding may fall either way: such an example proves nothing. It is one if weights that are
         # off by less than rounding errors add up to give yet another answer.

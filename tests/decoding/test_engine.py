@@ -1,8 +1,9 @@
-"""The engine and the offline API on a checkpoint: joining and leaving, limits, seeds, refusals."""
+"""Engine laws: batch invariance, joining and leaving, caches that change nothing, limits, seeds, events."""
 
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,38 @@ def loaded(tiny_checkpoint: Path):
     return load_model(tiny_checkpoint)
 
 
+@pytest.fixture(scope="module")
+def dream():
+    """Random weights in Dream's conventions: shifted logits, grouped heads, qkv bias."""
+    shape, family = read_family(
+        {
+            "model_type": "Dream", "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rope_theta": 1e4,
+            "rms_norm_eps": 1e-6, "mask_token_id": 58, "eos_token_id": 59, "pad_token_id": 59,
+        },
+        {"block_size": 8},
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = Transformer(shape)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval(), family
+
+
+def _requests(count: int, seed: int = 0, vocabulary: int = 58, **settings) -> list[Request]:
+    rng = random.Random(seed)
+    return [
+        Request(
+            [rng.randrange(4, vocabulary) for _ in range(rng.randint(1, 40))],
+            max_tokens=rng.randint(1, 48),
+            temperature=rng.choice([0.0, 0.0, 1.0]),
+            seed=rng.randrange(1000),
+            decoder=decoder("d3llm", **settings) if settings else None,
+        )
+        for _ in range(count)
+    ]
+
+
 def _run(engine: Engine, requests: list[Request]) -> list[Completion]:
     """Decode all, and check that the events add up to the answers."""
     ids = [engine.submit(request) for request in requests]
@@ -33,6 +66,31 @@ def _run(engine: Engine, requests: list[Request]) -> list[Completion]:
                 assert deltas[event.request_id] == event.completion.token_ids
                 done[event.request_id] = event.completion
     return [done[request_id] for request_id in ids]
+
+
+@pytest.mark.parametrize("conventions", ["loaded", "dream"])
+@pytest.mark.parametrize(
+    "settings", [{"cache_delay": 10_000}, {"refresh_interval": 1}, {"refresh_interval": 1, "suffix": "cached"}]
+)
+def test_caches_that_never_freeze_or_always_refresh_change_nothing(conventions, settings, request) -> None:
+    model, family = request.getfixturevalue(conventions)
+    requests = _requests(12, seed=4)
+    plain = _run(Engine(model, family, decoder("d3llm-nocache", entropy_threshold=1.0)), requests)
+    cached = _run(Engine(model, family, decoder("d3llm", entropy_threshold=1.0, **settings)), requests)
+    for one, other in zip(plain, cached, strict=True):
+        assert one.response_ids == other.response_ids and one.forwards == other.forwards
+
+
+@pytest.mark.parametrize("suffix", ["recompute", "cached", "none"])
+@pytest.mark.parametrize("conventions", ["loaded", "dream"])
+def test_every_forward_reveals_and_nothing_stays_masked(conventions, suffix, request) -> None:
+    model, family = request.getfixturevalue(conventions)
+    engine = Engine(model, family, decoder("d3llm", suffix=suffix, refresh_interval=5, early_stop=False))
+    for completion in _run(engine, _requests(10, seed=6)):
+        assert family.mask_token_id not in completion.response_ids[: max(1, len(completion.token_ids))]
+        assert completion.forwards <= len(completion.response_ids)
+        # Every forward but those cut off by max_tokens revealed something.
+        assert set(range(completion.forwards)) == set(completion.reveal_steps) | {0}
 
 
 def test_the_canvas_grows_with_the_longest_request_without_losing_frozen_keys(loaded) -> None:
@@ -137,6 +195,19 @@ def test_offline_api(tiny_checkpoint: Path) -> None:
 def test_a_single_text_is_no_list_of_prompts(tiny_checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"prompts: got 'Tom has 5'; accepted: a list of prompts; .* \[text\]"):
         DiffusionLLM.from_pretrained(tiny_checkpoint).generate("Tom has 5")
+
+
+def test_generate_hands_every_field_to_the_engine(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = DiffusionLLM.from_pretrained(tiny_checkpoint, decoder="d3llm", cache_delay=3)
+    requests, submit = [], llm.engine.submit
+    monkeypatch.setattr(llm.engine, "submit", lambda request: requests.append(request) or submit(request))
+    fields = {"max_tokens": 9, "temperature": 0.4, "seed": 11, "top_p": 0.6, "top_k": 7, "ignore_eos": True}
+    llm.generate([[5, 6]], stop_token_ids=[4, 8], refresh_interval=5, **fields)
+    llm.generate([[5, 6]], decoder="vanilla", steps=3)
+    (own, other) = requests
+    chosen = decoder("d3llm", cache_delay=3, refresh_interval=5)
+    assert own == Request([5, 6], decoder=chosen, stop_token_ids=[4, 8], **fields)
+    assert other == Request([5, 6], decoder=decoder("vanilla", steps=3))
 
 
 def test_ids_without_a_token_are_never_predicted(tiny_checkpoint: Path, tmp_path: Path) -> None:

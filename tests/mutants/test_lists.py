@@ -22,7 +22,7 @@ ROOMS = {
     "evaluation": ["evaluation/"],
     "models": ["models/"],
     "quickstart": ["quickstart/"],
-    "serving": ["serving/"],
+    "serving": ["serving/", "metrics"],
     "tasks": ["tasks/"],
     "trajectories": ["trajectories/"],
     "tuning": ["tuning/"],
