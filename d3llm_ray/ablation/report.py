@@ -89,6 +89,8 @@ class AblationReport(WrittenReport):
         legend = "".join(f"- {name}: {text}\n" for name, text in {**GAINS, "paper": PAPER}.items())
         failed = "".join(f"- {key}: {reason}\n" for key, reason in self.failures.items())
         parts = [setting, table([*header, "accuracy (%)", "TPF", "AUP"], body, left=3), legend]
+        if lost := sum(row.errors for row in (*self.teacher, *self.rows)):
+            parts.append(f"{lost} problems of all rows together have no answer and count as wrong.\n")
         return "\n".join([*parts, *([f"Failed trials, not in the table:\n\n{failed}"] if failed else [])])
 
 

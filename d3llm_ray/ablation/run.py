@@ -17,6 +17,7 @@ from d3llm_ray.ablation.trial import Measure, read_record, record_file, run_tria
 from d3llm_ray.ablation.trial import measure as measure_student
 from d3llm_ray.cluster import connect, wait_for_resources
 from d3llm_ray.config import build
+from d3llm_ray.evaluation.rows import check_answered
 from d3llm_ray.output_folder import claim
 from d3llm_ray.progress import Progress, polled
 from d3llm_ray.tasks import EMBEDDED
@@ -46,6 +47,7 @@ def run(
         InputError: a recipe, row, decoder or task that would not work; rows that cannot be trained on; a cluster
             without room for one trial.
         FailedTrials: some trials failed; the next call tries these again.
+        IncompleteError: some problems have no answer and count as wrong; the report is written.
         KeyboardInterrupt: the grid was stopped before its end; the next call goes on.
     """
     progress = progress or Progress()
@@ -68,6 +70,8 @@ def run(
             f"{len(failures)} of {len(trials)} trials failed, {key} with: {reason}; the others are in "
             f"{settings.output / 'report.md'}, and the same command tries these again"
         )
+    lost = [f"{record.variant}-seed{record.seed}, {text}" for record in records for text in record.unanswered]
+    check_answered(lost, settings.output / "report.md")
     return report
 
 

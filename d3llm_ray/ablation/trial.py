@@ -17,7 +17,7 @@ from d3llm_ray.ablation.settings import AblateSettings
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.distillation.local import distil_here
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.rows import EvaluationRow
+from d3llm_ray.evaluation.rows import EvaluationRow, unanswered
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
 from d3llm_ray.tasks import load_task
@@ -33,6 +33,7 @@ class Record:
     seed: int
     seconds: dict[str, float]  # of the stages "distill" and "evaluate"
     rows: tuple[EvaluationRow, ...]
+    unanswered: tuple[str, ...] = ()  # problems that some row has no answer to, with the reason
 
 
 def record_file(settings: AblateSettings, trial: AblationTrial) -> Path:
@@ -50,6 +51,7 @@ def write_record(
         "distill": trial.distill and trial.distill.model_dump(mode="json"),
         "seconds": seconds,
         "rows": [replace(row, model=trial.key).to_dict() for row in rows],
+        "unanswered": list(dict.fromkeys(text for row in rows for text in unanswered(row.samples))),
     }
     path = record_file(settings, trial)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,8 @@ def write_record(
 def read_record(path: Path) -> Record:
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = tuple(EvaluationRow(**row) for row in content["rows"])
-    return Record(content["variant"], content["seed"], content["seconds"], rows)
+    lost = tuple(content.get("unanswered", ()))
+    return Record(content["variant"], content["seed"], content["seconds"], rows, lost)
 
 
 def run_trial(

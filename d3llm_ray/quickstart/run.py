@@ -80,9 +80,9 @@ def run(settings: QuickstartSettings, progress: Progress | None = None) -> str:
             with stages.stage("distill") as shown:
                 distill(settings.distill_settings(), shown)
             with stages.stage("tune") as shown:
-                write_text(settings.decoding, tune(settings.tune_settings(), shown).read_text())
+                write_text(settings.decoding, tune(settings.tune_settings(), shown, "return").read_text())
             with stages.stage("evaluate") as shown:
-                report = evaluate(settings.evaluate_settings(), shown)
+                report = evaluate(settings.evaluate_settings(), shown, "return")
             with stages.stage("serve") as shown, serve_in_background(settings.serve_settings(), shown) as url:
                 answer = ask(url, settings.question)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from d3llm_ray.cluster import connect
 from d3llm_ray.config import to_yaml
@@ -33,7 +34,7 @@ ANCHOR_FILE = "anchor.yaml"
 MARKER = "tune.yaml"
 
 
-def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
+def run(settings: TuneSettings, progress: Progress | None = None, errors: Literal["raise", "return"] = "raise") -> Path:
     """Search, write and return the path of the chosen decoding settings, `settings.output / "settings.yaml"`.
 
     Beside it: `tune.yaml`, `space.yaml`, `model.json`, `problems.json`, for an `anchor_model` `anchor_model.json` and
@@ -43,7 +44,8 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
 
     Raises:
         InputError: an unknown model, task, decoder, setting or value; before Ray starts.
-        IncompleteError: some problems had no answer and counted as wrong; everything is written.
+        IncompleteError: some problems had no answer and counted as wrong; everything is written. Not with
+            `errors="return"`.
         RuntimeError: trials failed.
         KeyboardInterrupt: the search was stopped before its end; the next call goes on.
     """
@@ -65,7 +67,8 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
         except InputError as error:
             progress.note(f"searched again: {error}")
         else:
-            check_answered(named, settings.output / "trials.json")
+            if errors == "raise":
+                check_answered(named, settings.output / "trials.json")
             return settings.output / CHOSEN
     connect()
     anchor_file = settings.output / ANCHOR_FILE
@@ -80,7 +83,8 @@ def run(settings: TuneSettings, progress: Progress | None = None) -> Path:
         objective = SearchObjective(settings.metric, (anchor.tpf, anchor.accuracy), settings.max_accuracy_drop)
         trials = search(settings, space, objective, pool, progress)
     path = write_records(settings.output, space, objective, trials)
-    check_answered(_unanswered(settings.output), settings.output / "trials.json")
+    if errors == "raise":
+        check_answered(_unanswered(settings.output), settings.output / "trials.json")
     return path
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 
 import pytest
 
@@ -220,22 +218,3 @@ def test_two_models_may_not_share_a_label(settings, tiny_checkpoint, tmp_path):
     twin.symlink_to(tiny_checkpoint)
     with pytest.raises(InputError, match="model_label"):
         verb.run(settings.model_copy(update={"models": [str(tiny_checkpoint), str(twin)]}), QUIET)
-
-
-def test_a_retrained_model_or_changed_task_file_is_measured_anew(tiny_checkpoint, tmp_path):
-    model, task = tmp_path / "student", tmp_path / "task.jsonl"
-    shutil.copytree(tiny_checkpoint, model)
-    row = {"prompt": "Tom has 5 apples. How many apples does Tom have now?", "reference": "5"}
-    task.write_text(json.dumps(row) + "\n")
-    settings = EvaluateSettings(
-        models=[str(model)], decoders=["d3llm"], tasks=[str(task)], max_tokens=16, output=tmp_path / "report"
-    )
-    files = settings.output / "samples"
-    verb.run(settings, QUIET)
-    assert len(list(files.iterdir())) == 1
-    os.utime(model / "model.safetensors", ns=(0, 0))
-    verb.run(settings, QUIET)
-    assert len(list(files.iterdir())) == 2
-    task.write_text(json.dumps(row | {"reference": "6"}) + "\n")
-    verb.run(settings, QUIET)
-    assert len(list(files.iterdir())) == 3

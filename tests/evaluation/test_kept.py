@@ -307,6 +307,7 @@ def test_a_problem_without_an_answer_counts_as_wrong_and_is_named(
         assert "answers are missing: 2, counted as wrong" in line
         assert re.search(r"tiny-random, d3llm, test[^,]*, problem 2 \(7\): the reason; ", line), line
         assert "problem 3: another" in line and "\n" not in line
+    assert verb.run(settings, Notes(), "return").rows[0].errors == 2
     (row,) = json.loads((settings.output / "report.json").read_text())["rows"]
     assert (row["problems"], row["correct"], row["errors"], row["accuracy"]) == (4, 2, 2, 50.0)
     assert (row["tokens"], row["forwards"], row["tpf"]) == (8, 4, 2.0)  # of the answers that there are

@@ -360,6 +360,7 @@ def test_another_search_is_not_continued(
     search.stop = True
     with pytest.raises(KeyboardInterrupt):
         verb.run(settings, Notes())
+    search.stop = False
     for name, value in TuneSettings.model_fields.items():
         if name in ("model", "space", "task", "anchor_model", "output", "split"):
             continue
@@ -407,6 +408,7 @@ def test_problems_without_an_answer_are_named_whenever_the_search_is_asked_for(
             f"problems: answers are missing: 2, counted as wrong; the others are in {settings.output}/trials.json: "
             "problem 5 ('p4'): not finite; problem 3 (7): refused"
         )
+    assert verb.run(settings, Notes(), "return") == settings.output / "settings.yaml"
     assert len(search.pools) == 2  # complete: nothing is searched again
     assert (settings.output / "settings.yaml").is_file()
     header, first, _ = (settings.output / "trials.csv").read_text().splitlines()
