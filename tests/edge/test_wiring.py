@@ -274,8 +274,8 @@ def stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     called: list[Any] = []
 
     def stage(name: str, result: Callable[[Any], Any] = lambda _: None) -> Callable[..., Any]:
-        def run(settings: Any, progress: Progress) -> Any:
-            called.append((name, settings, progress.prefix))
+        def run(settings: Any, progress: Progress, *rest: Any) -> Any:
+            called.append((name, settings, progress.prefix, *rest))
             return result(settings)
 
         return run
@@ -311,8 +311,8 @@ def test_a_quickstart_runs_its_stages_in_order_and_keeps_what_they_say(
     assert given == {
         "trajectories": (settings.trajectory_settings(), "[1/5] "),
         "distill": (settings.distill_settings(), "[2/5] "),
-        "tune": (settings.tune_settings(), "[3/5] "),
-        "evaluate": (settings.evaluate_settings(), "[4/5] "),
+        "tune": (settings.tune_settings(), "[3/5] ", "return"),  # a problem without an answer ends no quickstart
+        "evaluate": (settings.evaluate_settings(), "[4/5] ", "return"),
         "serve": (settings.serve_settings(), "[5/5] "),
     }
     assert asked == [("http://here:7", "how many?")]
