@@ -234,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     preload()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        problems += check_unchanged(mutants, Path(folder) / "unchanged") if mutants else []
-        problems += run_all(mutants, options.workers, options.limit_s, Path(folder))
+        unsound = check_unchanged(mutants, Path(folder) / "unchanged") if mutants else []
+        problems += unsound or run_all(mutants, options.workers, options.limit_s, Path(folder))
     print(f"\n{len(mutants)} bugs in {time.monotonic() - began:.0f} s, {len(problems)} problems")
     print(*problems, sep="\n")
     return 1 if problems or not chosen else 0
