@@ -330,7 +330,7 @@ def test_the_settings_of_vanilla_decoding_act() -> None:
         opening = chosen.schedule.open(canvas)
         rising = np.linspace(0.1, 0.9, 12, dtype=np.float32)
         found = figures(
-            confidence=rising, filtered_confidence=rising[::-1], margin=np.roll(rising, 1),
+            confidence=rising, logprob=np.log(rising), filtered_confidence=rising[::-1], margin=np.roll(rising, 1),
             filtered_entropy=np.roll(rising, 3), sampled=np.where(np.arange(12) == 11, EOS, 7),
         )  # fmt: skip
         revealed, _ = chosen.selection.select(canvas, opening, found, engine.family_rules(loaded("llada")[1]), seed)
