@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test slow chaos lint bench results gpu-check clean
+.PHONY: quickstart test slow chaos mutants lint bench results gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ slow: $(READY)
 # Faults on a local multi-node cluster: processes, nodes and drivers are killed on purpose.
 chaos: $(READY)
 	$(BIN)/python -m pytest -q -m chaos
+
+# Deliberate bugs, one at a time, of which each must make one of its tests fail.
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -27,16 +27,19 @@ from d3llm_ray.benchmark.workload import prepare
 from d3llm_ray.cli import main
 from d3llm_ray.decoding import Engine
 from d3llm_ray.progress import Progress
+from tests.benchmark.conftest import SMALL
 
 SMALL_PLAN = {"prompt_tokens": 20, "max_tokens": (64,), "count": 4, "batch_sizes": (1, 4), "rounds": 2}
 
 
-@pytest.fixture
-def report(small_shape: str) -> BenchmarkReport[BenchmarkRow]:
+@pytest.fixture(scope="module")
+def report() -> BenchmarkReport[BenchmarkRow]:
     plan = BenchmarkPlan(
-        shape=small_shape, scripted_tpf=8.0, decoders=("d3llm-nocache", "d3llm"), suffixes=("cached",), **SMALL_PLAN
+        shape="small", scripted_tpf=8.0, decoders=("d3llm-nocache", "d3llm"), suffixes=("cached",), **SMALL_PLAN
     )
-    return benchmark(plan, Progress(quiet=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "small", SMALL)
+        return benchmark(plan, Progress(quiet=True))
 
 
 def test_the_last_line_is_json_with_every_figure(report: BenchmarkReport[BenchmarkRow]) -> None:
