@@ -5,24 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
-from d3llm_ray.decoding.caches import (
-    BlockCache,
-    CausalCache,
-    DelayedCache,
-    NoCache,
-    PipelineCache,
-    SubBlockCache,
-)
+from d3llm_ray.decoding.caches import BlockCache, CausalCache, DelayedCache, NoCache, PipelineCache, SubBlockCache
 from d3llm_ray.decoding.contracts import Caching, Part, Schedule, Selection
 from d3llm_ray.decoding.remasking import DREAM_RULES, TopK
 from d3llm_ray.decoding.rules import family_rules
-from d3llm_ray.decoding.schedules import (
-    GrowingMultiBlock,
-    MultiBlock,
-    NextToken,
-    SequentialBlocks,
-    SubBlocks,
-)
+from d3llm_ray.decoding.schedules import GrowingMultiBlock, MultiBlock, NextToken, SequentialBlocks, SubBlocks
 from d3llm_ray.decoding.selections import (
     AllEligible,
     BlockwiseConfidence,

@@ -28,11 +28,8 @@ def load_task(name_or_file: str) -> Task:
     if name_or_file in EMBEDDED:
         return EMBEDDED[name_or_file]
     if not name_or_file.endswith(ENDINGS):
-        raise unknown(
-            "task",
-            name_or_file,
-            [*EMBEDDED, f"a .jsonl, .jsonl.gz or .parquet file of prompts{not_uploaded(name_or_file)}"],
-        )
+        accepted = f"a .jsonl, .jsonl.gz or .parquet file of prompts{not_uploaded(name_or_file)}"
+        raise unknown("task", name_or_file, [*EMBEDDED, accepted])
     problems = read_problems(name_or_file)
     name = f"{stem(name_or_file)}-{digest([problem.id for problem in problems])}"
     return Task(name, lambda _split, count: problems[:count])
