@@ -70,7 +70,7 @@ def test_the_settings_of_a_verb_are_the_plan_that_is_measured(
     kept: list[Any] = []
     monkeypatch.setattr(run, measures, lambda plan, *rest: measured.append((plan, *rest)) or "report")
     monkeypatch.setattr(run, "keep", lambda *given: kept.append(given))
-    monkeypatch.setattr(run, "find_spec", lambda _: None)
+    monkeypatch.setattr(run, "can_plot", lambda _: False)
     settings = build(settings_class, {**values, "output": tmp_path / "out"})
     runs(settings, *([QUIET] if measures != "measure_step" else []))
     plan = plan_class(**values)
@@ -286,7 +286,7 @@ def test_a_measured_distillation_has_the_settings_of_the_benchmark() -> None:
 
 def test_a_teacher_decodes_as_many_rows_as_the_steps_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[TrajectorySettings] = []
-    monkeypatch.setattr(distill, "run_trajectories", lambda settings, _: asked.append(settings))
+    monkeypatch.setattr(distill, "write_trajectories", lambda settings, _: asked.append(settings))
     values = {
         "teacher": "tiny-dream",
         "batch_size": 6,
@@ -319,7 +319,7 @@ def test_a_measured_trajectory_job_has_the_settings_of_the_benchmark(
         (Path(given.output) / "summary.json").write_text('{"seconds": 2.5}')
 
     rows = [{"response_ids": [1, 2], "reveal_step": [0, 1], "forwards": 2}]
-    monkeypatch.setattr(of_trajectories, "run_job", job)
+    monkeypatch.setattr(of_trajectories, "write_trajectories", job)
     monkeypatch.setattr(
         of_trajectories, "read_trajectories", lambda output, columns: SimpleNamespace(to_pylist=lambda: rows)
     )
