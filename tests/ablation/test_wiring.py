@@ -179,8 +179,7 @@ def _watch(patch: pytest.MonkeyPatch, seen: Seen) -> None:
     patch.setattr(verb, "connect", lambda min_cpus: seen["cpus"].append(min_cpus))
     patch.setattr(verb, "wait_for_resources", waited)
     patch.setattr(verb, "make_report", reported)
-    for name in ("plot_gains", "plot_points"):
-        patch.setattr(verb, name, lambda *_: None)
+    patch.setattr(verb, "can_plot", lambda *_: False)
     patch.setattr(trials, "distil_here", distil)
     patch.setattr(trials.DiffusionLLM, "from_pretrained", loaded)
     patch.setattr(trials, "load_task", Problems)

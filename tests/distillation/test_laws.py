@@ -263,7 +263,7 @@ def test_three_steps_are_those_of_transformers_peft_and_torch(
     rows: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The figure from outside for all tests that compare one run of ours with another."""
-    monkeypatch.setattr(preparation, "plot_loss", lambda *_: None)
+    monkeypatch.setattr(preparation, "can_plot", lambda *_: False)
     paths = {"teacher": str(tiny_checkpoint), "trajectories": str(rows), "output": str(tmp_path / "student")}
     settings = build(DistillSettings, OUTSIDE | paths)
     student = distil_here(settings, Progress(quiet=True))

@@ -137,7 +137,7 @@ def seen(given: dict[str, Any]) -> Iterator[Seen]:
 
 def _watch(patch: pytest.MonkeyPatch, seen: Seen) -> None:
     """Note what a run in this process hands on."""
-    patch.setattr(preparation, "plot_loss", lambda *_: None)
+    patch.setattr(preparation, "can_plot", lambda *_: False)
 
     def tell(owner: Any, name: str, note: Callable[..., None]) -> None:
         original = getattr(owner, name)
@@ -348,7 +348,7 @@ def test_the_rate_that_moves_the_weights_follows_the_schedule(
         return step(optimizer, *args, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    monkeypatch.setattr(preparation, "plot_loss", lambda *_: None)
+    monkeypatch.setattr(preparation, "can_plot", lambda *_: False)
     values = {"lr": 0.02, "warmup_ratio": 0.4, "max_steps": 5, "workers": 1, "output": str(tmp_path / "student")}
     values |= {"batch_size": 8, "micro_batch_size": 8, "lora_rank": 4, "precision": "float32"}
     folder = local.distil_here(build(DistillSettings, paths | values), QUIET)
