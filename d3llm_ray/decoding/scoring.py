@@ -84,7 +84,7 @@ def draw(logits: Tensor, mask_id: int | None, base: Tensor, sampling: Sampling) 
     top = probabilities.topk(2, dim=-1).values
     values = {
         Stat.ARGMAX: argmax,
-        Stat.LOGPROB: base[Stat.LOGPROB] + gap[:, 0] - gap[:, 1],
+        Stat.LOGPROB: base[Stat.LOGPROB] + (gap[:, 0] - gap[:, 1]),  # exact where both are one token
         Stat.ENTROPY: base[Stat.ENTROPY],
         Stat.MARGIN: top[:, 0] - top[:, 1],
         Stat.SAMPLED: sampled,

@@ -131,7 +131,8 @@ class Watched:
         assert not canvas.masked[: max(0, canvas.cached - canvas.prompt_length)].any()
         assert 0 <= window.start < window.end <= window.key_length <= canvas.length
         rows = canvas.prompt_length + opening.eligible - rules.logit_shift
-        assert window.start <= rows.min() and rows.max() < window.end, "scored rows are computed"
+        assert rows.size or getattr(self.inner, "repeat_finished", False), "only a repeated forward scores nothing"
+        assert not rows.size or window.start <= rows.min() <= rows.max() < window.end, "scored rows are computed"
         if isinstance(self.inner, NoCache):
             assert window == Window(0, canvas.length, canvas.length)
         elif isinstance(self.inner, DelayedCache | PipelineCache):
@@ -180,9 +181,13 @@ def _check_history(request: Request, canvas: Canvas, events: list[Event]) -> Non
     chosen, done = request.decoder, events[-1].completion
     assert chosen is not None and done is not None
     reveals = [event.reveal for event in events if event.reveal is not None]
-    assert [reveal.forward for reveal in reveals] == list(range(done.forwards)), "every forward is told of, in order"
-    assert all(reveal.positions for reveal in reveals), "every forward reveals"
-    assert done.forwards <= canvas.size
+    numbers = [reveal.forward for reveal in reveals]
+    assert numbers == sorted(numbers) and all(reveal.positions for reveal in reveals), "reveals are told of, in order"
+    idle = {*range(done.forwards)} - {*numbers}
+    assert len(numbers) + len(idle) == done.forwards, "each once"
+    assert not idle or getattr(chosen.caching.inner, "repeat_finished", False), "every forward reveals"
+    assert 0 not in idle and len(idle) <= len(canvas.ends) and not idle & {number + 1 for number in idle}
+    assert len(reveals) <= canvas.size
     told = {
         position: (token, reveal.forward)
         for reveal in reveals

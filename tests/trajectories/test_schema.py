@@ -30,6 +30,7 @@ TYPES = {
     "forwards": "int32",
     "seed": "int64",
     "reference_ids": "list<element: int32>",
+    "id": "string",
 }
 
 
@@ -52,6 +53,7 @@ def row(number: int, canvas: int = 64, vocabulary: int = 30000) -> dict[str, Any
         "forwards": canvas,
         "seed": rng.getrandbits(63),
         "reference_ids": None,
+        "id": None,
     }
 
 
@@ -82,7 +84,7 @@ def test_files_of_earlier_versions_still_read(tmp_path: Path) -> None:
     """They end with the column `seed`."""
     folder = finished(tmp_path / "out", [row(0)])
     (file,) = folder.glob("*.parquet")
-    pq.write_table(pq.read_table(file).drop_columns(["reference_ids"]), file)
+    pq.write_table(pq.read_table(file).drop_columns(["reference_ids", "id"]), file)
     assert read_trajectories(folder).to_pylist() == [row(0)] == read_trajectories(file).to_pylist()
     assert read_trajectories(folder, columns=["reference_ids"]).to_pydict() == {"reference_ids": [None]}
     assert read_metadata(folder) == {"teacher": "t"}
