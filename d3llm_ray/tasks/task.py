@@ -20,7 +20,7 @@ _DIGITS = r"-?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?"
 _MARK = re.compile(r"####\s*(-?[.,]?\d[^\n]*|[^\n]+(?=\s*\Z))")  # a number, or the last line: else a heading
 # A number: at the start of a marked line, whatever follows but an operator; in a box alone; as a reference with a unit.
 _MARKED = re.compile(
-    r"(?:\\?[$€£])?\s*(?P<number>-?\.?\d[\d,.]*+)(?!\s*(?:[-+*:(]\s*(?:[\d\\]|[B-Zb-z]\b)|[/^{_<>=×÷√]|\\[A-Za-z]))"
+    r"(?:\\?[$€£])?\s*(?P<number>-?\.?\d[\d,.]*+)(?!\s*(?:[-+*:(]\s*(?:[\d\\]|[B-Zb-z]\b)|[/^{_>=×÷√]|<(?!\|)|\\[A-Za-z]))"
 )
 _BOXED = re.compile(rf"(?:\\?\$)?\s*(?P<number>{_DIGITS})\s*\.?$")
 _QUANTITY = re.compile(

@@ -175,15 +175,15 @@ def test_row_that_is_not_there_is_refused(wanted: int | str, tmp_path: Path) -> 
 
 def test_missing_unfinished_and_foreign_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        inspect(str(tmp_path / "nothing"), tmp_path)
+        inspect(str(tmp_path / "nothing"), tmp_path / "pictures")
     path = folder(tmp_path / "rows", [row(0)])
     (tmp_path / "rows" / SUCCESS).unlink()
     with pytest.raises(InputError, match="has no _SUCCESS"):
-        inspect(path, tmp_path)
+        inspect(path, tmp_path / "pictures")
     foreign = Location.of(tmp_path / "foreign.parquet")
     foreign.write_table(build_table([row(0)]).drop_columns(["forwards"]))
     with pytest.raises(InputError, match="column 'forwards' is missing"):
-        inspect(foreign.path, tmp_path)
+        inspect(foreign.path, tmp_path / "pictures")
 
 
 def test_pictures_never_replace_another_file(tmp_path: Path) -> None:
