@@ -51,6 +51,7 @@ def expected_rows(chosen: TrajectorySettings) -> list[dict[str, Any]]:
     rows = [row for prompt in plan.prompts() for row in teacher.rows([prompt])]
     for row in rows:
         del row["row"]  # of the staged rows only
+        row["reference_ids"] = None  # of imported rows only
         row["temperature"] = float(np.float32(row["temperature"]))
         row["reveal_entropy"] = [float(np.float16(value)) for value in row["reveal_entropy"]]
     return rows
