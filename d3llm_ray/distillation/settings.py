@@ -79,7 +79,8 @@ class DistillSettings(Settings):
     batch_size: int = Field(32, gt=0, description="rows an optimizer step, over all workers")
     micro_batch_size: int = Field(8, gt=0, description="rows a forward of one worker")
     precision: Precision = Field(
-        "mixed", description="float32; mixed: bfloat16 compute over float32 weights; bfloat16: bfloat16 weights as well"
+        "float32",
+        description="float32; mixed: bfloat16 compute over float32 weights; bfloat16: bfloat16 weights as well",
     )
     zero_stage: int = Field(
         0,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from d3llm_ray.config import Settings, build
+from d3llm_ray.config import Settings, build, merge, read_yaml
 from d3llm_ray.distillation.settings import DistillSettings
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.serving.settings import ServeSettings
@@ -68,6 +68,9 @@ class QuickstartSettings(Settings):
         return build(TrajectorySettings, values | self.trajectories, "trajectories")
 
     def distill_settings(self) -> DistillSettings:
+        """The `tiny` recipe, whatever the teacher."""
+        assert DistillSettings.recipes is not None
+        recipe = read_yaml(DistillSettings.recipes / "tiny.yaml", "distill")
         values: Overrides = {
             "teacher": self.teacher,
             "trajectories": str(self.output / "trajectories"),
@@ -75,7 +78,7 @@ class QuickstartSettings(Settings):
             "seed": self.seed,
             "output": str(self.student),
         }
-        return build(DistillSettings, values | self.distill, "distill")
+        return build(DistillSettings, merge({**recipe, **values}, self.distill), "distill")
 
     def tune_settings(self) -> TuneSettings:
         values: Overrides = {

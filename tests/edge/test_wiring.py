@@ -211,6 +211,8 @@ def test_every_setting_of_quickstart_reaches_its_stages(tmp_path: Path) -> None:
         "teacher": "tiny-dream", "trajectories": str(output / "trajectories"), "keep": "correct", "seed": 14,
         "output": str(output / "student"),
     }  # fmt: skip
+    # The recipe says otherwise than the settings' defaults.
+    assert settings.distill_settings().objective.window_domain == "canvas" != PseudoTrajectory().window_domain
     tuning = settings.tune_settings()
     names = ("model", "anchor_model", "task", "trials", "max_tokens", "seed", "output")
     assert of(tuning, *names) == {
