@@ -80,7 +80,7 @@ class DistillSettings(Settings):
     micro_batch_size: int = Field(8, gt=0, description="rows a forward of one worker")
     precision: Precision = Field(
         "float32",
-        description="float32; mixed: bfloat16 compute over float32 weights; bfloat16: bfloat16 weights as well",
+        description="float32; mixed: bfloat16 products of float32 weights; bfloat16: bfloat16 weights as well",
     )
     zero_stage: int = Field(
         0,

@@ -18,6 +18,7 @@ from d3llm_ray import generate, report
 from d3llm_ray.cli import VERBS, main
 from d3llm_ray.config import Settings, SettingsGroup, build, merge, parse, to_yaml
 from d3llm_ray.decoding import Output, decoder
+from d3llm_ray.distillation.objectives import PseudoTrajectory
 from d3llm_ray.errors import DecodingError, IncompleteError, InputError
 from d3llm_ray.evaluation.report import EvaluationReport
 from d3llm_ray.generate import GenerateSettings
