@@ -92,9 +92,7 @@ def read_state(folder: Path) -> None:
         raise FileNotFoundError("experiment_state-*.json")
     if not json.loads(newest.read_text(encoding="utf-8"))["trial_data"]:
         raise ValueError(f"{newest.name} has no trial")
-    for file in folder.glob("search_gen_state-*.json"):
-        json.loads(file.read_text(encoding="utf-8"))
-    for file in folder.glob("*.pkl"):
+    for file in (*folder.glob("*.pkl"), *folder.glob("search_gen_state-*.json")):  # a pickle, whatever its name
         cloudpickle.loads(file.read_bytes())
 
 

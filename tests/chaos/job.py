@@ -16,6 +16,8 @@ from tests.chaos.cluster import Cluster, is_running
 from tests.chaos.command import Command
 from tests.chaos.watcher import Watcher
 
+INCOMPLETE = 1  # exit code: the poisoned prompts have no row
+
 
 @dataclass(frozen=True)
 class Expected:

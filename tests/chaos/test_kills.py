@@ -12,7 +12,7 @@ import pytest
 
 from tests.chaos.cluster import Cluster
 from tests.chaos.command import Figures
-from tests.chaos.job import Expected, Job
+from tests.chaos.job import INCOMPLETE, Expected, Job
 from tests.chaos.watcher import Watcher
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400, func_only=True)]
@@ -40,7 +40,7 @@ def test_killed_teacher_actors(
             os.kill(killed[-1], signal.SIGKILL)
             due = time.monotonic() + EVERY_S
         time.sleep(0.05)
-    assert job.wait() == 0, job.printed
+    assert job.wait() == INCOMPLETE, job.printed
     assert len(killed) >= 3
     assert 0 < job.recomputed() <= len(killed) * job.settings.rows_per_block
     finish(job, "a teacher actor killed", len(killed), expected, watcher, undisturbed_seconds, tmp_path)
@@ -55,7 +55,7 @@ def test_killed_node(
     victim = max(cluster.workers, key=lambda node: len(node.pids() & job.busy()))
     actors = victim.pids() & job.teachers()
     victim.kill()
-    assert job.wait() == 0, job.printed
+    assert job.wait() == INCOMPLETE, job.printed
     assert not actors & job.teachers()
     assert job.recomputed() <= len(actors) * job.settings.rows_per_block
     finish(job, "one of three nodes killed", 1, expected, watcher, undisturbed_seconds, tmp_path)
@@ -79,7 +79,7 @@ def test_killed_driver(
         job.kill_driver()
         assert not (job.output / "_SUCCESS").exists()
     job.start()
-    assert job.wait() == 0, job.printed
+    assert job.wait() == INCOMPLETE, job.printed
     # Staging and publishing cost no row.
     assert job.recomputed() <= len(thresholds) * job.settings.actors * job.settings.rows_per_block
     finish(job, "the driver killed", len(moments), expected, watcher, undisturbed_seconds, tmp_path)

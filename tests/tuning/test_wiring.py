@@ -449,7 +449,7 @@ def test_a_task_without_references_is_refused_before_ray_starts(
         ("unrelated", b"", "tuner.pkl"),  # stopped before Tune wrote it
         ("tuner.pkl", pickle.dumps("torn")[:-5], "UnpicklingError"),
         ("searcher-state-1.pkl", pickle.dumps("torn")[:-5], "UnpicklingError"),
-        ("search_gen_state-1.json", b"{", "JSONDecodeError"),
+        ("search_gen_state-1.json", pickle.dumps("torn")[:-5], "UnpicklingError"),
         ("experiment_state-1.json", b'{"trial_data": [["torn', "JSONDecodeError"),
         ("experiment_state-1.json", b'{"trial_data": []}', "experiment_state-1.json has no trial"),
         ("experiment_state-1.json", b"{}", "KeyError: 'trial_data'"),
