@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from typing import TYPE_CHECKING, Any
 
 from d3llm_ray import __version__
-from d3llm_ray.errors import STORAGE_FAILURES, InputError, StorageError, WorkError, unknown
+from d3llm_ray.errors import STORAGE_FAILURES, InputError, StorageError, WorkError, one_line, unknown
 from d3llm_ray.paths import not_uploaded
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _os_error(error: OSError, verb: Verb | None, settings: Settings | None) -> t
     """Exit code and line of an error of the operating system, of a library or of a network."""
     cause = getattr(error, "cause", None)  # of an error in a worker; Ray's own is the worker's traceback
     error = cause if isinstance(cause, OSError) else error
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = one_line(error) or type(error).__name__
     output = getattr(settings, "output", None)
     ours = output is not None and isinstance(error.filename, str) and _is_below(error.filename, str(output))
     if ours or isinstance(error, StorageError) or error.errno in {*STORAGE_FAILURES, errno.EROFS}:

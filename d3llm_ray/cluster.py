@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, one_line
 
 # Set before Ray starts; a user's own value wins.
 _ENVIRONMENT = {
@@ -64,7 +64,7 @@ def connect(*, quiet: bool = True, dashboard: bool = False, min_cpus: int = EMBE
         try:
             ray.init(log_to_driver=not quiet, logging_level=level)
         except (ConnectionError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             accepted = "the address of a cluster that runs; without it an embedded one is started"
             raise InputError(f"RAY_ADDRESS: got {address!r}: {reason}; accepted: {accepted}") from error
         return

@@ -29,7 +29,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, one_line
 from d3llm_ray.paths import expanded, not_uploaded
 from d3llm_ray.yaml_file import dump_yaml, parse_yaml
 from d3llm_ray.yaml_file import read_yaml as read_yaml  # for those who read settings
@@ -226,7 +226,7 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
     except SettingsError as error:
         of = re.search(r"error encountered for (\w+)", str(error))
         line = f"{of[1]}: not in the form that is accepted: NAME=VALUE,..., or JSON" if of else str(error)
-        raise InputError(" ".join(line.split())) from error
+        raise InputError(one_line(line)) from error
     file_values = read_yaml(recipe_file(common.config, cls)) if common.config else {}
     values = merge(file_values, {**flags, **texts})
     for name in PATHS & values.keys() & cls.model_fields.keys():

@@ -1,12 +1,13 @@
-"""The error for bad input, shared by every room."""
+"""The errors that all rooms share, and how they are told in one line."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # Errors that come with time, not with what was asked for.
 STORAGE_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE}
+NAMED = 10  # failures in the line that ends a verb
 
 
 class InputError(ValueError):
@@ -42,3 +43,15 @@ def require(condition: bool, field: str, value: object, accepted: str) -> None:
     """Raise `InputError` unless `condition` holds; `accepted` says in words what would do."""
     if not condition:
         raise InputError(f"{field}: got {value!r}; accepted: {accepted}")
+
+
+def one_line(text: object) -> str:
+    """What a library says, line breaks and indentation included, as one line."""
+    return " ".join(str(text).split())
+
+
+def first_failures(failures: Sequence[str], count: int | None = None) -> str:
+    """The first few failures with their reasons, and how many more there are of `count` (None: of those given)."""
+    named = failures[:NAMED]
+    more = (len(failures) if count is None else count) - len(named)
+    return "; ".join([*named, *([f"and {more} more"] if more else [])])

@@ -13,14 +13,12 @@ from pydantic import Field
 
 from d3llm_ray.config import DecoderSettings, DecodingOptions, to_yaml
 from d3llm_ray.decoding import DiffusionLLM, Output, choose_decoder
-from d3llm_ray.errors import IncompleteError, InputError, require
+from d3llm_ray.errors import IncompleteError, InputError, first_failures, require
 from d3llm_ray.models import read_configs
 from d3llm_ray.output_folder import is_written, writing
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import check_output, destination, json_line, write_text
 from d3llm_ray.tasks import Problem, read_problems
-
-NAMED_ROWS = 10  # of those without an answer, in the line that ends the verb
 
 
 class GenerateSettings(DecodingOptions):
@@ -85,10 +83,9 @@ def _answer(settings: GenerateSettings, progress: Progress | None) -> str:
     write_text(settings_file(settings.output), to_yaml(settings))
     failed = [f"row {row}: {output.error}" for row, output in enumerate(outputs, start=1) if output.error is not None]
     if failed:
-        more = f"; and {len(failed) - NAMED_ROWS} more" if len(failed) > NAMED_ROWS else ""
         raise IncompleteError(
             f"prompts: {len(failed)} of {len(outputs)} not answered, the others are in {settings.output}: "
-            f"{'; '.join(failed[:NAMED_ROWS])}{more}"
+            f"{first_failures(failed)}"
         )
     return str(settings.output)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, one_line
 from d3llm_ray.paths import expanded, not_uploaded
 
 
@@ -63,7 +63,7 @@ def read_yaml(path: str | Path, field: str = "config") -> dict[str, Any]:
     except DuplicateKey as error:
         raise InputError(f"{field}: {str(path)!r}: {error}; accepted: every key once") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"{field}: {str(path)!r} is not YAML: {reason}") from error
     if content is None:
         return {}

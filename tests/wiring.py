@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from d3llm_ray.progress import Progress
+
 Seen = defaultdict[Any, list[Any]]
 Look = Callable[[Seen], Any]  # finds in it what became of a setting
 
@@ -19,3 +21,14 @@ def only(name: str) -> Look:
         return first
 
     return look
+
+
+class Notes(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from d3llm_ray.errors import require
+from d3llm_ray.errors import one_line, require
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
 from d3llm_ray.report import digest, json_line, machine, versions, write_text
 
@@ -46,5 +46,5 @@ def read_row(path: Path, problem_ids: Sequence[str]) -> EvaluationRow | str:
         require(ids == list(problem_ids), "problems", len(ids), f"{len(problem_ids)} and their ids")
         require(row == EvaluationRow(**first), "figures", "others", "those of the samples")
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return one_line(f"{type(error).__name__}: {error}")
     return row

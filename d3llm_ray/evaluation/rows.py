@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from d3llm_ray.errors import IncompleteError, require
+from d3llm_ray.errors import IncompleteError, first_failures, require
 
-NAMED = 10  # problems without an answer, in the line that names them
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
@@ -116,10 +115,9 @@ def unanswered(samples: Iterable[EvaluatedSample]) -> list[str]:
 def check_answered(failures: Sequence[str], where: object) -> None:
     """Raise `IncompleteError`, which names the first few `failures`, if there are any; `where` holds all else."""
     if failures:
-        more = f"; and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
         raise IncompleteError(
             f"problems: answers are missing: {len(failures)}, counted as wrong; the others are in {where}: "
-            f"{'; '.join(failures[:NAMED])}{more}"
+            f"{first_failures(failures)}"
         )
 
 

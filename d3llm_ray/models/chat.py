@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, one_line
 from d3llm_ray.models.checkpoint import TOKENIZER_FILES, resolve_model
 from d3llm_ray.models.families import Family
 from d3llm_ray.models.folder import check_file
@@ -33,8 +33,7 @@ def load_tokenizer(name_or_path: str | Path, family: Family) -> PreTrainedTokeni
         else:
             return None
     except Exception as error:  # the tokenizer's parser raises bare exceptions
-        reason = " ".join(str(error).split())
-        raise InputError(f"model: the tokenizer files of {path} are damaged: {reason}") from error
+        raise InputError(f"model: the tokenizer files of {path} are damaged: {one_line(error)}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = family.layout.chat_template
     return tokenizer
@@ -149,8 +148,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], shield:
     try:
         text = tokenizer.apply_chat_template(shielded, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is the checkpoint's program: it may raise by intent, or fail in any way
-        reason = " ".join(str(error).split())
-        raise InputError(f"messages: the model's chat template refuses them: {reason}") from error
+        raise InputError(f"messages: the model's chat template refuses them: {one_line(error)}") from error
     assert isinstance(text, str)
     return text
 

@@ -77,10 +77,10 @@ class Room:
 
     def refuses(self) -> bool:
         """Whether another request would be too many. Counts the refusal."""
-        full = self._metrics is not None and self.in_flight >= self._each * max(self._replicas, 1)
-        if full and self._metrics is not None:
-            self._metrics.refused()
-        return full
+        if self._metrics is None or self.in_flight < self._each * max(self._replicas, 1):
+            return False
+        self._metrics.refused()
+        return True
 
     def take(self) -> ExitStack:
         """A place, which is free again when that is closed."""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, one_line
 from d3llm_ray.paths import expanded, not_uploaded
 from d3llm_ray.tasks.task import Message, Problem, problem_id
 
@@ -56,9 +56,7 @@ def stream_problems(filesystem: fs.FileSystem, path: str, name: str) -> Iterator
 
 def unreadable(name: str, why: object) -> InputError:
     """The error for prompts that cannot be read, in one line."""
-    return InputError(
-        f"prompts: cannot read {name!r}: {' '.join(str(why).split())}; accepted: {ACCEPTED}{not_uploaded(name)}"
-    )
+    return InputError(f"prompts: cannot read {name!r}: {one_line(why)}; accepted: {ACCEPTED}{not_uploaded(name)}")
 
 
 def no_rows(name: str) -> InputError:

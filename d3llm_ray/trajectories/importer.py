@@ -127,7 +127,6 @@ def run(settings: ImportSettings, progress: Progress | None = None) -> str:
     check_folder(output)
     finished = (output / SUCCESS).exists
     require(not finished, "output", settings.output, f"a folder without a finished run ({SUCCESS})")
-    check_folder(output)
     source = open_published(settings.source, settings.split, "source")
     teacher, metadata = _teacher(settings, source.columns)
     convert = _converter(settings, source.columns, teacher)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, one_line
 from d3llm_ray.models.chat import check_unicode
 from d3llm_ray.tasks import Problem
 
@@ -66,7 +66,7 @@ def _prompt(row: int, row_id: str, problem: Problem) -> Prompt:
 
 def reason_of(error: Exception) -> str:
     """Why a prompt or source row gave no trajectory, in one line that can be written."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return writable(text if isinstance(error, InputError) else f"{type(error).__name__}: {text}")
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from d3llm_ray.errors import InputError, require
+from d3llm_ray.errors import InputError, one_line, require
 from d3llm_ray.paths import not_uploaded
 from d3llm_ray.tasks import Split
 from d3llm_ray.trajectories.folders import check_local, data_files
@@ -65,7 +65,7 @@ def _readable(name: str, field: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"{field}: cannot read {name!r}: {reason}; accepted: {FORMATS}") from error
 
 

@@ -14,7 +14,7 @@ import pyarrow.dataset as pads
 from pyarrow import fs
 
 from d3llm_ray.config import Settings, to_yaml
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import NAMED, InputError, first_failures
 from d3llm_ray.output_folder import named
 from d3llm_ray.report import check_output
 from d3llm_ray.trajectories.schema import ERROR_SCHEMA, ERRORS, SCHEMA, build_table, check_table, with_metadata
@@ -22,7 +22,6 @@ from d3llm_ray.trajectories.storage import LEFTOVER, STARTED, SUCCESS, Location
 
 STAGING, STAGED = "_staging", {"prompts", "parts", "remaining", "manifest.json"}  # what is half done, and its parts
 SHARD = re.compile(r"trajectories-\d{5,}\.parquet")
-NAMED_ERRORS = 10  # in the line that ends a verb
 
 
 class ShardWriter:
@@ -167,14 +166,13 @@ def missing_rows(folder: Location, field: str) -> str | None:
     if not summary["errors"]:
         return None
     file = folder / ERRORS
-    errors = pads.dataset(file.path, filesystem=file.filesystem, format="parquet").head(NAMED_ERRORS).to_pylist()
+    errors = pads.dataset(file.path, filesystem=file.filesystem, format="parquet").head(NAMED).to_pylist()
     ids = ["" if error.get("id") is None else f" ({error['id']})" for error in errors]
     reasons = [f"row {error['row'] + 1}{name}: {error['error']}" for name, error in zip(ids, errors, strict=True)]
-    more = f"; and {summary['errors'] - len(errors)} more" if summary["errors"] > len(errors) else ""
     total = summary["rows"] + summary["errors"] + summary["duplicates"]
     return (
         f"{field}: {summary['errors']} of {total} gave no trajectory and are in {file.name}, the others beside it: "
-        f"{'; '.join(reasons)}{more}"
+        f"{first_failures(reasons, summary['errors'])}"
     )
 
 

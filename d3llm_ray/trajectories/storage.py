@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from d3llm_ray.errors import InputError, StorageError
+from d3llm_ray.errors import InputError
 from d3llm_ray.paths import expanded
-from d3llm_ray.report import destination
+from d3llm_ray.report import destination, storing
 
 SUCCESS = "_SUCCESS"
 LEFTOVER = re.compile(r"_partial\.[0-9a-f]+\..+")
@@ -122,12 +122,11 @@ class Location:
         target = self.resolved()
         folder, _, file = target.rpartition("/")
         partial = f"{folder}/{PARTIAL}.{uuid.uuid4().hex[:8]}.{file}"
-        try:
-            yield partial
-            self.filesystem.move(partial, target)
-        except BaseException as error:
-            with suppress(OSError):
-                self.filesystem.delete_file(partial)
-            if isinstance(error, OSError):  # Arrow's does not say which file
-                raise StorageError(error.errno, f"{error.strerror or error}: {self.name}") from error
-            raise
+        with storing(self.name):  # Arrow's error does not say which file
+            try:
+                yield partial
+                self.filesystem.move(partial, target)
+            except BaseException:
+                with suppress(OSError):
+                    self.filesystem.delete_file(partial)
+                raise

@@ -12,7 +12,7 @@ from ray import cloudpickle, tune
 from ray.tune import ResultGrid
 from ray.tune.search.optuna import OptunaSearch
 
-from d3llm_ray.errors import WorkError
+from d3llm_ray.errors import WorkError, one_line
 from d3llm_ray.progress import Progress
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial
 from d3llm_ray.tuning.settings import TuneSettings
@@ -78,7 +78,7 @@ def _restored_tuner(trainable: Any, folder: Path, progress: Progress) -> tune.Tu
         # A new trainable: the handles of the evaluators that the interrupted search knew are dead.
         return tune.Tuner.restore(str(folder), trainable=trainable, resume_errored=True)
     except Exception as error:  # pickles of a torn or other version's state fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         aside = folder.with_name(f"{folder.name}.unusable-{len(list(folder.parent.glob(f'{folder.name}.*')))}")
         folder.rename(aside)
         progress.note(f"the search begins anew, as the interrupted one, now {aside}, cannot be restored: {reason}")

@@ -22,19 +22,10 @@ from d3llm_ray.distillation.training.validation import score
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.models import load_model, read_configs
-from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import load_task
+from tests.wiring import Notes
 
 STEPS = 12
-
-
-class Notes(Progress):
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +91,8 @@ def test_an_interrupted_run_goes_on_to_the_same_student(
             distil_here(settings("parts", **values), Notes())
     progress = Notes()
     parts = distil_here(settings("parts", checkpoint_every=3, **values), progress)  # how it is run may change
-    assert progress.notes[0] == "40 rows to train on; left out: 20 wrong"
-    assert f"resuming behind step 5 of {STEPS}" in progress.notes
+    assert progress.said[0] == "40 rows to train on; left out: 20 wrong"
+    assert f"resuming behind step 5 of {STEPS}" in progress.said
     assert losses(parts) == losses(whole)
     assert [line["step"] for line in read_metrics(parts / "metrics.jsonl")] == list(range(1, STEPS + 1))
     for name, tensor in load_model(parts)[0].state_dict().items():
@@ -123,7 +114,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
     shard.write_bytes(shard.read_bytes()[:100])
     progress = Notes()
     parts = distil_here(settings("parts"), progress)
-    assert any("step-000010 is damaged" in note and "using step-000005" in note for note in progress.notes)
+    assert any("step-000010 is damaged" in note and "using step-000005" in note for note in progress.said)
     assert losses(parts) == losses(whole)
 
 

@@ -15,25 +15,14 @@ import pytest
 from d3llm_ray.config import build
 from d3llm_ray.decoding import decoder
 from d3llm_ray.errors import IncompleteError
-from d3llm_ray.evaluation import kept, plots
+from d3llm_ray.evaluation import kept
 from d3llm_ray.evaluation import run as verb
 from d3llm_ray.evaluation.settings import EvaluateSettings, Pair
-from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Task, arith
 from tests.evaluation.fakes import FakeLLM, problem
+from tests.wiring import Notes
 
 QUESTION = "Tom has 5 apples. How many apples does Tom have now?"
-
-
-class Notes(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 class EveryAnswer(dict[str, Any]):
@@ -54,8 +43,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
         return fake
 
     monkeypatch.setattr(verb.DiffusionLLM, "from_pretrained", load)
-    for module in (verb, plots):  # wherever the verb takes it from: a picture takes longer than all else here
-        monkeypatch.setattr(module, "plot_report", lambda *_: None, raising=False)
+    monkeypatch.setattr(verb, "can_plot", lambda *_: False)  # a picture takes longer than all else here
     return fake
 
 

@@ -22,7 +22,6 @@ from d3llm_ray.config import build
 from d3llm_ray.decoding import DiffusionLLM, decoder, decoding_settings
 from d3llm_ray.errors import IncompleteError, InputError
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
-from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Problem, Task
 from d3llm_ray.tuning import evaluators, records, trial
 from d3llm_ray.tuning import run as verb
@@ -32,6 +31,7 @@ from d3llm_ray.tuning.objective import SearchObjective, TuneTrial
 from d3llm_ray.tuning.settings import TuneSettings
 from d3llm_ray.tuning.space import SearchSpace
 from d3llm_ray.tuning.trial import measure, run_trial
+from tests.wiring import Notes
 
 SPACE = """
 decoder: d3llm
@@ -39,17 +39,6 @@ decoder_settings: {cache_delay: 2}
 parameters: {entropy_threshold: {type: float, low: 0.1, high: 4}}
 """
 BLOCKS = "decoder: fast-dllm-v2\nparameters: {confidence_threshold: {type: float, low: 0.2, high: 1}}\n"
-
-
-class Notes(Progress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.said: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.said.append(text)
 
 
 def row_of(right: int, count: int, tokens: int, forwards: int, seconds: float = 2.0, **errors: str) -> EvaluationRow:
