@@ -69,8 +69,8 @@ class Distillation(Command):
 
     @property
     def work(self) -> Path:
-        """The hidden folder of an interrupted run."""
-        (folder,) = self.output.parent.iterdir()
+        """The hidden folder of an interrupted run; its writer's lock lies beside it."""
+        (folder,) = (path for path in self.output.parent.iterdir() if path.is_dir())
         assert folder.name.startswith(".")
         return folder
 
