@@ -134,12 +134,20 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reveal:
-    """What one forward revealed: response positions with their tokens and entropies (nats)."""
+    """What one forward revealed: response positions with their tokens, entropies (nats) and log probabilities.
+
+    Positions before `opened` are in blocks that exist, those before `frozen` have keys that stay as they are.
+    """
 
     forward: int  # 0-based, of the request
     positions: list[int]
     token_ids: list[int]
     entropies: list[float]
+    logprobs: list[float]
+    size: int
+    block_size: int
+    opened: int
+    frozen: int
 
 
 @dataclass(frozen=True)
@@ -192,14 +200,18 @@ class ActiveRequest:
         chosen = flags.nonzero()[0]
         predicted = statistics.sampled if forced is None else np.where(forced, statistics.argmax, statistics.sampled)
         positions, tokens, entropies = opening.eligible[chosen], predicted[chosen], statistics.entropy[chosen]
-        canvas.commit(positions, tokens, entropies, statistics.logprob[chosen])
+        logprobs = statistics.logprob[chosen]
+        canvas.commit(positions, tokens, entropies, logprobs)
         if self.decoder.early_stop:
             canvas.fill_after_stop(eos_id)
         if canvas.repeat and not canvas.masked[opening.start : opening.end].any():
             self.repeat = opening._replace(eligible=opening.eligible[:0])
         shown = None
         if self.request.reveals:
-            shown = Reveal(canvas.forwards - 1, positions.tolist(), tokens.tolist(), entropies.tolist())
+            frozen = max(canvas.cached - canvas.prompt_length, 0)
+            extent = canvas.size, canvas.block_size, canvas.created_end, frozen
+            figures = entropies.tolist(), logprobs.tolist()
+            shown = Reveal(canvas.forwards - 1, positions.tolist(), tokens.tolist(), *figures, *extent)
         return self._event(shown, eos_id)
 
     def failed(self) -> Event:

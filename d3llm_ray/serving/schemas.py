@@ -22,8 +22,6 @@ MAX_STOP_LENGTH = 256
 MAX_MESSAGES = 1024
 MAX_SEED = 2**63 - 1
 
-FinishReason = Literal["stop", "length"]
-
 # Parameters of OpenAI's API that this server cannot honour, with the values that ask for nothing. Clients often
 # send those by default; any other value must not be ignored in silence.
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
@@ -126,7 +124,8 @@ class ChatRequest(_Strict):
     """`POST /v1/chat/completions`.
 
     `diffusion` overrides decoding settings of the server's decoder for this request, for example
-    `{"entropy_threshold": 0.3}`. `top_k` (0 or -1: off), `stop_token_ids` and `ignore_eos` mean what they mean in vLLM.
+    `{"entropy_threshold": 0.3}`, and asks for reveal events in a stream by `{"events": true}`. `top_k` (0 or -1: off),
+    `stop_token_ids` and `ignore_eos` mean what they mean in vLLM.
     `user` is accepted and ignored.
     """
 
@@ -165,6 +164,11 @@ class ChatRequest(_Strict):
             raise _refusal("max_tokens", "differs from max_completion_tokens; accepted: one of the two")
         if self.stream_options is not None and not self.stream:
             raise _refusal("stream_options", "accepted: only with stream set to true")
+        events = (self.diffusion or {}).get("events", False)
+        if not isinstance(events, bool):
+            raise _refusal("diffusion.events", f"got {json.dumps(events)}; accepted: true or false")
+        if events and not self.stream:
+            raise _refusal("diffusion.events", "accepted: only with stream set to true")
         return self
 
     @property
@@ -175,6 +179,16 @@ class ChatRequest(_Strict):
     @property
     def wants_stream_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_events(self) -> bool:
+        """Whether the stream tells what every forward revealed."""
+        return bool((self.diffusion or {}).get("events"))
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Decoding settings of this request."""
+        return {name: value for name, value in (self.diffusion or {}).items() if name != "events"}
 
 
 def _require_encodable(body: dict[str, Any]) -> None:
@@ -207,90 +221,3 @@ def _is_neutral(name: str, value: object) -> bool:
 def _refusal(param: str, reason: str, code: str = "invalid_value") -> PydanticCustomError:
     """An error of the whole body that still names the field at fault."""
     return PydanticCustomError("refusal", "{reason}", {"param": param, "reason": reason, "code": code})
-
-
-class Usage(BaseModel):
-    """Token counts; `completion_tokens` are those before the stop token, `tpf` = completion_tokens / forwards.
-
-    `forwards` counts the model calls in which the request took part, prefill and refreshes included.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    forwards: int
-    tpf: float
-
-    @staticmethod
-    def count(prompt_tokens: int, completion_tokens: int, forwards: int) -> Usage:
-        return Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            forwards=forwards,
-            tpf=round(completion_tokens / forwards, 3) if forwards else 0.0,
-        )
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class Choice(BaseModel):
-    index: int = 0
-    message: AssistantMessage
-    finish_reason: FinishReason
-    logprobs: None = None
-
-
-class ChatCompletion(BaseModel):
-    """The answer of a request without `stream`."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-
-
-class ChunkDelta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChunkChoice(BaseModel):
-    index: int = 0
-    delta: ChunkDelta
-    finish_reason: FinishReason | None = None
-    logprobs: None = None
-
-
-class ChatChunk(BaseModel):
-    """One event of a stream; `delta.content` extends the text sent so far and never rewrites it."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class ModelCard(BaseModel):
-    """A served model with what its decoder does to it, approximations included."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["d3llm-ray"] = "d3llm-ray"
-    max_model_len: int
-    max_tokens_limit: int
-    decoder: str
-    decoder_settings: dict[str, Any]
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]

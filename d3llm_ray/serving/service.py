@@ -10,73 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from d3llm_ray.decoding import Decoder, DiffusionLLM, Request
+from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.answers import Answer
 from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, queue_full
-from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest, FinishReason, ModelCard, Usage
+from d3llm_ray.serving.replies import ModelCard, Revealed
+from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest
 from d3llm_ray.serving.settings import ReplicaSettings
-from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded, Submission
+from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded
 
 WARM_UP_TOKENS = 1
-
-
-class Answer:
-    """The answer to one request, as it grows. Close it however it ends.
-
-    `usage` and `finish_reason` are set at its end.
-    """
-
-    def __init__(self, submission: Submission, text: CommittedText, metrics: ServingMetrics) -> None:
-        self.finish_reason: FinishReason | None = None
-        self.usage: Usage | None = None
-        self._submission = submission
-        self._text = text
-        self._metrics = metrics
-        self._arrived = time.monotonic()
-        self._started = False
-        self._closed = False
-
-    async def next_text(self) -> str | None:
-        """The next committed text, never empty, or None at the end. Raises `ApiError` when the engine fails."""
-        while self.finish_reason is None:
-            try:
-                event = await self._submission.next_event()
-            except EngineFailure as error:
-                raise ApiError(500, f"{error}; ask again", code="engine_failed") from error
-            if event.error is not None:
-                raise ApiError(500, event.error, code="decoding_failed")
-            text = self._text.push(event.token_ids)
-            if event.completion is not None:
-                text += self._text.finish()
-            if self._text.stopped:
-                self._end("stop", event.forwards)
-            elif event.completion is not None:
-                self._end("stop" if event.completion.finish_reason == "stop" else "length", event.forwards)
-            if text:
-                self._note_first()
-                return text
-        return None
-
-    def close(self) -> None:
-        """Free the slot if the answer is not complete."""
-        if self._closed:
-            return
-        self._closed = True
-        self._submission.close()
-        if self.finish_reason is None:
-            self._metrics.aborted()
-
-    def _note_first(self) -> None:
-        if not self._started:
-            self._started = True
-            self._metrics.first_text(time.monotonic() - self._arrived)
-
-    def _end(self, reason: FinishReason, forwards: int) -> None:
-        self.finish_reason = reason
-        self.usage = Usage.count(len(self._submission.request.prompt_ids), self._text.tokens, forwards)
-        self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards)
 
 
 @contextmanager
@@ -159,6 +105,21 @@ class ChatService:
             top_k=request.top_k or 0,
             stop_token_ids=request.stop_token_ids or (),
             ignore_eos=bool(request.ignore_eos),
+            reveals=request.wants_events,
+        )
+
+    def revealed(self, reveal: Reveal) -> Revealed:
+        """A forward's reveals as a client reads them: a text for each token, special tokens by their names."""
+        assert self.llm.tokenizer is not None
+        return Revealed(
+            forward=reveal.forward,
+            positions=reveal.positions,
+            text=[str(self.llm.tokenizer.decode([token])) for token in reveal.token_ids],
+            entropy=[round(entropy, 4) for entropy in reveal.entropies],
+            size=reveal.size,
+            block_size=reveal.block_size,
+            opened=reveal.opened,
+            frozen=reveal.frozen,
         )
 
     def check_model(self, name: str) -> None:
@@ -174,13 +135,13 @@ class ChatService:
             raise ApiError(400, f"{name}: got {wanted}; accepted: 1 to {limit}", param=name, code="invalid_value")
 
     def _decoder(self, request: ChatRequest) -> Decoder | None:
-        if not request.diffusion:
+        if not request.overrides:
             return None
         usual, limit = self.llm.engine.decoder, self.settings.max_tokens_limit
         wanted = request.wanted_tokens or self.settings.max_tokens
         try:
-            check_overrides(request.diffusion, usual, self.llm.family, wanted, limit)
-            return usual.override(**request.diffusion)
+            check_overrides(request.overrides, usual, self.llm.family, wanted, limit)
+            return usual.override(**request.overrides)
         except InputError as error:
             raise bad_input(error, "diffusion.") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from d3llm_ray.serving.schemas import ChatChunk
+from d3llm_ray.serving.replies import ChatChunk
 
 DONE = "data: [DONE]\n\n"
 
@@ -19,4 +19,6 @@ def sse(body: ChatChunk | dict[str, Any], *, show_usage: bool = False) -> str:
         choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
     if not show_usage:
         del values["usage"]
+    if values["diffusion"] is None:
+        del values["diffusion"]
     return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"

@@ -10,7 +10,8 @@ from openai.types.chat import ChatCompletionChunk, ChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from pydantic import ValidationError
 
-from d3llm_ray.serving.schemas import ChatChunk, ChatRequest, ChunkChoice, ChunkDelta, Usage
+from d3llm_ray.serving.replies import ChatChunk, ChunkChoice, ChunkDelta, Usage
+from d3llm_ray.serving.schemas import ChatRequest
 from d3llm_ray.serving.sse import DONE, sse
 
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from openai.types.chat import ChatCompletion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.serving.http import create_app
@@ -79,8 +79,42 @@ def test_stream_adds_up_to_the_json_answer(client: TestClient, temperature: floa
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
+def test_reveal_events_rebuild_the_canvas(client: TestClient, offline: DiffusionLLM) -> None:
+    """A chunk a forward tells what it revealed; together they are the canvas, and the chunks' texts are the answer."""
+    fields: dict[str, Any] = {"max_tokens": 48, "diffusion": {"entropy_threshold": 1.0, "events": True}}
+    chunks = events(client.post(CHAT, json=body(stream=True, **fields)))
+    (expected,) = offline.generate([QUESTION], max_tokens=48, entropy_threshold=1.0)
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk)
+        assert len(chunk["choices"]) == 1  # what an ordinary client reads
+    assert text_of(chunks) == expected.text
+    told = [chunk["diffusion"] for chunk in chunks if "diffusion" in chunk]
+    assert [event["forward"] for event in told] == list(range(expected.forwards))
+    assert all(event["size"] == 48 and event["block_size"] == 16 for event in told)
+    assert [event["opened"] for event in told] == sorted(event["opened"] for event in told)
+    assert told[0]["frozen"] == 0 and all(event["frozen"] <= event["opened"] for event in told)
+    assert offline.tokenizer is not None
+    seen = set()
+    for event in told:
+        for position, text, entropy in zip(event["positions"], event["text"], event["entropy"], strict=True):
+            assert position < event["opened"] and position not in seen
+            seen.add(position)
+            assert event["forward"] == expected.reveal_steps[position]
+            assert text == offline.tokenizer.decode([expected.response_ids[position]])
+            assert entropy == pytest.approx(expected.reveal_entropies[position], abs=1e-4)
+    assert len(seen) >= len(expected.token_ids)
+
+
+@pytest.mark.parametrize(("stream", "value"), [(False, True), (True, "yes"), (True, 1)])
+def test_reveal_events_are_refused(client: TestClient, stream: bool, value: object) -> None:
+    response = client.post(CHAT, json=body(stream=stream, diffusion={"events": value}))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "diffusion.events"
+
+
 def test_stream_without_usage_has_none(client: TestClient) -> None:
-    assert all("usage" not in chunk for chunk in events(client.post(CHAT, json=body(stream=True))))
+    chunks = events(client.post(CHAT, json=body(stream=True)))
+    assert all("usage" not in chunk and "diffusion" not in chunk for chunk in chunks)
 
 
 def test_seed_decides_a_sampled_answer(client: TestClient) -> None:

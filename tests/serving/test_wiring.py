@@ -41,7 +41,9 @@ def asked(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> list[Request
         submission = Submission(request, service.worker)
         ids = service.llm.encode("3 + 4")[-8:][:5]
         end = types.SimpleNamespace(finish_reason="length")
-        submission.events.put_nowait(types.SimpleNamespace(error=None, token_ids=ids, completion=end, forwards=3))  # type: ignore[arg-type]
+        submission.events.put_nowait(
+            types.SimpleNamespace(error=None, reveal=None, token_ids=ids, completion=end, forwards=3)
+        )  # type: ignore[arg-type]
         return submission
 
     monkeypatch.setattr(service.worker, "submit", submit)
