@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from d3llm_ray import __version__
 from d3llm_ray.serving.answers import Answer, Piece
 from d3llm_ray.serving.errors import ApiError, install_handlers, to_api_error
+from d3llm_ray.serving.guards import guard
 from d3llm_ray.serving.limits import BodyLimit, RefusesWhenFull
 from d3llm_ray.serving.replies import (
     AssistantMessage,
@@ -30,11 +31,15 @@ from d3llm_ray.serving.sse import DONE, sse
 from d3llm_ray.serving.streams import AnswerStream
 
 
-def create_app(service: ChatService) -> FastAPI:
-    """Routes: `POST /v1/chat/completions`, `GET /v1/models`, `GET /v1/models/{id}`, `GET /health`."""
+def create_app(service: ChatService, *, echo_request_id: bool = True) -> FastAPI:
+    """Routes: `POST /v1/chat/completions`, `GET /v1/models`, `GET /v1/models/{id}`, `GET /health`.
+
+    `echo_request_id`: whether answers tell the request's id; behind Ray Serve its proxy adds that.
+    """
     app = FastAPI(title="d3llm-ray", version=__version__)
     app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
     app.add_middleware(RefusesWhenFull, service=service)  # the outer one
+    guard(app, service.settings, service.keys, echo_request_id=echo_request_id)
     install_handlers(app)
 
     @app.post(CHAT, response_model=ChatCompletion)

@@ -14,7 +14,9 @@ from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.access_log import note_model
 from d3llm_ray.serving.answers import Answer
+from d3llm_ray.serving.auth import KeyRing
 from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, queue_full
 from d3llm_ray.serving.replies import ModelCard, Revealed
@@ -40,6 +42,7 @@ class ChatService:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         self.settings = settings
+        self.keys = KeyRing.of(settings)
         self.created = int(time.time())
         self.llm = DiffusionLLM.from_pretrained(
             settings.model, settings.decoding(), settings.dtype, settings.device, settings.max_batch_size
@@ -76,6 +79,7 @@ class ChatService:
     async def open(self, request: ChatRequest) -> Answer:
         """Check a request against the model and queue it; `ApiError` when it is refused."""
         self.check_model(request.model)
+        note_model(request.model)
         self._check_answer_length(request)
         decoder = self._decoder(request)
         self.check_room()  # before the work of tokenising

@@ -27,6 +27,7 @@ from d3llm_ray.serving.schemas import CHAT, ChatRequest
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
 from d3llm_ray.serving.worker import EngineWorker, Overloaded, Submission
+from tests.serving.keys import key_file
 
 QUESTION = [{"role": "user", "content": "2 + 3 ?"}]
 
@@ -195,6 +196,10 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "max_tokens_limit": 96,
         "max_body_bytes": 2_000,
         "step_timeout_s": 33.0,
+        "api_keys": key_file(tmp_path, "key-1"),
+        "api_keys_required": True,
+        "cors_origins": ["https://chat.example.com"],
+        "log_requests": False,
     }
     assert set(values) == set(ReplicaSettings.model_fields)
     settings = config.build(ReplicaSettings, values)
@@ -205,6 +210,7 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (chosen.name, chosen.settings()["entropy_threshold"]) == ("dparallel", 0.125)
     assert worker == {"capacity": 5 + 7, "step_timeout_s": 33.0}
     assert made.settings.model_id == "mine"
+    assert made.keys.asks and made.keys.holds(b"key-1") and not made.keys.holds(b"key-2")
     assert made._max_tokens(ChatRequest(model="mine", messages=[{"role": "user", "content": "a"}]), 10) == 48  # type: ignore[list-item]
     with pytest.raises(Exception, match="max_tokens: got 97; accepted: 1 to 96"):
         made._check_answer_length(ChatRequest(model="m", messages=QUESTION, max_tokens=97))  # type: ignore[arg-type]
