@@ -29,6 +29,7 @@ def serve_locally(settings: ReplicaSettings) -> Iterator[str]:
     service = ChatService(settings)
     with socket.socket() as listener:
         listener.bind((HOST, 0))
+        listener.listen()  # who connects before the server has started waits
         server = uvicorn.Server(
             uvicorn.Config(create_app(service), http=BoundedConnection, log_level="warning", lifespan="off")
         )
