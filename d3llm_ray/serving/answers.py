@@ -10,6 +10,7 @@ from d3llm_ray.decoding import Event
 from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.access_log import note_answer
 from d3llm_ray.serving.errors import ApiError
 from d3llm_ray.serving.replies import FinishReason, Usage
 from d3llm_ray.serving.worker import EngineFailure, Submission
@@ -112,3 +113,4 @@ class Answer:
         self.finish_reason = reason
         self.usage = Usage.count(len(self._submission.request.prompt_ids), self._text.tokens, forwards)
         self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards)
+        note_answer(self.usage.prompt_tokens, self.usage.completion_tokens, forwards, reason)

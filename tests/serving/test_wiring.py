@@ -27,6 +27,7 @@ from d3llm_ray.serving.schemas import CHAT, ChatRequest
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
 from d3llm_ray.serving.worker import EngineWorker, Overloaded, Submission
+from tests.serving.keys import key_file
 
 QUESTION = [{"role": "user", "content": "2 + 3 ?"}]
 
@@ -201,6 +202,10 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "max_body_bytes": 2_000,
         "step_timeout_s": 33.0,
         "request_decoders": ["vanilla", "d2f"],
+        "api_keys": key_file(tmp_path, "key-1"),
+        "api_keys_required": True,
+        "cors_origins": ["https://chat.example.com"],
+        "log_requests": False,
     }
     assert set(values) == set(ReplicaSettings.model_fields)
     settings = config.build(ReplicaSettings, values)
@@ -215,6 +220,7 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert made.decoders["dparallel"] is chosen
     asked = ChatRequest(model="mine", messages=[{"role": "user", "content": "a"}])  # type: ignore[list-item]
     assert made._max_tokens(asked, "messages", 10) == 48
+    assert made.keys.asks and made.keys.holds(b"key-1") and not made.keys.holds(b"key-2")
     with pytest.raises(Exception, match="max_tokens: got 97; accepted: 1 to 96"):
         made._check_answer_length(ChatRequest(model="m", messages=QUESTION, max_tokens=97))  # type: ignore[arg-type]
     options = app.application(settings, num_replicas=6)._bound_deployment
