@@ -16,7 +16,8 @@ from d3llm_ray.errors import InputError, require
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.answers import Answer
 from d3llm_ray.serving.bounds import check_overrides
-from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, queue_full
+from d3llm_ray.serving.deadline import Deadline, DeadlinePassed
+from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, out_of_time, queue_full
 from d3llm_ray.serving.replies import ModelCard, Revealed
 from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest
 from d3llm_ray.serving.settings import ReplicaSettings
@@ -33,6 +34,8 @@ def _refusals() -> Iterator[None]:
         raise queue_full() from error
     except EngineFailure as error:
         raise ApiError(503, str(error), code="engine_failed", retry_after_s=RETRY_AFTER_S) from error
+    except DeadlinePassed as error:
+        raise out_of_time(error) from error
 
 
 class ChatService:
@@ -75,17 +78,19 @@ class ChatService:
 
     async def open(self, request: ChatRequest) -> Answer:
         """Check a request against the model and queue it; `ApiError` when it is refused."""
+        deadline = Deadline(self.settings.request_timeout_s)
         self.check_model(request.model)
         self._check_answer_length(request)
         decoder = self._decoder(request)
         self.check_room()  # before the work of tokenising
-        try:
-            engine_request = await self._engine_request(request, decoder)
-            self.llm.engine.check(engine_request)
-        except InputError as error:
-            raise bad_input(error) from error
         with _refusals():
-            submission = self.worker.submit(engine_request)
+            try:
+                async with deadline:
+                    engine_request = await self._engine_request(request, decoder)
+                self.llm.engine.check(engine_request)
+            except InputError as error:
+                raise bad_input(error) from error
+            submission = self.worker.submit(engine_request, deadline)
         return Answer(submission, CommittedText(self.llm.decode, request.stop), self._metrics)
 
     def check_room(self) -> None:

@@ -40,10 +40,16 @@ class ReplicaSettings(Settings):
     )
     max_body_bytes: int = Field(1_000_000, gt=0, description="largest request body; beyond that a request gets 413")
     step_timeout_s: float = Field(
-        120.0,
+        30.0,
         gt=0,
         allow_inf_nan=False,
-        description="seconds after which a forward that has not ended makes the replica unhealthy",
+        description="seconds after which a forward that has not ended fails its requests and makes the replica unhealthy",
+    )
+    request_timeout_s: float | None = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that an answer may take, waiting included; then it ends with 408; null: no limit",
     )
 
     @field_validator("max_tokens_limit")
