@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 
 from d3llm_ray import __version__
 from d3llm_ray.serving.answers import Answer, Piece
+from d3llm_ray.serving.connections import EndsWithClient
 from d3llm_ray.serving.errors import ApiError, install_handlers, to_api_error
 from d3llm_ray.serving.limits import BodyLimit, RefusesWhenFull
 from d3llm_ray.serving.replies import (
@@ -34,7 +35,8 @@ def create_app(service: ChatService) -> FastAPI:
     """Routes: `POST /v1/chat/completions`, `GET /v1/models`, `GET /v1/models/{id}`, `GET /health`."""
     app = FastAPI(title="d3llm-ray", version=__version__)
     app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
-    app.add_middleware(RefusesWhenFull, service=service)  # the outer one
+    app.add_middleware(RefusesWhenFull, service=service)
+    app.add_middleware(EndsWithClient)  # the outer one
     install_handlers(app)
 
     @app.post(CHAT, response_model=ChatCompletion)

@@ -43,7 +43,7 @@ class ReplicaSettings(Settings):
         30.0,
         gt=0,
         allow_inf_nan=False,
-        description="seconds after which a forward that has not ended fails its requests and makes the replica unhealthy",
+        description="seconds after which a forward that has not ended fails all requests; the replica is then replaced",
     )
     request_timeout_s: float | None = Field(
         300.0,

@@ -1,4 +1,4 @@
-"""What the tests of a request's life share: a slow engine, counts of what became of requests, bodies of long answers."""
+"""What the tests of a request's life share: a slow engine, what became of requests, bodies of long answers."""
 
 from __future__ import annotations
 
