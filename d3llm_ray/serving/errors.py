@@ -16,7 +16,13 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.serving.access_log import note_error, request_id
 
 logger = logging.getLogger("d3llm_ray.serving")
-_TYPES = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable"}
+_TYPES = {
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+}
 RETRY_AFTER_S = 1
 _SHOWN_INPUT = 80  # characters of a refused value that are echoed
 
@@ -51,6 +57,11 @@ class ApiError(Exception):
 def queue_full() -> ApiError:
     """The refusal of a request that would have to wait for too long."""
     return ApiError(429, "the queue is full; ask again later", code="queue_full", retry_after_s=RETRY_AFTER_S)
+
+
+def out_of_time(error: Exception) -> ApiError:
+    """The end of a request whose deadline has passed."""
+    return ApiError(408, str(error), code="request_timeout")
 
 
 def bad_input(error: InputError, prefix: str = "") -> ApiError:

@@ -52,10 +52,16 @@ class ReplicaSettings(Settings):
     )
     max_body_bytes: int = Field(1_000_000, gt=0, description="largest request body; beyond that a request gets 413")
     step_timeout_s: float = Field(
-        120.0,
+        30.0,
         gt=0,
         allow_inf_nan=False,
-        description="seconds after which a forward that has not ended makes the replica unhealthy",
+        description="seconds after which a forward that has not ended fails all requests; the replica is then replaced",
+    )
+    request_timeout_s: float | None = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that an answer may take, waiting included; then it ends with 408; null: no limit",
     )
     request_decoders: list[str] | None = Field(
         None, description="presets that a request may name besides the decoder; null: all that fit the model's family"

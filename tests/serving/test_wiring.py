@@ -37,7 +37,7 @@ def asked(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> list[Request
     """The requests that came to the engine, each answered with the same five tokens in three forwards."""
     requests: list[Request] = []
 
-    def submit(request: Request) -> Submission:
+    def submit(request: Request, deadline: Any) -> Submission:
         requests.append(request)
         submission = Submission(request, service.worker)
         ids = service.llm.encode("3 + 4")[-8:][:5]
@@ -206,6 +206,7 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "api_keys_required": True,
         "cors_origins": ["https://chat.example.com"],
         "log_requests": False,
+        "request_timeout_s": 5.0,  # where it acts: test_deadlines
     }
     assert set(values) == set(ReplicaSettings.model_fields)
     settings = config.build(ReplicaSettings, values)
