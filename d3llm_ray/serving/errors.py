@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -49,6 +49,12 @@ class ApiError(Exception):
 def queue_full() -> ApiError:
     """The refusal of a request that would have to wait for too long."""
     return ApiError(429, "the queue is full; ask again later", code="queue_full", retry_after_s=RETRY_AFTER_S)
+
+
+def model_not_found(name: str, models: Iterable[str]) -> ApiError:
+    """The refusal of a request for a model that is not among those served."""
+    message = f"model: {name[:200]!r} is not served here; accepted: {', '.join(models)}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def bad_input(error: InputError, prefix: str = "") -> ApiError:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d3llm_ray.serving.errors import ApiError
 from d3llm_ray.serving.schemas import CHAT
-from d3llm_ray.serving.service import ChatService
+
+if TYPE_CHECKING:
+    from d3llm_ray.serving.service import ChatService
 
 
 class BodyLimit:

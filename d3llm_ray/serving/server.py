@@ -48,7 +48,7 @@ def serve_in_background(settings: ServeSettings, progress: Progress | None = Non
     Uses the Ray that is there or starts an embedded one, and afterwards ends what it started and nothing else. Where
     Serve runs already its own address holds, and `port` must name it.
     """
-    replica = settings.replica().checked()
+    app = application(settings, num_replicas=settings.replicas)
     if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
         _free_port(settings)
     progress = progress or Progress()
@@ -56,7 +56,7 @@ def serve_in_background(settings: ServeSettings, progress: Progress | None = Non
         with progress.stage("serve", settings.replicas, "replica"):
             running.enter_context(_connected())
             port = running.enter_context(_http(settings))
-            serve.run(application(replica, num_replicas=settings.replicas), name=APPLICATION, route_prefix="/")
+            serve.run(app, name=APPLICATION, route_prefix="/")
             url = f"http://{_reachable(settings.host)}:{port}"
             _wait_healthy(url)
             progress.update(settings.replicas)

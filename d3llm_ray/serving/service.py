@@ -16,7 +16,7 @@ from d3llm_ray.errors import InputError, require
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.answers import Answer
 from d3llm_ray.serving.bounds import check_overrides
-from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, queue_full
+from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, model_not_found, queue_full
 from d3llm_ray.serving.replies import ModelCard, Revealed
 from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest
 from d3llm_ray.serving.settings import ReplicaSettings
@@ -125,8 +125,7 @@ class ChatService:
     def check_model(self, name: str) -> None:
         """Raise 404 unless `name` is the served model's."""
         if name != self.settings.model_id:
-            message = f"model: {name[:200]!r} is not served here; accepted: {self.settings.model_id}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+            raise model_not_found(name, [self.settings.model_id])
 
     def _check_answer_length(self, request: ChatRequest) -> None:
         wanted, limit = request.wanted_tokens, self.settings.max_tokens_limit

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from d3llm_ray.config import DecoderSettings, Settings
+from d3llm_ray.config import DecoderSettings, Settings, build
 from d3llm_ray.errors import require
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ class ReplicaSettings(Settings):
         """Requests that a replica takes on at most, decoding and waiting."""
         return self.max_batch_size + self.max_queue
 
+    def replica(self) -> ReplicaSettings:
+        """The part that each replica is told."""
+        return ReplicaSettings(**{name: getattr(self, name) for name in ReplicaSettings.model_fields})
+
     def decoding(self) -> Decoder:
         """Build the decoder of `decoder` and `decoder_settings`; `InputError` names the setting at fault."""
         from d3llm_ray.decoding import choose_decoder  # torch is slow to import: --help should not wait
@@ -89,15 +93,35 @@ class ReplicaSettings(Settings):
         return self.model_copy(update=paths)
 
 
-class ServeSettings(ReplicaSettings):
-    """Serve a model over HTTP with the OpenAI chat API, until Ctrl-C."""
+class ApplicationSettings(ReplicaSettings):
+    """Settings of one application: one model, or several behind one URL."""
+
+    models: list[dict[str, Any]] = Field(
+        [],
+        description="several models behind one URL: the settings of each, above those that stand beside this",
+    )
+
+    def each(self) -> list[ReplicaSettings]:
+        """The settings of each model's replicas; `InputError` names the one at fault."""
+        if not self.models:
+            return [self.replica()]
+        common = self.replica().model_dump(include=self.model_fields_set)
+        for name in ("model", "served_model_name"):
+            require(name not in common, name, common.get(name), "nothing beside models, which name their own")
+        models = [
+            build(ReplicaSettings, common | entry, f"models.{number}") for number, entry in enumerate(self.models)
+        ]
+        ids = [model.model_id for model in models]
+        for name in ids:
+            require(ids.count(name) == 1, "models", name, "a model id once (served_model_name)")
+        return models
+
+
+class ServeSettings(ApplicationSettings):
+    """Serve a model, or several, over HTTP with the OpenAI chat API, until Ctrl-C."""
 
     verb: ClassVar[str] = "serve"
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     replicas: int = Field(1, gt=0, description="decoder replicas, each with its own copy of the model")
-
-    def replica(self) -> ReplicaSettings:
-        """The part that each replica is told."""
-        return ReplicaSettings(**{name: getattr(self, name) for name in ReplicaSettings.model_fields})
