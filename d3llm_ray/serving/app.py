@@ -6,6 +6,7 @@ serve run serve_configs/tiny.yaml        serve deploy serve_configs/tiny.yaml   
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -16,14 +17,16 @@ from ray.serve import Application, Deployment
 from starlette.types import Message
 
 from d3llm_ray import config
-from d3llm_ray.errors import require
+from d3llm_ray.errors import InputError, require
 from d3llm_ray.serving.exchange import exchange
 from d3llm_ray.serving.front import TellsRoom
 from d3llm_ray.serving.http import create_app
+from d3llm_ray.serving.reconfiguration import UserConfig
 from d3llm_ray.serving.routed import ROUTER, RouterReplica, deployment_name
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ApplicationSettings, ReplicaSettings
 
+logger = logging.getLogger("d3llm_ray.serving")
 DEPLOYMENT = "decoder"
 # What a replica is given beyond its engine's slots and queue. Serve's own queue is without an end and must stay empty:
 # it would refuse health checks, or let them wait. The replica's limit is the one that refuses.
@@ -37,6 +40,8 @@ _ROLLOUT: dict[str, Any] = {"max_surge_percent": 25, "rolling_update_percentage"
 class DecoderReplica:
     """One copy of the model. Requests join the running batch between two forwards; the event loop stays free."""
 
+    _runs = False
+
     async def __init__(self, settings: ReplicaSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         self._service = await asyncio.to_thread(ChatService, settings)
         self._service.start()
@@ -48,8 +53,21 @@ class DecoderReplica:
         app.add_middleware(TellsRoom, application=name, model=settings.model_id, room=settings.room)
         return app
 
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve when a replica starts with a `user_config`, and when that has changed.
+
+        Serve ends a replica that raises: a bad one keeps a replica from starting, and changes nothing in one that runs.
+        """
+        try:
+            self._service.reconfigure(config.build(UserConfig, user_config))
+        except InputError as error:
+            if not self._runs:
+                raise InputError(f"user_config: {error}") from error
+            logger.error("user_config is refused, the one before it stays: %s", error)
+
     async def check_health(self) -> None:
         """Called by Serve's controller, which replaces a replica that raises."""
+        self._runs = True  # Serve begins with this after the first `reconfigure`
         problem = self._service.worker.problem()
         if problem is not None:
             raise RuntimeError(problem)

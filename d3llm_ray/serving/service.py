@@ -17,6 +17,7 @@ from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.answers import Answer
 from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, model_not_found, queue_full
+from d3llm_ray.serving.reconfiguration import UserConfig
 from d3llm_ray.serving.replies import ModelCard, Revealed
 from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest
 from d3llm_ray.serving.settings import ReplicaSettings
@@ -48,6 +49,7 @@ class ChatService:
             self.llm.tokenizer is not None, "model", settings.model, "a checkpoint with a tokenizer and chat template"
         )
         self.llm.generate(["1"], max_tokens=WARM_UP_TOKENS)  # the first request should not pay for lazy set-up
+        self.decoder = self.llm.engine.decoder  # of requests that name no other; `reconfigure` changes it
         metrics = ServingMetrics(settings.model_id)
         self.worker = EngineWorker(self.llm.engine, settings.room, metrics, settings.step_timeout_s)
         self._metrics = metrics
@@ -61,9 +63,13 @@ class ChatService:
         self.worker.stop()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
+    def reconfigure(self, user_config: UserConfig) -> None:
+        """Decode with other settings what comes from now on; `InputError`, and no change, where they do not fit."""
+        self.decoder = user_config.decoding(self.settings, self.llm.family)
+
     def card(self) -> ModelCard:
         """What `GET /v1/models` tells of this model."""
-        decoder = self.llm.engine.decoder
+        decoder = self.decoder
         return ModelCard(
             id=self.settings.model_id,
             created=self.created,
@@ -135,8 +141,8 @@ class ChatService:
 
     def _decoder(self, request: ChatRequest) -> Decoder | None:
         if not request.overrides:
-            return None
-        usual, limit = self.llm.engine.decoder, self.settings.max_tokens_limit
+            return None if self.decoder is self.llm.engine.decoder else self.decoder
+        usual, limit = self.decoder, self.settings.max_tokens_limit
         wanted = request.wanted_tokens or self.settings.max_tokens
         try:
             check_overrides(request.overrides, usual, self.llm.family, wanted, limit)

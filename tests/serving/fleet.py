@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+import psutil
 
 CHAT = "/v1/chat/completions"
 PATIENCE_S = 60.0
@@ -40,6 +41,12 @@ def eventually(condition: Callable[[], bool], within_s: float) -> float:
         assert time.monotonic() < began + within_s, f"not within {within_s:g} s"
         time.sleep(0.05)
     return time.monotonic() - began
+
+
+def replica_pids(application: str) -> set[int]:
+    """Processes of an application's replicas on this machine."""
+    begin = f"ray::ServeReplica:{application}:"
+    return {one.pid for one in psutil.process_iter(["cmdline"]) if "".join(one.info["cmdline"] or []).startswith(begin)}
 
 
 class Clients:

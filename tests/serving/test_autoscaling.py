@@ -119,7 +119,9 @@ QUICK = {
     "downscale_delay_s": 2,
 }
 LONG = {"max_tokens": 200, "diffusion": {"entropy_threshold": 0.0, "early_stop": False}}
-WITHIN_S = 10.0
+# On a machine that is busy with other things a replica needs as long as the first one, which no load slowed down,
+# and twice that beside the load that calls for it.
+WITHIN_S, TIMES_FIRST = 10.0, 2.0
 
 
 @pytest.fixture
@@ -139,13 +141,16 @@ def scaled(serve_url: str, tiny_checkpoint: Path) -> Any:
 
 
 def test_a_second_replica_comes_with_a_load_and_goes_after_it(scaled: Any) -> None:
+    began = time.monotonic()
     url = scaled("step", min_replicas=1)
     eventually(lambda: status_of(f"{url}/health") == 200, WITHIN_S)
+    first = time.monotonic() - began
     assert running_replicas("step") == 1
-    with Clients(url, 6, **LONG) as clients:
-        came = eventually(lambda: running_replicas("step") == 2, WITHIN_S)
-    went = eventually(lambda: running_replicas("step") == 1, 2 * WITHIN_S)
-    print(f"second replica RUNNING {came:.1f} s after the load, gone {went:.1f} s after it")
+    within_s = max(WITHIN_S, TIMES_FIRST * first)
+    with Clients(url, 4, **LONG) as clients:
+        came = eventually(lambda: running_replicas("step") == 2, within_s)
+    went = eventually(lambda: running_replicas("step") == 1, within_s)
+    print(f"first replica after {first:.1f} s; second {came:.1f} s after the load, gone {went:.1f} s after it")
     assert set(clients.statuses) == {200}
 
 
@@ -153,7 +158,7 @@ def test_to_zero_and_back(scaled: Any) -> None:
     """Serve's proxy holds a request until there is a replica: nothing of ours has to stay up."""
     url = scaled("zero", min_replicas=0, initial_replicas=1)
     assert ask(url).status_code == 200
-    eventually(lambda: running_replicas("zero") == 0, 2 * WITHIN_S)
+    eventually(lambda: running_replicas("zero") == 0, WITHIN_S)
     began = time.monotonic()
     assert ask(url).status_code == 200
     print(f"answered from zero replicas after {time.monotonic() - began:.1f} s")
