@@ -25,9 +25,9 @@ from d3llm_ray import __version__
 from d3llm_ray.serving.errors import ApiError, install_handlers, model_not_found
 from d3llm_ray.serving.exchange import collect, replay, whole_body
 from d3llm_ray.serving.limits import BodyLimit
-from d3llm_ray.serving.schemas import HEALTH
+from d3llm_ray.serving.schemas import HEALTH, READY
 
-MODELS, READY = "/v1/models", "/ready"
+MODELS = "/v1/models"
 LISTED_WITHIN_S = 5.0  # a replica that tells nothing for so long is listed with what is known of it
 
 
