@@ -119,7 +119,7 @@ def application(settings: ReplicaSettings, **options: Any) -> Application:
         max_ongoing_requests=sum(model.room for model in models) + SPARE_REQUESTS,
         **_ROLLOUT,
     )(serve.ingress()(RouterReplica))
-    ids = {name: (model.model_id,) for name, model in zip(names, models, strict=True)}
+    ids = {name: model.ids for name, model in zip(names, models, strict=True)}
     return router.bind(ids, handles, max(model.max_body_bytes for model in models))
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from d3llm_ray.config import DecoderSettings, Settings
 from d3llm_ray.decoding import Decoder, choose_decoder
+from d3llm_ray.errors import unknown
 from d3llm_ray.models import Family
 from d3llm_ray.serving.settings import ReplicaSettings
 
@@ -20,6 +21,13 @@ class UserConfig(Settings):
         None, min_length=1, description="preset or decoding settings file, instead of args.decoder"
     )
     decoder_settings: DecoderSettings = Field({}, description="settings that override the decoder's")
+    adapter: str | None = Field(None, description="one of args.adapters that decodes what is asked of the model itself")
+
+    def adapter_of(self, settings: ReplicaSettings) -> str | None:
+        """The model's adapter now, None for the model as it is; `InputError` for one that is not there."""
+        if self.adapter is not None and self.adapter not in settings.adapters:
+            raise unknown("adapter", self.adapter, settings.adapters)
+        return self.adapter
 
     def decoding(self, settings: ReplicaSettings, family: Family) -> Decoder:
         """The decoder that a model with these `args` has now; `InputError` for one that cannot decode it."""

@@ -141,13 +141,20 @@ def _wait_healthy(url: str) -> None:
 
 
 def _banner(settings: ServeSettings, url: str) -> str:
-    decoder = settings.decoding()
-    body = f'{{"model": "{settings.model_id}", "messages": [{{"role": "user", "content": "..."}}]}}'
+    models = settings.each()
+    body = f'{{"model": "{models[0].model_id}", "messages": [{{"role": "user", "content": "..."}}]}}'
+    lines: list[str] = []
+    for model in models:
+        decoder = model.decoding()
+        lines += [
+            f"model    {model.model} ({model.dtype}, {model.device}, {settings.replicas} replica(s))",
+            *(f"adapter  {name} {folder}" for name, folder in model.adapters.items()),
+            f"decoder  {decoder.name} {decoder.settings()}",
+            f"slots    {model.max_batch_size} a replica, {model.max_queue} more may wait",
+        ]
     return "\n".join(
         (
-            f"model    {settings.model} ({settings.dtype}, {settings.device}, {settings.replicas} replica(s))",
-            f"decoder  {decoder.name} {decoder.settings()}",
-            f"slots    {settings.max_batch_size} a replica, {settings.max_queue} more may wait",
+            *lines,
             f"url      {url}/v1 (Ctrl-C stops)",
             f"try      curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
         )

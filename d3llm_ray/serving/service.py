@@ -14,6 +14,7 @@ from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import InputError, unknown
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.adapters import AdaptedRequest, with_adapters
 from d3llm_ray.serving.answers import Answer
 from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.choices import Answers, choice_seed
@@ -44,13 +45,15 @@ class ChatService:
     def __init__(self, settings: ReplicaSettings) -> None:
         self.settings = settings
         self.created = int(time.time())
-        self.llm = DiffusionLLM.from_pretrained(
+        llm = DiffusionLLM.from_pretrained(
             settings.model, settings.decoding(), settings.dtype, settings.device, settings.max_batch_size
         )
+        self.llm = with_adapters(llm, settings.adapters)
         self._presets = settings.request_presets()
         warm_up = [self.llm.family.eos_token_id]
         self.llm.generate([warm_up], max_tokens=WARM_UP_TOKENS)  # the first request should not pay for lazy set-up
-        self.decoder = self.llm.engine.decoder  # of requests that name no other; `reconfigure` changes it
+        # Of requests that name no other; `reconfigure` changes them.
+        self.decoder, self.adapter = self.llm.engine.decoder, None
         metrics = ServingMetrics(settings.model_id)
         self.worker = EngineWorker(self.llm.engine, settings.room, metrics, settings.step_timeout_s)
         self._metrics = metrics
@@ -65,7 +68,19 @@ class ChatService:
 
     def reconfigure(self, user_config: UserConfig) -> None:
         """Decode with other settings what comes from now on; `InputError`, and no change, where they do not fit."""
-        self.decoder = user_config.decoding(self.settings, self.llm.family)
+        adapter = user_config.adapter_of(self.settings)
+        self.decoder, self.adapter = user_config.decoding(self.settings, self.llm.family), adapter
+
+    def cards(self) -> list[ModelCard]:
+        """What `GET /v1/models` tells: of the model, and of its adapters."""
+        own = self.card()
+        return [
+            own,
+            *(
+                own.model_copy(update={"id": name, "parent": own.id, "adapter": name})
+                for name in self.settings.adapters
+            ),
+        ]
 
     def card(self) -> ModelCard:
         """What `GET /v1/models` tells of this model."""
@@ -78,6 +93,7 @@ class ChatService:
             decoder=decoder.name,
             decoder_settings={**decoder.settings(), "block_size": decoder.block_size or self.llm.family.block_size},
             decoders=list(self.decoders),
+            adapter=self.adapter,
         )
 
     @property
@@ -95,14 +111,14 @@ class ChatService:
         self.check_model(request.model)
         self._check_answer_length(request)
         self._check_count(request)
-        decoder = self._decoder(request)
+        decoder, adapter = self._decoder(request), self._adapter(request.model)
         count = request.prompts * request.choices
         self.check_room(count)  # before the work of tokenising
         seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
         prompts = await self._prompts(request)
         asked: list[Request] = []
         for where, ids in prompts.items():
-            first = self._engine_request(request, where, ids, decoder, seed)
+            first = AdaptedRequest.of(self._engine_request(request, where, ids, decoder, seed), adapter)
             try:
                 self.llm.engine.check(first)
             except InputError as error:
@@ -162,9 +178,13 @@ class ChatService:
         )
 
     def check_model(self, name: str) -> None:
-        """Raise 404 unless `name` is the served model's."""
-        if name != self.settings.model_id:
-            raise model_not_found(name, [self.settings.model_id])
+        """Raise 404 unless `name` is the served model's, or an adapter's."""
+        if name not in self.settings.ids:
+            raise model_not_found(name, self.settings.ids)
+
+    def _adapter(self, name: str) -> str | None:
+        """The adapter that decodes what is asked of a model: an adapter's own, and the base's as `user_config` says."""
+        return name if name in self.settings.adapters else self.adapter
 
     def _check_answer_length(self, request: GenerationRequest) -> None:
         (name, wanted), limit = request.answer_length, self.settings.max_tokens_limit

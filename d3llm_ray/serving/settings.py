@@ -58,6 +58,10 @@ class ReplicaSettings(Settings):
         None, description="presets that a request may name besides the decoder; null: all that fit the model's family"
     )
 
+    adapters: dict[str, str] = Field(
+        {}, description="LoRA adapters over this model: the id that clients send for each, and its folder"
+    )
+
     @field_validator("max_tokens_limit")
     @classmethod
     def _limit_covers_default(cls, limit: int, info: ValidationInfo) -> int:
@@ -69,6 +73,11 @@ class ReplicaSettings(Settings):
     def model_id(self) -> str:
         """The name under which clients ask for the model."""
         return self.served_model_name or Path(self.model).name
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All names that clients may ask for: the model's, then its adapters'."""
+        return (self.model_id, *self.adapters)
 
     @property
     def room(self) -> int:
@@ -109,10 +118,13 @@ class ReplicaSettings(Settings):
         A replica's working directory is not that of the process that deploys it.
         """
         from d3llm_ray.decoding import is_settings_file
+        from d3llm_ray.serving.adapters import check_adapters
 
         self.decoding()
         self.request_presets()
-        paths: dict[str, Any] = {}
+        require(self.model_id not in self.adapters, "adapters", self.model_id, "ids that differ from the model's own")
+        check_adapters(self.model, self.adapters)
+        paths: dict[str, Any] = {"adapters": {name: os.path.abspath(path) for name, path in self.adapters.items()}}
         if os.path.isdir(self.model):
             paths["model"] = os.path.abspath(self.model)
         if self.decoder is not None and is_settings_file(self.decoder):
@@ -138,9 +150,9 @@ class ApplicationSettings(ReplicaSettings):
         models = [
             build(ReplicaSettings, common | entry, f"models.{number}") for number, entry in enumerate(self.models)
         ]
-        ids = [model.model_id for model in models]
+        ids = [name for model in models for name in model.ids]
         for name in ids:
-            require(ids.count(name) == 1, "models", name, "a model id once (served_model_name)")
+            require(ids.count(name) == 1, "models", name, "an id once (served_model_name, adapters)")
         return models
 
 

@@ -1,25 +1,18 @@
-"""How many replicas a load needs: by hand without Ray; on Ray, that they come and go with it."""
+"""How many replicas a load needs, by hand."""
 
 from __future__ import annotations
 
-import time
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from d3llm_ray.decoding import Request
 from d3llm_ray.errors import InputError
-from d3llm_ray.serving.app import application
 from d3llm_ray.serving.autoscaling import CanvasDemand, Load, loads, replicas_needed
-from d3llm_ray.serving.front import running_replicas
 from d3llm_ray.serving.service import ChatService
-from d3llm_ray.serving.settings import ReplicaSettings
-from tests.serving.fleet import Clients, ask, eventually, status_of
 
 IDLE, HALF, FULL = Load(0, 0, 16), Load(8, 0, 16), Load(16, 0, 16)
 
@@ -104,62 +97,3 @@ def test_a_workers_load_counts_canvases_of_those_that_wait(make_service: Callabl
     worker._take_commands()  # as its thread does, which has not been started
     worker._engine._admit()
     assert worker.load() == Load(2, 32 + 48, 2)
-
-
-POLICY = {
-    "policy_function": "d3llm_ray.serving.autoscaling:CanvasDemand",
-    "policy_kwargs": {"active_share": 0.75, "queued_tokens": 512},
-}
-QUICK = {
-    "max_replicas": 2,
-    "policy": POLICY,
-    "metrics_interval_s": 0.5,
-    "look_back_period_s": 1,
-    "upscale_delay_s": 0.5,
-    "downscale_delay_s": 2,
-}
-LONG = {"max_tokens": 200, "diffusion": {"entropy_threshold": 0.0, "early_stop": False}}
-# On a machine that is busy with other things a replica needs as long as the first one, which no load slowed down,
-# and twice that beside the load that calls for it.
-WITHIN_S, TIMES_FIRST = 10.0, 2.0
-
-
-@pytest.fixture
-def scaled(serve_url: str, tiny_checkpoint: Path) -> Any:
-    """Deploys a model that scales; returns its URL."""
-    names: list[str] = []
-
-    def deploy(name: str, **scaling: Any) -> str:
-        settings = ReplicaSettings(model=str(tiny_checkpoint), max_batch_size=2)
-        names.append(name)
-        serve.run(application(settings, autoscaling_config={**QUICK, **scaling}), name=name, route_prefix=f"/{name}")
-        return f"{serve_url}/{name}"
-
-    yield deploy
-    for name in names:
-        serve.delete(name)
-
-
-def test_a_second_replica_comes_with_a_load_and_goes_after_it(scaled: Any) -> None:
-    began = time.monotonic()
-    url = scaled("step", min_replicas=1)
-    eventually(lambda: status_of(f"{url}/health") == 200, WITHIN_S)
-    first = time.monotonic() - began
-    assert running_replicas("step") == 1
-    within_s = max(WITHIN_S, TIMES_FIRST * first)
-    with Clients(url, 4, **LONG) as clients:
-        came = eventually(lambda: running_replicas("step") == 2, within_s)
-    went = eventually(lambda: running_replicas("step") == 1, within_s)
-    print(f"first replica after {first:.1f} s; second {came:.1f} s after the load, gone {went:.1f} s after it")
-    assert set(clients.statuses) == {200}
-
-
-def test_to_zero_and_back(scaled: Any) -> None:
-    """Serve's proxy holds a request until there is a replica: nothing of ours has to stay up."""
-    url = scaled("zero", min_replicas=0, initial_replicas=1)
-    assert ask(url).status_code == 200
-    eventually(lambda: running_replicas("zero") == 0, WITHIN_S)
-    began = time.monotonic()
-    assert ask(url).status_code == 200
-    print(f"answered from zero replicas after {time.monotonic() - began:.1f} s")
-    assert running_replicas("zero") == 1

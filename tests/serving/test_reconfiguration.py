@@ -85,10 +85,9 @@ def test_requests_in_flight_finish_with_the_settings_they_came_under(
         texts = []
         for answer in answers:
             parts = []
-            while (piece := await answer.next()) is not None:
-                parts.append(piece.text)
-            assert answer.usage is not None
-            texts.append(("".join(parts), answer.usage.forwards))
+            while (step := await answer.next()) is not None:
+                parts.append(step[1].text if step[1] else "")
+            texts.append(("".join(parts), answer.usage().forwards))
         await asyncio.to_thread(service.stop)
         return texts
 
@@ -100,10 +99,11 @@ def test_requests_in_flight_finish_with_the_settings_they_came_under(
 @pytest.mark.parametrize(
     ("user_config", "message"),
     [
-        ({"decodre": "vanilla"}, "decodre: unknown setting; accepted: decoder, decoder_settings"),
+        ({"decodre": "vanilla"}, "decodre: unknown setting; accepted: decoder, decoder_settings, adapter"),
         ({"decoder": "d4llm"}, "decoder: unknown value 'd4llm'; accepted: "),
         ({"decoder": "autoregressive"}, "decoder: 'autoregressive' cannot decode a 'llada' model"),
         ({"decoder_settings": {"speed": 3}}, "speed: no setting of decoder 'd3llm'"),
+        ({"adapter": "mine"}, "adapter: unknown value 'mine'; accepted: "),
         ({"decoder": "missing.yaml"}, "decoder: cannot read 'missing.yaml'"),
     ],
 )
@@ -127,4 +127,4 @@ def test_a_bad_one_keeps_a_replica_from_starting_and_changes_nothing_in_one_that
 
 
 def test_settings_of_a_user_config() -> None:
-    assert config.build(UserConfig, {}) == UserConfig(decoder=None, decoder_settings={})
+    assert config.build(UserConfig, {}) == UserConfig(decoder=None, decoder_settings={}, adapter=None)

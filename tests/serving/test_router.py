@@ -280,7 +280,7 @@ def test_settings_of_each_model_go_above_those_beside(tiny_checkpoint: Path) -> 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"models": [{}, {}]}, "models: got 'tiny-llada'; accepted: a model id once (served_model_name)"),
+        ({"models": [{}, {}]}, "models: got 'tiny-llada'; accepted: an id once (served_model_name, adapters)"),
         ({"models": [{"modle": "x"}]}, "models.0.modle: unknown setting"),
         ({"models": [{}], "model": "x"}, "model: got 'x'; accepted: nothing beside models"),
         ({"models": [{"served_model_name": "a/b"}, {"served_model_name": "a-b"}]}, "models: got ['a-b', 'a-b']"),

@@ -1,24 +1,20 @@
-"""The shipped YAML files: what Serve, our settings and our policy take; those of embedded models answer on Ray."""
+"""The shipped YAML files: what Serve, our settings and our policy take; with placeholders for absent weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import yaml
-from ray import serve
 from ray.serve._private.build_app import build_app
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from d3llm_ray.serving.app import build
 from d3llm_ray.serving.autoscaling import CanvasDemand
-from d3llm_ray.serving.front import PROXY_OPTIONS, running_replicas
-from tests.serving.fleet import ask, eventually, status_of, text_of
+from d3llm_ray.serving.front import PROXY_OPTIONS
 
 FOLDER = Path(__file__).parents[2] / "serve_configs"
 NAMES = ["dream-7b", "llada-8b", "multi-model", "tiny"]
@@ -94,53 +90,3 @@ def test_a_replica_more_during_a_redeploy_unless_a_file_says_otherwise() -> None
     for name in ("llada-8b", "dream-7b"):
         (deployment,) = content_of(name)["applications"][0]["deployments"]
         assert (deployment["max_surge_percent"], deployment["rolling_update_percentage"]) == (25, 0.25)
-
-
-@pytest.fixture(scope="module")
-def deploy(serve_url: str) -> Iterator[Any]:
-    """Deploys a file as `serve deploy` does, below a prefix of its own; returns its URL."""
-    from ray.serve.context import _get_global_client
-
-    def deploy(name: str, change: Any = lambda application: None) -> str:
-        content = content_of(name)
-        (application,) = content["applications"]
-        application |= {"name": name, "route_prefix": f"/{name}"}
-        change(application)
-        client = _get_global_client()
-        assert client is not None
-        client.deploy_apps(ServeDeploySchema(applications=content["applications"]), _blocking=True)
-        url = f"{serve_url}/{name}"
-        eventually(lambda: status_of(f"{url}/health") == 200, 10)
-        return url
-
-    yield deploy
-    for name in serve.status().applications:
-        serve.delete(name)
-
-
-def test_tiny_answers(deploy: Any) -> None:
-    url = deploy("tiny")
-    assert "12" in text_of(ask(url, "tiny-llada"))
-
-
-def test_both_models_of_one_url_answer_and_the_one_at_zero_comes_up(deploy: Any, serve_url: str) -> None:
-    url = deploy("multi-model")
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-    assert [model.id for model in client.models.list()] == ["tiny-llada", "fast"]
-    assert running_replicas("multi-model", "fast") == 0  # listing wakes nobody
-    for model in ("fast", "tiny-llada"):
-        answer = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=64)
-        chunks = list(client.chat.completions.create(model=model, messages=QUESTION, max_tokens=64, stream=True))
-        assert answer.model == model
-        assert answer.choices[0].message.content
-        streamed = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
-        assert streamed == answer.choices[0].message.content
-    assert [card.model_extra["decoder"] for card in client.models.list()] == ["d3llm", "fast-dllm-v2"]  # type: ignore[index]
-    assert client.models.retrieve("fast").id == "fast"
-    with pytest.raises(openai.NotFoundError) as missing:
-        client.chat.completions.create(model="other", messages=QUESTION)
-    assert missing.value.body["message"].endswith("accepted: tiny-llada, fast")  # type: ignore[index]
-    with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model="fast", messages=QUESTION, max_tokens=10**9)
-    assert bad.value.param == "max_tokens"
-    assert status_of(f"{url}/ready") == 200
