@@ -28,7 +28,7 @@ from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.access_log import REQUEST_ID, sane_request_id, with_request_id
 from d3llm_ray.serving.errors import queue_full
 from d3llm_ray.serving.heads import BoundedConnection
-from d3llm_ray.serving.schemas import CHAT, HEALTH
+from d3llm_ray.serving.schemas import DECODING, HEALTH
 
 logger = logging.getLogger("d3llm_ray.serving")
 
@@ -170,7 +170,7 @@ class Front:
 def _route(scope: Scope) -> str | None:
     """The route of ours that a request's path ends with, where it is one that matters here."""
     if scope["type"] == "http":
-        for method, route in (("POST", CHAT), ("GET", HEALTH)):
+        for method, route in (*(("POST", route) for route in DECODING), ("GET", HEALTH)):
             if scope["method"] == method and scope["path"].endswith(route):
                 return route
     return None
