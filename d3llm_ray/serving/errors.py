@@ -19,6 +19,11 @@ logger = logging.getLogger("d3llm_ray.serving")
 _TYPES = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable"}
 RETRY_AFTER_S = 1
 _SHOWN_INPUT = 80  # characters of a refused value that are echoed
+_LONGEST_MESSAGE, _LONGEST_PARAM = 800, 200  # characters: a field's name may be as long as a body
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class ApiError(Exception):
@@ -33,9 +38,9 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_cut(message, _LONGEST_MESSAGE))
         self.status = status
-        self.param = param
+        self.param = None if param is None else _cut(param, _LONGEST_PARAM)
         self.code = code
         self.retry_after_s = retry_after_s
 
@@ -97,8 +102,7 @@ def _invalid_body(errors: Sequence[dict[str, Any]]) -> ApiError:
 
 
 def _shown(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= _SHOWN_INPUT else f"{text[:_SHOWN_INPUT]}..."
+    return _cut(ascii(value), _SHOWN_INPUT)
 
 
 def install_handlers(app: FastAPI) -> None:
