@@ -18,6 +18,7 @@ from starlette.types import Message
 
 from d3llm_ray import config
 from d3llm_ray.errors import InputError, require
+from d3llm_ray.serving.access_log import log_through
 from d3llm_ray.serving.exchange import exchange
 from d3llm_ray.serving.front import TellsRoom
 from d3llm_ray.serving.http import create_app
@@ -43,12 +44,13 @@ class DecoderReplica:
     _runs = False
 
     async def __init__(self, settings: ReplicaSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_through("ray.serve")
         self._service = await asyncio.to_thread(ChatService, settings)
         self._service.start()
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         # Built here and not at import: endpoints pickled by reference lose the signature that FastAPI needs.
-        app, settings = create_app(self._service), self._service.settings
+        app, settings = create_app(self._service, echo_request_id=False), self._service.settings
         name = serve.get_replica_context().app_name
         app.add_middleware(TellsRoom, application=name, model=settings.model_id, room=settings.room)
         return app
@@ -120,7 +122,8 @@ def application(settings: ReplicaSettings, **options: Any) -> Application:
         **_ROLLOUT,
     )(serve.ingress()(RouterReplica))
     ids = {name: model.ids for name, model in zip(names, models, strict=True)}
-    return router.bind(ids, handles, max(model.max_body_bytes for model in models))
+    largest = max(model.max_body_bytes for model in models)
+    return router.bind(ids, handles, models[0].model_copy(update={"max_body_bytes": largest}))
 
 
 def _deployment(kind: type[DecoderReplica], name: str, model: ReplicaSettings, options: dict[str, Any]) -> Deployment:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from d3llm_ray.serving.errors import ApiError
 from d3llm_ray.serving.schemas import DECODING
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class BodyLimit:
 
 
 class RefusesWhenFull:
-    """Answers a request to decode that there is no room for before its body is read."""
+    """Refuses a request to decode that there is no room for before its body is read."""
 
     def __init__(self, app: ASGIApp, service: ChatService) -> None:
         self._app = app
@@ -44,9 +43,5 @@ class RefusesWhenFull:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].endswith(DECODING) and scope["method"] == "POST":
-            try:
-                self._service.check_room()
-            except ApiError as error:
-                await error.response()(scope, receive, send)
-                return
+            self._service.check_room()
         await self._app(scope, receive, send)

@@ -13,8 +13,12 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ReplicaState
 from starlette.types import ASGIApp, Message
 
+from d3llm_ray.serving.access_log import log_through
+from d3llm_ray.serving.auth import KeyRing
 from d3llm_ray.serving.front import Front, running_replicas
+from d3llm_ray.serving.guards import guard
 from d3llm_ray.serving.router import Condition, Router, Served, ToReplica, create_router
+from d3llm_ray.serving.settings import ReplicaSettings
 
 ROUTER = "router"
 _ILL = ("UNHEALTHY", "DEPLOY_FAILED")  # of Serve's states of a deployment
@@ -26,17 +30,24 @@ def deployment_name(model_id: str) -> str:
 
 
 class RouterReplica:
-    """One process that reads which model a request is for. `ids` and `handles` are by deployment."""
+    """One process that reads which model a request is for. `ids` and `handles` are by deployment.
+
+    `guarded` has its keys, its CORS origins, the largest body and whether it logs: the first model's.
+    """
 
     def __init__(
-        self, ids: dict[str, tuple[str, ...]], handles: dict[str, DeploymentHandle[Any]], max_body_bytes: int
+        self, ids: dict[str, tuple[str, ...]], handles: dict[str, DeploymentHandle[Any]], guarded: ReplicaSettings
     ) -> None:
-        self._ids, self._handles, self._max_body_bytes = ids, handles, max_body_bytes
+        log_through("ray.serve")
+        self._ids, self._handles, self._guarded = ids, handles, guarded
+        self._keys = KeyRing.of(guarded)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         application = serve.get_replica_context().app_name
         served = {name: Served(ids, self._way_to(name)) for name, ids in self._ids.items()}
-        return create_router(Router(served, partial(conditions_of, application)), self._max_body_bytes)
+        app = create_router(Router(served, partial(conditions_of, application)), self._guarded.max_body_bytes)
+        guard(app, self._guarded, self._keys, echo_request_id=False)
+        return app
 
     def _way_to(self, name: str) -> ASGIApp:
         """A deployment's routes behind a front of its own: that of Serve's proxy knows of no model."""

@@ -141,7 +141,9 @@ def _wait_healthy(url: str) -> None:
 
 
 def _banner(settings: ServeSettings, url: str) -> str:
-    models = settings.each()
+    models = [model.checked() for model in settings.each()]
+    asks = any(model.api_keys_required or model.api_keys is not None for model in models)
+    keys = "asked for on every route but /health and /ready" if asks else "none: whoever reaches the port is answered"
     body = f'{{"model": "{models[0].model_id}", "messages": [{{"role": "user", "content": "..."}}]}}'
     lines: list[str] = []
     for model in models:
@@ -155,6 +157,7 @@ def _banner(settings: ServeSettings, url: str) -> str:
     return "\n".join(
         (
             *lines,
+            f"keys     {keys}",
             f"url      {url}/v1 (Ctrl-C stops)",
             f"try      curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
         )

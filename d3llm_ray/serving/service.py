@@ -14,8 +14,10 @@ from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import InputError, unknown
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.access_log import note_model
 from d3llm_ray.serving.adapters import AdaptedRequest, with_adapters
 from d3llm_ray.serving.answers import Answer
+from d3llm_ray.serving.auth import KeyRing
 from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.choices import Answers, choice_seed
 from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, model_not_found, queue_full
@@ -44,6 +46,7 @@ class ChatService:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         self.settings = settings
+        self.keys = KeyRing.of(settings)
         self.created = int(time.time())
         llm = DiffusionLLM.from_pretrained(
             settings.model, settings.decoding(), settings.dtype, settings.device, settings.max_batch_size
@@ -109,6 +112,7 @@ class ChatService:
     async def open(self, request: GenerationRequest) -> Answers:
         """Check a request against the model and queue all that it asks for; `ApiError` when it is refused."""
         self.check_model(request.model)
+        note_model(request.model)
         self._check_answer_length(request)
         self._check_count(request)
         decoder, adapter = self._decoder(request), self._adapter(request.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -22,6 +22,9 @@ def _fits(preset: Decoder, family: Family) -> bool:
     except InputError:
         return False
     return True
+
+
+ORIGIN = r"^(\*|https?://[^/\s?#@*]+)$"  # as browsers spell it: no path, no slash at the end
 
 
 class ReplicaSettings(Settings):
@@ -57,6 +60,16 @@ class ReplicaSettings(Settings):
     request_decoders: list[str] | None = Field(
         None, description="presets that a request may name besides the decoder; null: all that fit the model's family"
     )
+    api_keys: Path | None = Field(
+        None,
+        description="file of API keys, one a line, that only its owner and group may read; null: those of "
+        "D3LLM_RAY_API_KEYS in the replica's environment, and without any everybody is answered",
+    )
+    api_keys_required: bool = Field(False, description="whether a replica refuses to start without an API key")
+    cors_origins: list[Annotated[str, Field(pattern=ORIGIN)]] = Field(
+        [], description="origins, such as https://chat.example.com, whose pages may ask; '*' for all; none: CORS is off"
+    )
+    log_requests: bool = Field(True, description="log a line of JSON a request, without prompts, answers and keys")
 
     adapters: dict[str, str] = Field(
         {}, description="LoRA adapters over this model: the id that clients send for each, and its folder"
@@ -119,12 +132,18 @@ class ReplicaSettings(Settings):
         """
         from d3llm_ray.decoding import is_settings_file
         from d3llm_ray.serving.adapters import check_adapters
+        from d3llm_ray.serving.auth import KEYS_VARIABLE, KeyRing
 
         self.decoding()
         self.request_presets()
         require(self.model_id not in self.adapters, "adapters", self.model_id, "ids that differ from the model's own")
         check_adapters(self.model, self.adapters)
         paths: dict[str, Any] = {"adapters": {name: os.path.abspath(path) for name, path in self.adapters.items()}}
+        # The replicas' environment may be another: where keys are meant, a server without any must not start.
+        paths["api_keys_required"] = self.api_keys_required or bool(os.environ.get(KEYS_VARIABLE))
+        if self.api_keys is not None:
+            KeyRing(self.api_keys, "")
+            paths["api_keys"] = self.api_keys.absolute()
         if os.path.isdir(self.model):
             paths["model"] = os.path.abspath(self.model)
         if self.decoder is not None and is_settings_file(self.decoder):

@@ -27,6 +27,7 @@ from d3llm_ray.serving.schemas import CHAT, ChatRequest
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
 from d3llm_ray.serving.worker import EngineWorker, Overloaded, Submission
+from tests.serving.keys import key_file
 
 QUESTION = [{"role": "user", "content": "2 + 3 ?"}]
 
@@ -204,6 +205,10 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "step_timeout_s": 33.0,
         "request_decoders": ["vanilla", "d2f"],
         "adapters": {"tuned": "/adapters/tuned"},
+        "api_keys": key_file(tmp_path, "key-1"),
+        "api_keys_required": True,
+        "cors_origins": ["https://chat.example.com"],
+        "log_requests": False,
     }
     assert set(values) == set(ReplicaSettings.model_fields)
     settings = config.build(ReplicaSettings, values)
@@ -215,6 +220,7 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (chosen.name, chosen.settings()["entropy_threshold"]) == ("dparallel", 0.125)
     assert worker == {"capacity": 5 + 7, "step_timeout_s": 33.0}
     assert made.settings.model_id == "mine"
+    assert made.keys.asks and made.keys.holds(b"key-1") and not made.keys.holds(b"key-2")
     assert list(made.decoders) == ["dparallel", "vanilla", "d2f"]
     assert made.decoders["dparallel"] is chosen
     asked = ChatRequest(model="mine", messages=[{"role": "user", "content": "a"}])  # type: ignore[list-item]
