@@ -9,8 +9,8 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve._private.common import ReplicaState
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-from ray.serve.schema import ReplicaState
 from starlette.types import ASGIApp, Message
 
 from d3llm_ray.serving.access_log import log_through

@@ -56,7 +56,8 @@ class ChatService:
         warm_up = [self.llm.family.eos_token_id]
         self.llm.generate([warm_up], max_tokens=WARM_UP_TOKENS)  # the first request should not pay for lazy set-up
         # Of requests that name no other; `reconfigure` changes them.
-        self.decoder, self.adapter = self.llm.engine.decoder, None
+        self.decoder = self.llm.engine.decoder
+        self.adapter: str | None = None
         metrics = ServingMetrics(settings.model_id)
         self.worker = EngineWorker(self.llm.engine, settings.room, metrics, settings.step_timeout_s)
         self._metrics = metrics

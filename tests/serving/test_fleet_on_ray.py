@@ -38,6 +38,7 @@ QUICK = {
 # On a machine that is busy with other things a replica needs as long as the first one, which no load slowed down, and
 # more beside the load that calls for it.
 WITHIN_S, TIMES_FIRST = 10.0, 3.0
+STARTS_WITHIN_S = 90.0  # on a machine however busy: not what is measured
 CLIENTS, EVERY_S, UNDER_LOAD_S = 4, 0.2, 40.0  # 20 requests a second
 
 Deploy = Callable[..., str]
@@ -55,7 +56,7 @@ def deploy(serve_url: str) -> Iterator[Deploy]:
         assert client is not None
         client.deploy_apps(ServeDeploySchema(applications=[whole]), _blocking=True)
         url = f"{serve_url}/{name}"
-        eventually(lambda: status_of(f"{url}/health") == 200, WITHIN_S)
+        eventually(lambda: status_of(f"{url}/health") == 200, STARTS_WITHIN_S)
         return url
 
     yield deploy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import types
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from d3llm_ray import config
 from d3llm_ray.errors import InputError
+from d3llm_ray.serving import routed
 from d3llm_ray.serving.app import application
 from d3llm_ray.serving.exchange import exchange
 from d3llm_ray.serving.http import create_app
@@ -145,7 +147,7 @@ def test_health_and_readiness_are_the_routers_own(fleet: Fleet) -> None:
 
 
 @pytest.fixture
-def routed(service: ChatService, client: TestClient) -> Iterator[TestClient]:
+def behind(service: ChatService, client: TestClient) -> Iterator[TestClient]:
     """The session's model behind a router, as two processes would have it."""
 
     def call(scope: dict[str, Any], body: bytes) -> AsyncGenerator[Any, None]:
@@ -170,19 +172,19 @@ def text_of(answer: Any) -> str:
     return "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
 
 
-def test_answers_behind_the_router_are_those_of_the_replica(routed: TestClient, client: TestClient) -> None:
+def test_answers_behind_the_router_are_those_of_the_replica(behind: TestClient, client: TestClient) -> None:
     for extra in ({}, {"stream": True}):
         body = {"model": "tiny-random", "messages": QUESTION, "max_tokens": 32, **extra}
-        behind, direct = routed.post(CHAT, json=body), client.post(CHAT, json=body)
-        assert behind.status_code == direct.status_code == 200
-        assert behind.headers["content-type"] == direct.headers["content-type"]
+        answer, direct = behind.post(CHAT, json=body), client.post(CHAT, json=body)
+        assert answer.status_code == direct.status_code == 200
+        assert answer.headers["content-type"] == direct.headers["content-type"]
 
-        assert text_of(behind) == text_of(direct) != ""
+        assert text_of(answer) == text_of(direct) != ""
     for path, payload in ((CHAT, {"model": "tiny-random", "n": 99}), (CHAT, {"model": "tiny-random"})):
-        assert routed.post(path, json=payload).json() == client.post(path, json=payload).json()
-    assert routed.get("/nowhere").json() == client.get("/nowhere").json()
-    assert routed.get(CHAT).status_code == client.get(CHAT).status_code == 405
-    assert routed.get("/v1/models").json() == client.get("/v1/models").json()
+        assert behind.post(path, json=payload).json() == client.post(path, json=payload).json()
+    assert behind.get("/nowhere").json() == client.get("/nowhere").json()
+    assert behind.get(CHAT).status_code == client.get(CHAT).status_code == 405
+    assert behind.get("/v1/models").json() == client.get("/v1/models").json()
 
 
 def scope_of(path: str = "/", **values: Any) -> dict[str, Any]:
@@ -296,3 +298,23 @@ def test_bad_models_stop_the_builder(args: dict[str, Any], message: str) -> None
 
 def test_names_of_deployments() -> None:
     assert deployment_name("d3LLM/LLaDA#8B v1.0_x") == "d3LLM-LLaDA-8B-v1.0_x"
+
+
+def test_the_router_asks_for_a_key_before_it_looks_at_a_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("key-1\n")
+    file.chmod(0o600)
+    monkeypatch.setattr(routed.serve, "get_replica_context", lambda: types.SimpleNamespace(app_name="app"))
+    monkeypatch.setattr(routed, "conditions_of", lambda name: {"a": Condition(0, name == "app")})
+    monkeypatch.setattr(routed.RouterReplica, "_way_to", lambda self, name: Replica(name))
+    settings = ReplicaSettings(api_keys=file, max_body_bytes=LIMIT, log_requests=False)
+    replica = routed.RouterReplica({"a": ("a",)}, {}, settings)
+    client = TestClient(asyncio.run(replica.__serve_build_asgi_app__()))
+    for ask in (lambda **h: client.get("/v1/models", **h), lambda **h: client.post(CHAT, json={"model": "c"}, **h)):
+        assert ask().status_code == 401
+        assert ask(headers={"Authorization": "Bearer key-2"}).status_code == 401
+    key = {"Authorization": "Bearer key-1"}
+    assert client.get("/v1/models", headers=key).json()["data"][0]["id"] == "a"
+    assert client.post(CHAT, json={"model": "c"}, headers=key).status_code == 404
+    assert client.post(CHAT, json={"model": "a", "x": "y" * LIMIT}, headers=key).status_code == 413
+    assert client.get("/health").status_code == client.get("/ready").status_code == 200
