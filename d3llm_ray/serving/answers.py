@@ -10,7 +10,6 @@ from d3llm_ray.decoding import Event
 from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.metrics import ServingMetrics
-from d3llm_ray.serving.access_log import note_answer
 from d3llm_ray.serving.deadline import DeadlinePassed
 from d3llm_ray.serving.errors import ApiError, out_of_time
 from d3llm_ray.serving.replies import FinishReason, Usage
@@ -120,4 +119,3 @@ class Answer:
         self.finish_reason = reason
         self.usage = Usage.count(len(self._submission.request.prompt_ids), self._text.tokens, forwards)
         self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards)
-        note_answer(self.usage.prompt_tokens, self.usage.completion_tokens, forwards, reason)

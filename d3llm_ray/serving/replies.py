@@ -194,6 +194,8 @@ class ModelCard(BaseModel):
     decoder: str
     decoder_settings: dict[str, Any]
     decoders: list[str]  # what a request may name as its `diffusion.decoder`
+    parent: str | None = None  # an adapter's base
+    adapter: str | None = None  # the one that decodes now
 
 
 class ModelList(BaseModel):

@@ -16,6 +16,8 @@ from d3llm_ray.serving.errors import ApiError, bad_input
 from d3llm_ray.serving.schemas import COMPLETIONS, Message
 
 T = TypeVar("T")
+# No prompt that fits has so many, and to tokenise what cannot fit would keep others waiting: seconds for a megabyte.
+MOST_CHARACTERS_A_TOKEN = 32
 
 
 class Texts:
@@ -31,12 +33,14 @@ class Texts:
     async def of_messages(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, by the model's chat template."""
         self._tokenizer("messages")
+        self._check_length("messages", sum(len(message.content) for message in messages))
         plain = [{"role": message.role, "content": message.content} for message in messages]
         return await self._run(lambda: self._llm.encode(plain))
 
     async def of_text(self, text: str) -> list[int]:
         """Token ids of a text: nothing is added, and the names of control tokens in it are read as text."""
         tokenizer = self._tokenizer("prompt")
+        self._check_length("prompt", len(text))
         return await self._run(lambda: encode_text(tokenizer, text, control=False))
 
     async def decoded(self, token_ids: Sequence[int], param: str) -> str:
@@ -50,6 +54,16 @@ class Texts:
         """The text of one token; without a tokenizer its number, as vLLM writes it."""
         tokenizer = self._llm.tokenizer
         return f"token_id:{token_id}" if tokenizer is None else str(tokenizer.decode([token_id]))
+
+    def _check_length(self, param: str, characters: int) -> None:
+        context = self._llm.engine.context
+        most = MOST_CHARACTERS_A_TOKEN * context
+        if characters > most:
+            accepted = (
+                f"at most {most}, {MOST_CHARACTERS_A_TOKEN} for each of the {context} tokens of the model's context"
+            )
+            message = f"{param}: got {characters} characters; accepted: {accepted}"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     def _tokenizer(self, param: str) -> PreTrainedTokenizerBase:
         if self._llm.tokenizer is None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from d3llm_ray.decoding import Engine, Event, Request
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.autoscaling import Load
 from d3llm_ray.serving.deadline import Deadline
 
 logger = logging.getLogger("d3llm_ray.serving")
@@ -40,6 +41,7 @@ class Submission:
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     engine_id: int | None = None  # of the engine's thread alone
     timer: asyncio.TimerHandle | None = None  # until its deadline
+    arrived: float = field(default_factory=time.monotonic)
 
     async def next_event(self) -> Event:
         """Wait for the next event; raises what ended the request instead."""
@@ -90,6 +92,13 @@ class EngineWorker:
     def in_flight(self) -> int:
         """Requests submitted and neither finished nor closed."""
         return len(self._open)
+
+    def load(self) -> Load:
+        """What the engine has to do; call it on the event loop."""
+        engine, active = self._engine, self._engine.active
+        queued = sorted(self._open, key=lambda submission: submission.arrived)[active:]  # it admits in order
+        sizes = [one.request.canvas_size(engine.decoder, engine.family, engine.context)[0] for one in queued]
+        return Load(active, sum(sizes), engine.max_batch_size)
 
     def problem(self) -> str | None:
         """What is wrong, or None. Reads two attributes and no lock: it answers while a forward runs or hangs."""

@@ -278,7 +278,7 @@ def test_refusals_are_counted_for_the_model(monkeypatch: pytest.MonkeyPatch) -> 
     run(test)
 
 
-@pytest.mark.parametrize("name", ["tiny", "llada-8b"])
+@pytest.mark.parametrize("name", ["tiny", "llada-8b", "dream-7b", "multi-model"])
 def test_serve_is_told_of_the_front(name: str) -> None:
     content = yaml.safe_load((ROOT / "serve_configs" / f"{name}.yaml").read_text())
     options = ServeDeploySchema(**content).controller_options

@@ -16,12 +16,12 @@ def router(service: ChatService) -> APIRouter:
 
     @routes.get("/v1/models")
     async def models() -> ModelList:
-        return ModelList(data=[service.card()])
+        return ModelList(data=service.cards())
 
     @routes.get("/v1/models/{name:path}")
     async def model(name: str) -> ModelCard:
         service.check_model(name)
-        return service.card()
+        return next(card for card in service.cards() if card.id == name)
 
     @routes.get("/version")
     async def version() -> Version:

@@ -44,7 +44,7 @@ class ChatWriter:
 
     def __init__(self, service: ChatService, request: ChatRequest) -> None:
         self._service, self._request = service, request
-        name = service.settings.model_id
+        name = request.model
         self._base = ChatChunk(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=name, choices=[])
 
     def opening(self) -> Sequence[ChatChunk]:

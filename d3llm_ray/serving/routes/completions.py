@@ -40,7 +40,7 @@ class TextWriter:
         self._shows_ids = request.return_token_ids or service.llm.tokenizer is None
         self._echoed = [text for text in echoed for _ in range(request.choices)]
         self._offsets = [0] * len(self._echoed)  # characters of an answer's tokens so far
-        name = service.settings.model_id
+        name = request.model
         self._base = TextChunk(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=name, choices=[])
 
     def opening(self) -> Sequence[TextChunk]:
