@@ -23,10 +23,10 @@ from schemathesis.generation import GenerationMode
 
 from d3llm_ray.serving.local import serve_locally
 from d3llm_ray.serving.settings import ReplicaSettings
+from tests.test_compatibility import routes
 
 FEW, MANY = 20, 1000  # of each of the two modes
 WITHIN_S = 10.0
-GROWTH_BYTES = 50_000_000
 QUERY = st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3)
 HEADER_VALUE = st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=20).map(str.strip)
 HEADERS = st.dictionaries(
@@ -42,58 +42,71 @@ def url(tiny_checkpoint: Path) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
 def operations(url: str) -> dict[str, Any]:
     """What the OpenAPI document lists, by `METHOD /path`."""
-    document = requests.get(f"{url}/openapi.json", timeout=WITHIN_S).json()
-    schema = schemathesis.openapi.from_dict(document)
+    schema = schemathesis.openapi.from_dict(requests.get(f"{url}/openapi.json", timeout=WITHIN_S).json())
     return {operation.label: operation for operation in (found.ok() for found in schema.get_all_operations())}
 
 
-@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_no_request_makes_the_server_fail(url: str, count: int) -> None:
-    sent: Counter[str] = Counter()
-    answered: Counter[int] = Counter()
-    process, session = psutil.Process(), requests.Session()
-    slowest, grown = 0.0, 0
+class Tally:
+    """What was sent and answered."""
 
-    def fuzz(label: str, operation: Any, mode: GenerationMode) -> None:
-        @settings(
-            max_examples=count,
-            deadline=None,
-            database=None,
-            derandomize=count == FEW,
-            phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(case=operation.as_strategy(generation_mode=mode), query=QUERY, headers=HEADERS)
-        def send(case: Any, query: dict[str, str], headers: dict[str, bytes]) -> None:
-            nonlocal slowest
-            began = time.monotonic()
-            try:
-                answer = case.call(base_url=url, session=session, params=query, headers=headers, timeout=WITHIN_S)
-            except UnicodeError:
-                return  # a client that cannot spell it
-            slowest = max(slowest, time.monotonic() - began)
-            sent[label] += 1
-            answered[answer.status_code] += 1
+    def __init__(self) -> None:
+        self.sent, self.slowest = 0, 0.0
+        self.answers: Counter[int] = Counter()
+
+    def send(self, **request: Any) -> requests.Response | None:
+        """The answer to a case; None for one that no client can spell."""
+        began = time.monotonic()
+        try:
+            answer: requests.Response = request.pop("case").call(timeout=WITHIN_S, **request)
+        except UnicodeError:
+            return None
+        self.sent += 1
+        self.slowest = max(self.slowest, time.monotonic() - began)
+        self.answers[answer.status_code] += 1
+        return answer
+
+
+def fuzz(operation: Any, mode: GenerationMode, url: str, count: int, tally: Tally) -> None:
+    session = requests.Session()
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=count == FEW,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode), served=st.booleans(), query=QUERY, headers=HEADERS)
+    def send(case: Any, served: bool, query: dict[str, str], headers: dict[str, bytes]) -> None:
+        if served and isinstance(case.body, dict) and "model" in case.body:
+            case.body["model"] = "tiny-random"  # which would hardly be guessed
+        answer = tally.send(case=case, base_url=url, session=session, params=query, headers=headers)
+        if answer is not None:
             assert answer.status_code < 500, answer.text
             if answer.status_code >= 400:
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
-        send()
+    send()
 
-    found = operations(url)
-    assert len(found) >= 4
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("route", routes())
+def test_no_request_makes_the_server_fail(url: str, operations: dict[str, Any], route: str, count: int) -> None:
+    assert set(operations) == set(routes())
+    tally, process = Tally(), psutil.Process()
     before = process.memory_info().rss
-    for label, operation in found.items():
-        fuzz(label, operation, GenerationMode.POSITIVE)
-        try:
-            fuzz(label, operation, GenerationMode.NEGATIVE)
-        except Unsatisfiable:  # no input, or one that takes any text: there is nothing beside the document
-            fuzz(label, operation, GenerationMode.POSITIVE)
+    fuzz(operations[route], GenerationMode.POSITIVE, url, count, tally)
+    try:
+        fuzz(operations[route], GenerationMode.NEGATIVE, url, count, tally)
+    except Unsatisfiable:  # no input, or one that takes any text: there is nothing beside the document
+        fuzz(operations[route], GenerationMode.POSITIVE, url, count, tally)
     grown = process.memory_info().rss - before
-    print(f"{dict(sent)}; answers {dict(sorted(answered.items()))}; slowest {slowest:.2f} s; {grown / 1e6:.0f} MB more")
-    assert slowest < WITHIN_S
+    answers = dict(sorted(tally.answers.items()))
+    print(f"{route}: {tally.sent} cases, answers {answers}, slowest {tally.slowest:.2f} s, {grown / 1e6:.0f} MB more")
+    assert tally.slowest < WITHIN_S
     assert requests.get(f"{url}/health", timeout=WITHIN_S).status_code == 200
-    if count == MANY:
-        assert min(sent.values()) >= 2 * MANY and set(sent) == set(found)
+    assert tally.sent >= 0.9 * 2 * count  # of those that a client can spell
