@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 
 from d3llm_ray import __version__
@@ -9,6 +11,7 @@ from d3llm_ray.serving.connections import EndsWithClient
 from d3llm_ray.serving.errors import install_handlers
 from d3llm_ray.serving.guards import guard
 from d3llm_ray.serving.limits import BodyLimit, RefusesWhenFull
+from d3llm_ray.serving.openapi import document
 from d3llm_ray.serving.routes import about, chat, completions, text
 from d3llm_ray.serving.service import ChatService
 
@@ -26,4 +29,5 @@ def create_app(service: ChatService, *, echo_request_id: bool = True) -> FastAPI
     install_handlers(app)
     for group in (chat, completions, text, about):
         app.include_router(group.router(service))
+    app.openapi = partial(document, app, service)  # type: ignore[method-assign]
     return app

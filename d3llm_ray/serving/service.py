@@ -120,6 +120,8 @@ class ChatService:
         note_model(request.model)
         self._check_answer_length(request)
         self._check_count(request)
+        if request.stop:
+            self.texts.check("stop")
         decoder, adapter = self._decoder(request), self._adapter(request.model)
         count = request.prompts * request.choices
         self.check_room(count)  # before the work of tokenising
@@ -173,6 +175,7 @@ class ChatService:
             stop_token_ids=request.stop_token_ids or (),
             ignore_eos=bool(request.ignore_eos),
             reveals=request.wants_events or request.alternatives is not None,
+            top_logprobs=request.alternatives or 0,
         )
 
     def revealed(self, reveal: Reveal) -> Revealed:
