@@ -37,6 +37,7 @@ class Answer:
         self._arrived = time.monotonic()
         self._started = False
         self._closed = False
+        self._failed = False
 
     async def next(self) -> Piece | None:
         """The next piece, never empty, or None at the end. Raises `ApiError` when the engine fails."""
@@ -59,8 +60,10 @@ class Answer:
         try:
             event = await self._submission.next_event()
         except EngineFailure as error:
+            self._failed = True
             raise ApiError(500, f"{error}; ask again", code="engine_failed") from error
         if event.error is not None:
+            self._failed = True
             raise ApiError(500, event.error, code="decoding_failed")
         return event
 
@@ -70,7 +73,9 @@ class Answer:
             return
         self._closed = True
         self._submission.close()
-        if self.finish_reason is None:
+        if self._failed:
+            self._metrics.failed()
+        elif self.finish_reason is None:
             self._metrics.aborted()
 
     def _note_first(self) -> None:
@@ -81,4 +86,5 @@ class Answer:
     def _end(self, reason: FinishReason, forwards: int) -> None:
         self.finish_reason = reason
         self.usage = Usage.count(len(self._submission.request.prompt_ids), self._text.tokens, forwards)
-        self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards)
+        seconds = time.monotonic() - self._arrived
+        self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards, seconds)

@@ -16,6 +16,7 @@ from d3llm_ray.errors import InputError, require
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.answers import Answer
 from d3llm_ray.serving.bounds import check_overrides
+from d3llm_ray.serving.counted import CountedRunner
 from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, queue_full
 from d3llm_ray.serving.replies import ModelCard, Revealed
 from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest
@@ -49,6 +50,7 @@ class ChatService:
         )
         self.llm.generate(["1"], max_tokens=WARM_UP_TOKENS)  # the first request should not pay for lazy set-up
         metrics = ServingMetrics(settings.model_id)
+        self.llm.engine.runner = CountedRunner(self.llm.engine.runner, metrics)
         self.worker = EngineWorker(self.llm.engine, settings.room, metrics, settings.step_timeout_s)
         self._metrics = metrics
         # Long prompts take a while to tokenise: not on the event loop, and one at a time.
