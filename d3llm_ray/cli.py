@@ -114,6 +114,11 @@ VERBS = {
         "d3llm_ray.benchmark.trajectories:run",
         "measure rows a second of one process, of the job, and of the job with more actors",
     ),
+    "benchmark serve": Verb(
+        "d3llm_ray.benchmark.serving_settings:ServeBenchmarkSettings",
+        "d3llm_ray.benchmark.serving:run",
+        "measure what users see of a served model at every load, and how far its engine is from that",
+    ),
     "tune": Verb(
         "d3llm_ray.tuning.settings:TuneSettings",
         "d3llm_ray.tuning.run:run",

@@ -8,28 +8,57 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util.metrics import Counter, Gauge
 
 Clock = Callable[[], float]  # seconds
-_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
+_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
+_TOKENS_PER_SECOND = [1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0]
 _TOKENS_PER_FORWARD = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 32.0]
 
 
-class ServingMetrics:
-    """What one decoder replica reports; every series carries the tag `model`."""
+class KVPool(Protocol):
+    """What is read of an engine's pool: its positions, and those that no request holds."""
 
-    def __init__(self, model: str) -> None:
-        self._requests = Counter("d3llm_requests", "Chat requests accepted into the engine's queue", ("model",))
-        self._refused = Counter("d3llm_refused", "Chat requests refused because the queue was full", ("model",))
-        self._finished = Counter("d3llm_finished", "Chat requests ended, by finish reason", ("model", "reason"))
-        self._tokens = Counter("d3llm_tokens", "Tokens of finished requests, by kind", ("model", "kind"))
-        self._forwards = Counter("d3llm_forwards", "Model forwards, each of a whole batch", ("model",))
-        self._queue = Gauge("d3llm_queue", "Requests waiting for a slot", ("model",))
-        self._active = Gauge("d3llm_active", "Requests in the running batch", ("model",))
-        self._first = Histogram("d3llm_ttfb_seconds", "Arrival to the first committed span", _SECONDS, ("model",))
-        self._tpf = Histogram("d3llm_tpf", "Tokens per forward of a request", _TOKENS_PER_FORWARD, ("model",))
-        self._model = {"model": model}
+    positions: int
+
+    @property
+    def free(self) -> int: ...
+
+
+class ServingMetrics:
+    """What one decoder replica reports; every series carries the tag `model`.
+
+    In a replica Serve adds the tags `deployment`, `replica` and `application`. Elsewhere, as in Serve's proxy, only
+    `application` can be told apart, by what is given here.
+    """
+
+    def __init__(self, model: str, application: str | None = None) -> None:
+        from ray.serve import metrics  # seconds to import, and other rooms need it not
+
+        of_model: Any = ("model",) if application is None else ("model", "application")  # Serve types it as one string
+        self._requests = metrics.Counter("d3llm_requests", "Requests accepted into the engine's queue", of_model)
+        self._refused = metrics.Counter("d3llm_refused", "Requests refused because the queue was full", of_model)
+        self._finished = metrics.Counter(
+            "d3llm_finished", "Accepted requests that ended, by reason", (*of_model, "reason")
+        )
+        self._tokens = metrics.Counter("d3llm_tokens", "Tokens of finished requests, by kind", (*of_model, "kind"))
+        self._forwards = metrics.Counter("d3llm_forwards", "Model forwards, each of a whole batch", of_model)
+        self._request_forwards = metrics.Counter(
+            "d3llm_request_forwards", "Requests in forwards, by what of each is computed anew", (*of_model, "kind")
+        )
+        self._queue = metrics.Gauge("d3llm_queue", "Requests waiting for a slot", of_model)
+        self._active = metrics.Gauge("d3llm_active", "Requests in the running batch", of_model)
+        self._kv_used = metrics.Gauge("d3llm_kv_used", "Positions of the KV pool that requests hold", of_model)
+        self._kv_positions = metrics.Gauge("d3llm_kv_positions", "Positions of the KV pool", of_model)
+        self._first = metrics.Histogram("d3llm_ttfb_seconds", "Arrival to the first committed span", _SECONDS, of_model)
+        self._seconds = metrics.Histogram("d3llm_request_seconds", "Arrival to the answer's end", _SECONDS, of_model)
+        self._speed = metrics.Histogram(
+            "d3llm_tokens_per_second", "Tokens a second of an answer, from its arrival on", _TOKENS_PER_SECOND, of_model
+        )
+        self._tpf = metrics.Histogram("d3llm_tpf", "Tokens per forward of a request", _TOKENS_PER_FORWARD, of_model)
+        self._model = {"model": model} if application is None else {"model": model, "application": application}
 
     def accepted(self) -> None:
         self._requests.inc(tags=self._model)
@@ -37,33 +66,51 @@ class ServingMetrics:
     def refused(self) -> None:
         self._refused.inc(tags=self._model)
 
-    def stepped(self, active: int, waiting: int) -> None:
+    def stepped(self, active: int, waiting: int, pool: KVPool) -> None:
         """Record one batched forward and what the engine holds after it."""
         self._forwards.inc(tags=self._model)
-        self.occupancy(active, waiting)
+        self.occupancy(active, waiting, pool)
 
-    def occupancy(self, active: int, waiting: int) -> None:
+    def occupancy(self, active: int, waiting: int, pool: KVPool) -> None:
         self._active.set(active, tags=self._model)
         self._queue.set(waiting, tags=self._model)
+        self._kv_used.set(pool.positions - pool.free, tags=self._model)
+        self._kv_positions.set(pool.positions, tags=self._model)
+
+    def computed(self, full: int, cached: int) -> None:
+        """Record the requests in a forward: those computed from their first position on, and those behind a cache."""
+        for kind, count in (("full", full), ("cached", cached)):
+            if count:  # Ray refuses to add 0 to a counter
+                self._request_forwards.inc(count, tags={**self._model, "kind": kind})
 
     def first_text(self, seconds: float) -> None:
         self._first.observe(seconds, tags=self._model)
 
     def aborted(self) -> None:
-        """Record a request that ended without an answer: its client left, or the engine failed."""
-        self._finished.inc(tags={**self._model, "reason": "abort"})
+        """Record a request whose client left."""
+        self._ended("abort")
 
     def timed_out(self) -> None:
         """Record a request that missed its deadline."""
-        self._finished.inc(tags={**self._model, "reason": "timeout"})
+        self._ended("timeout")
 
-    def finished(self, reason: str, prompt_tokens: int, completion_tokens: int, forwards: int) -> None:
-        self._finished.inc(tags={**self._model, "reason": reason})
+    def failed(self) -> None:
+        """Record a request that the engine could not answer."""
+        self._ended("error")
+
+    def finished(self, reason: str, prompt_tokens: int, completion_tokens: int, forwards: int, seconds: float) -> None:
+        """Record an answer; `reason` is its finish reason, `seconds` the time since the request's arrival."""
+        self._ended(reason)
         for kind, count in (("prompt", prompt_tokens), ("completion", completion_tokens)):
-            if count:  # Ray refuses to add 0 to a counter
+            if count:
                 self._tokens.inc(count, tags={**self._model, "kind": kind})
+        self._seconds.observe(seconds, tags=self._model)
         if forwards:
             self._tpf.observe(completion_tokens / forwards, tags=self._model)
+            self._speed.observe(completion_tokens / seconds, tags=self._model)
+
+    def _ended(self, reason: str) -> None:
+        self._finished.inc(tags={**self._model, "reason": reason})
 
 
 class TeacherMetrics:

@@ -44,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "serving": {"decoding", "models", *EDGE_BASE},
 }
 ROOMS["ablation"] = {*ROOMS["distillation"], "distillation", "evaluation"}
-ROOMS["benchmark"] = {*ROOMS["trajectories"], "trajectories", "distillation"}
+ROOMS["benchmark"] = {*ROOMS["trajectories"], *ROOMS["serving"], "trajectories", "distillation", "serving"}
 ROOMS["quickstart"] = {*ROOMS, "benchmark"}
 ROOMS["cli"] = {*ROOMS, "quickstart"}
 

@@ -1,4 +1,4 @@
-"""Tokens a second over batch size."""
+"""Tokens a second over batch size, and a server's latency over its load."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.benchmark.rows import BenchmarkRow
+from d3llm_ray.benchmark.serving_rows import ServingRow
 from d3llm_ray.report import save_figure
 
 
@@ -39,4 +40,28 @@ def plot_report(report: BenchmarkReport[BenchmarkRow], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def plot_latency(report: BenchmarkReport[ServingRow], path: Path) -> None:
+    """Seconds to the first text and to the end over the load: median, and up to the 99th percentile; closed, open."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    kinds = {"closed": "clients", "open": "requests a second"}
+    shown = [kind for kind in kinds if any(row.kind == kind for row in report.rows)]
+    for place, kind in enumerate(shown, start=1):
+        axes = figure.add_subplot(1, len(shown), place)
+        rows = [row for row in report.rows if row.kind == kind]
+        for what, color in (("first_s", "C0"), ("total_s", "C1")):
+            found = [(row.load, getattr(row, what)) for row in rows if getattr(row, what) is not None]
+            if not found:
+                continue
+            loads = [load for load, _ in found]
+            p50, p90, p99 = ([seconds[name] for _, seconds in found] for name in ("p50", "p90", "p99"))
+            label = {"first_s": "first text", "total_s": "whole answer"}[what]
+            axes.plot(loads, p50, marker="o", color=color, label=f"{label}: median, p90, p99")
+            axes.plot(loads, p90, linestyle="--", linewidth=0.8, color=color)
+            axes.fill_between(loads, p50, p99, color=color, alpha=0.15)
+        axes.set(title=f"{report.plan['model']}, {kind} load", xlabel=kinds[kind], ylabel="seconds", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     save_figure(figure, path)

@@ -66,7 +66,7 @@ class Engine:
         self._memory = plan_memory(
             model, self.vocabulary_size, self.context, max_batch_size, self.grouping.most_tokens, kv_positions, static
         )
-        self._pool = PositionPool(self._memory.kv_positions)
+        self.pool = PositionPool(self._memory.kv_positions)
         self._cache = KVCache(
             model.config,
             self._memory.kv_positions,
@@ -98,10 +98,10 @@ class Engine:
         request.check(self.decoder, self.family, self.model.config.vocab_size, self.context)
         if (request.decoder or self.decoder).caching.uses_cache:
             length = request.positions(self.decoder, self.family, self.context)
-            if length > self._pool.positions:
+            if length > self.pool.positions:
                 raise InputError(
                     f"prompt: prompt and canvas need {length} positions of the KV pool; accepted: together at most "
-                    f"{self._pool.positions} (kv_positions)"
+                    f"{self.pool.positions} (kv_positions)"
                 )
 
     def submit(self, request: Request) -> int:
@@ -136,7 +136,7 @@ class Engine:
             request_id, request = self._waiting[0]
             chosen, base = request.decoder or self.decoder, None
             if chosen.caching.uses_cache:
-                base = self._pool.take(request.positions(self.decoder, self.family, self.context))
+                base = self.pool.take(request.positions(self.decoder, self.family, self.context))
                 if base is None:
                     assert self._rows, "a span of the KV pool was not given back"
                     return  # those that run will free theirs
@@ -154,7 +154,7 @@ class Engine:
     def _release(self, row: ActiveRequest) -> None:
         self._rows.remove(row)
         if row.base is not None:
-            self._pool.give_back(row.base, row.canvas.length)
+            self.pool.give_back(row.base, row.canvas.length)
 
     def _plan(self) -> StepBatch:
         """The next forward of every active request, in groups."""

@@ -52,6 +52,7 @@ class Answer:
         self._arrived = time.monotonic()
         self._started = False
         self._closed = False
+        self._failed = False
         self._revealed: dict[int, CommittedToken] = {}  # by position, until it is committed
         self._told = 0  # tokens in pieces
         self._is_late = False
@@ -91,11 +92,13 @@ class Answer:
         try:
             event = await self._submission.next_event()
         except EngineFailure as error:
+            self._failed = True
             raise ApiError(500, f"{error}; ask again", code="engine_failed") from error
         except DeadlinePassed as error:
             self._is_late = True
             raise out_of_time(error) from error
         if event.error is not None:
+            self._failed = True
             raise ApiError(500, event.error, code="decoding_failed")
         return event
 
@@ -107,6 +110,8 @@ class Answer:
         self._submission.close()
         if self._is_late:
             self._metrics.timed_out()
+        elif self._failed:
+            self._metrics.failed()
         elif self.finish_reason is None:
             self._metrics.aborted()
 
@@ -118,4 +123,5 @@ class Answer:
     def _end(self, reason: FinishReason, forwards: int) -> None:
         self.finish_reason = reason
         self.usage = Usage.count(len(self._submission.request.prompt_ids), self._text.tokens, forwards)
-        self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards)
+        seconds = time.monotonic() - self._arrived
+        self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards, seconds)

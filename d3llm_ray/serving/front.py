@@ -75,7 +75,7 @@ class Room:
             return
         said = json.loads(told)
         self._told, self._name, self._each = told, said["application"], said["room"]
-        self._metrics = ServingMetrics(said["model"])
+        self._metrics = ServingMetrics(said["model"], said["application"])
 
     def refuses(self) -> bool:
         """Whether another request would be too many. Counts the refusal."""

@@ -20,6 +20,7 @@ from d3llm_ray.serving.answers import Answer
 from d3llm_ray.serving.auth import KeyRing
 from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.choices import Answers, choice_seed
+from d3llm_ray.serving.counted import CountedRunner
 from d3llm_ray.serving.deadline import Deadline, DeadlinePassed
 from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, model_not_found, out_of_time, queue_full
 from d3llm_ray.serving.reconfiguration import UserConfig
@@ -62,6 +63,7 @@ class ChatService:
         self.decoder = self.llm.engine.decoder
         self.adapter: str | None = None
         metrics = ServingMetrics(settings.model_id)
+        self.llm.engine.runner = CountedRunner(self.llm.engine.runner, metrics)
         self.worker = EngineWorker(self.llm.engine, settings.room, metrics, settings.step_timeout_s)
         self._metrics = metrics
         self.texts = Texts(self.llm)

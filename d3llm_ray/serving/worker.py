@@ -171,7 +171,7 @@ class EngineWorker:
                 self._decoding[submission.engine_id] = submission
             elif submission.engine_id is not None and self._decoding.pop(submission.engine_id, None) is not None:
                 self._engine.cancel(submission.engine_id)
-                self._metrics.occupancy(self._engine.active, self._engine.waiting)
+                self._metrics.occupancy(self._engine.active, self._engine.waiting, self._engine.pool)
         return True
 
     def _step(self) -> None:
@@ -183,7 +183,7 @@ class EngineWorker:
             batch.append((self._decoding[event.request_id], event))
             if event.completion is not None or event.error is not None:
                 del self._decoding[event.request_id]
-        self._metrics.stepped(self._engine.active, self._engine.waiting)
+        self._metrics.stepped(self._engine.active, self._engine.waiting, self._engine.pool)
         if batch:
             self._on_loop(self._deliver, batch)
 

@@ -192,7 +192,7 @@ def test_a_request_fails_alone(kind: str, preset: str, options: dict[str, Any], 
                 done[event.request_id] = event.completion
     assert [request_id for request_id, _ in errors] == [bad]
     assert f"request {bad}:" in errors[0][1] and "NaN or infinite" in errors[0][1]
-    assert engine._pool.free == engine._pool.positions
+    assert engine.pool.free == engine.pool.positions
     expected = decode_all(Engine(model, family, chosen, vocabulary_size=POISON), others)
     for request_id, one in zip(ids, expected, strict=True):
         assert (done[request_id].response_ids, done[request_id].forwards) == (one.response_ids, one.forwards)

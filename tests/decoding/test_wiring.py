@@ -171,7 +171,7 @@ def test_every_option_of_the_engine_acts(monkeypatch: pytest.MonkeyPatch) -> Non
     ((_, vocabulary, context, batch, tokens, positions, graphs),) = planned
     assert (vocabulary, context, batch, positions, graphs) == (20, 160, 2, 100, True)
     assert tokens == made.grouping.most_tokens
-    assert made.memory_plan().kv_positions == made._pool.positions == made._cache.positions == 100
+    assert made.memory_plan().kv_positions == made.pool.positions == made._cache.positions == 100
     assert isinstance(made.runner, engine.StaticRunner)
     requests = [Request([token, 6], 24, temperature=1.0, seed=token, ignore_eos=True) for token in (5, 6, 7)]
     ids = [made.submit(request) for request in requests]

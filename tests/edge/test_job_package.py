@@ -33,6 +33,7 @@ NEEDED = {
     "benchmark step": [],
     "benchmark distill": [],
     "benchmark trajectories": [],
+    "benchmark serve": [],
     "tune": ["--space", SPACE],
 }
 WITHOUT_OUTPUT = {"serve"}

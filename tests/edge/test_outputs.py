@@ -19,6 +19,8 @@ from d3llm_ray.benchmark import run as benchmarks
 from d3llm_ray.benchmark.distill import DistillBenchmarkSettings
 from d3llm_ray.benchmark.distill import run as benchmark_distill
 from d3llm_ray.benchmark.gpu_check import check as gpu_check
+from d3llm_ray.benchmark.serving import run as benchmark_serve
+from d3llm_ray.benchmark.serving_settings import ServeBenchmarkSettings
 from d3llm_ray.benchmark.settings import BenchmarkSettings, HostBenchmarkSettings, StepBenchmarkSettings
 from d3llm_ray.benchmark.trajectories import TrajectoryBenchmarkSettings
 from d3llm_ray.benchmark.trajectories import run as benchmark_trajectories
@@ -56,6 +58,7 @@ FOLDER_VERBS: dict[str, tuple[Callable[..., Any], type[Settings], dict[str, Any]
     "benchmark host": (benchmarks.run_host, HostBenchmarkSettings, {}),
     "benchmark distill": (benchmark_distill, DistillBenchmarkSettings, {}),
     "benchmark trajectories": (benchmark_trajectories, TrajectoryBenchmarkSettings, {}),
+    "benchmark serve": (benchmark_serve, ServeBenchmarkSettings, {}),
     "trajectories": (write_trajectories, TrajectorySettings, {"count": 1}),
     "trajectories import": (import_rows, ImportSettings, {"source": "rows.parquet", "teacher": "tiny-llada"}),
 }

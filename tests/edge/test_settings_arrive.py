@@ -57,6 +57,7 @@ OF_VERB: dict[tuple[str, str], Any] = {
     ("benchmark step", "micro_batch_size"): 6,
     ("benchmark step", "machine"): "a100",
     ("benchmark distill", "warmup_steps"): 86,
+    ("benchmark serve", "url"): "http://127.0.0.1:8123",
     ("benchmark distill", "log_every"): 43,
 }
 # Given instead of another setting, not beside it.

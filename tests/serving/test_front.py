@@ -270,14 +270,14 @@ def test_refusals_of_a_shower_come_before_the_work_of_handing_on() -> None:
 
 
 def test_refusals_are_counted_for_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused: list[str] = []
+    refused: list[tuple[str, str]] = []
 
     class Metrics:
-        def __init__(self, model: str) -> None:
-            self._model = model
+        def __init__(self, *tags: str) -> None:
+            self._tags = tags
 
         def refused(self) -> None:
-            refused.append(self._model)
+            refused.append(self._tags)
 
     monkeypatch.setattr(front, "ServingMetrics", Metrics)
 
@@ -285,7 +285,7 @@ def test_refusals_are_counted_for_the_model(monkeypatch: pytest.MonkeyPatch) -> 
         proxy = Proxy(room=1)
         await proxy.health()
         await proxy.statuses(await proxy.begin(4))
-        assert refused == ["m"] * 3
+        assert refused == [("m", "app")] * 3
 
     run(test)
 

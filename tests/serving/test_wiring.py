@@ -16,6 +16,7 @@ from ray.util.metrics import Metric
 
 from d3llm_ray import config
 from d3llm_ray.decoding import DiffusionLLM, Request, decoder
+from d3llm_ray.decoding.memory import PositionPool
 from d3llm_ray.decoding.presets import PRESETS
 from d3llm_ray.errors import InputError
 from d3llm_ray.metrics import ServingMetrics
@@ -176,7 +177,7 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         names = ("name_or_path", "decoder", "dtype", "device", "max_batch_size")
         loaded.update(zip(names, args, strict=True))
         return types.SimpleNamespace(
-            engine=types.SimpleNamespace(context=512, decoder=args[1]),
+            engine=types.SimpleNamespace(context=512, decoder=args[1], runner=None),
             family=types.SimpleNamespace(eos_token_id=1),
             generate=lambda *_, **__: [],
         )
@@ -318,25 +319,39 @@ def test_metrics_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Metric, "_record", record)
     metrics = ServingMetrics("m")
+    pool = PositionPool(100)
+    assert pool.take(40) == 0
     metrics.accepted()
     metrics.refused()
-    metrics.stepped(active=3, waiting=4)
+    metrics.stepped(active=3, waiting=4, pool=pool)
+    metrics.computed(full=2, cached=0)
+    metrics.computed(full=0, cached=5)
     metrics.first_text(0.25)
-    metrics.finished("stop", prompt_tokens=30, completion_tokens=12, forwards=4)
-    metrics.finished("length", prompt_tokens=5, completion_tokens=0, forwards=0)
+    metrics.finished("stop", prompt_tokens=30, completion_tokens=12, forwards=4, seconds=0.5)
+    metrics.finished("length", prompt_tokens=5, completion_tokens=0, forwards=0, seconds=1.5)
     metrics.aborted()
+    metrics.timed_out()
+    metrics.failed()
     assert recorded == {
         ("d3llm_requests", "m"): 1,
         ("d3llm_refused", "m"): 1,
         ("d3llm_finished", "m", "stop"): 1,
         ("d3llm_finished", "m", "length"): 1,
         ("d3llm_finished", "m", "abort"): 1,
+        ("d3llm_finished", "m", "timeout"): 1,
+        ("d3llm_finished", "m", "error"): 1,
         ("d3llm_tokens", "m", "prompt"): 35,
         ("d3llm_tokens", "m", "completion"): 12,
         ("d3llm_forwards", "m"): 1,
+        ("d3llm_request_forwards", "m", "full"): 2,
+        ("d3llm_request_forwards", "m", "cached"): 5,
         ("d3llm_active", "m"): 3,
         ("d3llm_queue", "m"): 4,
+        ("d3llm_kv_used", "m"): 40,
+        ("d3llm_kv_positions", "m"): 100,
         ("d3llm_ttfb_seconds", "m"): 0.25,
+        ("d3llm_request_seconds", "m"): 1.5,
+        ("d3llm_tokens_per_second", "m"): 24.0,
         ("d3llm_tpf", "m"): 3.0,
     }
 
@@ -349,7 +364,8 @@ def test_an_answers_tokens_are_counted_by_kind(
     usage = client.post(CHAT, json={"model": "tiny-random", "messages": QUESTION}).json()["usage"]
     prompt = len(service.llm.encode(QUESTION))
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt, 5)
-    assert finished == [("length", prompt, 5, 3)]
+    assert [values[:4] for values in finished] == [("length", prompt, 5, 3)]
+    assert 0 < finished[0][4] < 10
 
 
 def test_refused_before_the_body_is_read(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> None:
