@@ -14,6 +14,7 @@ from d3llm_ray import __version__
 from d3llm_ray.serving.answers import Answer, Piece
 from d3llm_ray.serving.errors import ApiError, install_handlers, to_api_error
 from d3llm_ray.serving.limits import BodyLimit, RefusesWhenFull
+from d3llm_ray.serving.playground import playground
 from d3llm_ray.serving.replies import (
     AssistantMessage,
     ChatChunk,
@@ -31,11 +32,12 @@ from d3llm_ray.serving.streams import AnswerStream
 
 
 def create_app(service: ChatService) -> FastAPI:
-    """Routes: `POST /v1/chat/completions`, `GET /v1/models`, `GET /v1/models/{id}`, `GET /health`."""
+    """Routes: `POST /v1/chat/completions`, `GET /v1/models`, `GET /v1/models/{id}`, `GET /health`; the page at `/`."""
     app = FastAPI(title="d3llm-ray", version=__version__)
     app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
     app.add_middleware(RefusesWhenFull, service=service)  # the outer one
     install_handlers(app)
+    app.include_router(playground())
 
     @app.post(CHAT, response_model=ChatCompletion)
     async def chat(body: ChatRequest) -> ChatCompletion | AnswerStream:
