@@ -9,8 +9,8 @@ const NAMES = { "\n": "line break", "\n\n": "two line breaks", "\t": "tab", " ":
 
 /** How a token is shown in its cell, and how it is called where it is described. */
 function shown(text) {
-  if (isSpecial(text)) return { mark: "∎", name: `special token ${text}`, special: true };
-  return { mark: MARKS[text] ?? text, name: NAMES[text] ?? text, special: text in MARKS };
+  if (isSpecial(text)) return { mark: "·", name: `special token ${text}`, dim: true };
+  return { mark: MARKS[text] ?? text, name: NAMES[text] ?? text, dim: text in MARKS };
 }
 
 export class Canvas {
@@ -39,9 +39,12 @@ export class Canvas {
     const bounds = state.blocks.map((block) => block.end).join();
     if (bounds !== this.#bounds) this.#lay(state.blocks);
     this.#bounds = bounds;
-    state.cells.forEach((_, position) => this.#drawCell(position));
     const frontier = state.cells.indexOf(null);
-    this.#cells.forEach((cell, position) => cell.classList.toggle("frontier", position === frontier));
+    const end = state.cells.findIndex((token) => token !== null && isSpecial(token.text));
+    this.#cells.forEach((cell, position) => {
+      this.#drawCell(cell, position, position === end);
+      cell.classList.toggle("frontier", position === frontier && !state.ended);
+    });
     state.blocks.forEach((block, index) => {
       const { row, word } = this.#rows[index];
       row.dataset.state = block.state;
@@ -61,29 +64,24 @@ export class Canvas {
         this.#cells.push(cell);
         cells.append(cell);
       }
-      const word = element("span", { class: "word" });
+      const word = element("span");
       const label = element("span", { class: "label", role: "rowheader" }, `${index + 1} `, word);
       const row = element("div", { class: "block", role: "row" }, label, cells);
-      if (end - start > 1 && start === 0 && blocks.length > 1) cells.style.setProperty("--skip", this.#skipOf(blocks));
       this.#rows.push({ row, word });
       return row;
     });
     this.#element.replaceChildren(...rows);
   }
 
-  /** Cells that a shorter first block lacks: it begins in the prompt. */
-  #skipOf([first, second]) {
-    return Math.max(second.end - second.start - (first.end - first.start), 0);
-  }
-
-  #drawCell(position) {
-    const cell = this.#cells[position];
+  #drawCell(cell, position, ends) {
     const token = this.#state.cells[position];
     const { colour, lastForward, maxTokens } = this.#context;
-    const { mark, name, special } = token ? shown(token.text) : { mark: "", name: "masked", special: false };
-    say(cell, mark);
+    const { mark, name, dim } = token ? shown(token.text) : { mark: "", name: "masked", dim: false };
+    say(cell, ends ? "∎" : mark);
     cell.classList.toggle("revealed", token !== null);
-    cell.classList.toggle("special", special);
+    cell.classList.toggle("special", dim);
+    cell.classList.toggle("long", mark.length > 5);
+    cell.classList.toggle("longer", mark.length > 6);
     cell.classList.toggle("beyond", position >= maxTokens);
     const share = !token ? 0 : colour === "entropy" ? token.entropy / HIGHEST_ENTROPY : token.forward / lastForward || 0;
     cell.style.setProperty("--share", Math.min(share, 1).toFixed(3));
@@ -106,8 +104,8 @@ export class Canvas {
     const index = blocks.findIndex((block) => position < block.end);
     const parts = [`Position ${position + 1} of ${cells.length}`];
     if (token) {
-      const { name, special } = shown(token.text);
-      parts.push(special ? name : `“${token.text}”`);
+      const { name, dim } = shown(token.text);
+      parts.push(dim ? name : `“${token.text}”`);
       parts.push(`entropy ${token.entropy.toFixed(4)} nats`, `revealed by forward ${token.forward + 1}`);
     } else parts.push("masked");
     if (blocks.length > 1) parts.push(`block ${index + 1}, ${blocks[index].state}`);

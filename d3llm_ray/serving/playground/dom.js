@@ -22,7 +22,6 @@ export function say(target, text) {
 export function fill(select, options, chosen) {
   select.replaceChildren(...options.map((name) => element("option", { value: name }, name)));
   select.value = options.includes(chosen) ? chosen : options[0] ?? "";
-  select.disabled = options.length < 2;
 }
 
 export function remember(name, value) {

@@ -110,12 +110,12 @@ export class Lane {
   end(order) {
     const { state, endedAt, error } = this.recording;
     const seconds = `${(endedAt / 1000).toFixed(2)} s`;
-    say(this.place, error?.message ?? ENDS[state] ?? (order ? `${order}, ${seconds}` : seconds));
+    say(this.place, error?.message ?? ENDS[state] ?? (order ? `${order}, ${seconds}` : ""));
     this.element.dataset.order = order ?? "";
   }
 
   lock(locked) {
-    this.modelSelect.disabled = locked || this.models.length < 2;
-    this.decoderSelect.disabled = locked || this.model.decoders.length < 2;
+    this.modelSelect.disabled = locked;
+    this.decoderSelect.disabled = locked;
   }
 }

@@ -16,6 +16,7 @@ const EXAMPLES = [
   "Sam has 5 apples. Sam gives away 2. How many apples does Sam have now?",
   "There are 18 coins in the box of Eva. Eva sells 4 of them. How many coins does Eva have now?",
 ];
+const NARROW = matchMedia("(max-width: 60rem)"); // as in page.css: the canvas is below the conversation
 const PLACES = ["1st", "2nd", "3rd"];
 
 let models = [];
@@ -102,6 +103,7 @@ async function send(prompt) {
   setRunning(new AbortController());
   say($("status"), race ? "Racing." : "Answering.");
   player.rest("recording");
+  if (NARROW.matches) $("lanes").scrollIntoView();
   const live = setInterval(() => requestAnimationFrame(() => running && show(exchange)), 30);
   await Promise.all(lanes.map((lane) => run(lane, messages, running.signal)));
   clearInterval(live);
@@ -237,7 +239,7 @@ function listen() {
 }
 
 $("send").disabled = true;
-$("settings").open = matchMedia("(min-width: 60rem)").matches;
+$("settings").open = !NARROW.matches;
 offerThemes();
 offerKey(connect);
 listen();

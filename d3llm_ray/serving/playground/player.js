@@ -99,5 +99,5 @@ function momentsOf(recordings) {
 
 /** A speed at which a recording of so many milliseconds can be watched. */
 function gentleSpeed(duration) {
-  return duration > 4000 ? "1" : duration > 1500 ? "0.25" : duration > 300 ? "0.1" : "0.02";
+  return duration > 2500 ? "1" : duration > 600 ? "0.25" : duration > 200 ? "0.1" : "0.02";
 }

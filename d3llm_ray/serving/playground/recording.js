@@ -44,9 +44,9 @@ export class Recording {
       });
     }
     const last = this.events[count - 1];
-    const all = count === this.events.length && this.state === "done";
-    const extent = { opened: last?.opened ?? 0, frozen: last?.frozen ?? 0 };
-    return { cells, blocks: blocksOf(cells, blockSize, head, extent), all, forward: last?.forward ?? -1 };
+    const ended = this.state === "done" && count === this.events.length;
+    const extent = { opened: last?.opened ?? 0, frozen: last?.frozen ?? 0, ended };
+    return { cells, blocks: blocksOf(cells, blockSize, head, extent), ended };
   }
 
   /** Figures after the first `count` events; at the end of a whole answer they are the server's own. */
@@ -73,8 +73,8 @@ export class Recording {
   }
 }
 
-/** Blocks as {start, end, state, revealed}. A decoder of one token a block has no blocks to show. */
-function blocksOf(cells, blockSize, head, { opened, frozen }) {
+/** Blocks as {start, end, state}. A decoder of one token a block has no blocks to show. */
+function blocksOf(cells, blockSize, head, { opened, frozen, ended }) {
   const bounds = [];
   if (blockSize === 1) bounds.push([0, cells.length]);
   else {
@@ -83,12 +83,12 @@ function blocksOf(cells, blockSize, head, { opened, frozen }) {
     }
   }
   return bounds.map(([start, end]) => {
-    const revealed = cells.slice(start, end).filter(Boolean).length;
     let state = "waiting";
     if (frozen >= end) state = "frozen";
-    else if (revealed === end - start) state = "done";
+    else if (cells.slice(start, end).every(Boolean)) state = "done";
+    else if (ended) state = "unused"; // the answer ended before it
     else if (opened > start) state = "open";
-    return { start, end, state, revealed };
+    return { start, end, state };
   });
 }
 
