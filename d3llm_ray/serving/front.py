@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.errors import queue_full
-from d3llm_ray.serving.schemas import CHAT, HEALTH
+from d3llm_ray.serving.schemas import DECODING, HEALTH
 
 logger = logging.getLogger("d3llm_ray.serving")
 
@@ -165,7 +165,7 @@ class Front:
 def _route(scope: Scope) -> str | None:
     """The route of ours that a request's path ends with, where it is one that matters here."""
     if scope["type"] == "http":
-        for method, route in (("POST", CHAT), ("GET", HEALTH)):
+        for method, route in (*(("POST", route) for route in DECODING), ("GET", HEALTH)):
             if scope["method"] == method and scope["path"].endswith(route):
                 return route
     return None

@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from d3llm_ray.config import DecoderSettings, Settings
-from d3llm_ray.errors import require
+from d3llm_ray.errors import InputError, require, unknown
 
 if TYPE_CHECKING:
     from d3llm_ray.decoding import Decoder
+    from d3llm_ray.models import Family
+
+
+def _fits(preset: Decoder, family: Family) -> bool:
+    try:
+        preset.check(family)
+    except InputError:
+        return False
+    return True
 
 
 class ReplicaSettings(Settings):
@@ -45,6 +54,9 @@ class ReplicaSettings(Settings):
         allow_inf_nan=False,
         description="seconds after which a forward that has not ended makes the replica unhealthy",
     )
+    request_decoders: list[str] | None = Field(
+        None, description="presets that a request may name besides the decoder; null: all that fit the model's family"
+    )
 
     @field_validator("max_tokens_limit")
     @classmethod
@@ -73,6 +85,20 @@ class ReplicaSettings(Settings):
         chosen.check(family)
         return chosen
 
+    def request_presets(self) -> dict[str, Decoder]:
+        """The presets that a request may name; `InputError` for one that there is not, or that does not fit."""
+        from d3llm_ray.decoding import PRESETS
+        from d3llm_ray.models import read_configs
+
+        family = read_configs(self.model)[1]
+        fitting = {name: preset for name, preset in PRESETS.items() if _fits(preset, family)}
+        if self.request_decoders is None:
+            return fitting
+        for name in self.request_decoders:
+            if name not in fitting:
+                raise unknown("request_decoders", name, fitting)
+        return {name: fitting[name] for name in self.request_decoders}
+
     def checked(self) -> ReplicaSettings:
         """Refuse a bad model or decoder before any replica starts; local paths come back absolute.
 
@@ -81,6 +107,7 @@ class ReplicaSettings(Settings):
         from d3llm_ray.decoding import is_settings_file
 
         self.decoding()
+        self.request_presets()
         paths: dict[str, Any] = {}
         if os.path.isdir(self.model):
             paths["model"] = os.path.abspath(self.model)

@@ -140,8 +140,11 @@ class Playground:
 
     def cells(self, lane: int = 0) -> list[str]:
         """Accessible names of a lane's cells."""
-        cells: list[str] = self.page.locator(".lane").nth(lane).get_by_role("gridcell").evaluate_all(
-            "cells => cells.map((cell) => cell.ariaLabel)"
+        cells: list[str] = (
+            self.page.locator(".lane")
+            .nth(lane)
+            .get_by_role("gridcell")
+            .evaluate_all("cells => cells.map((cell) => cell.ariaLabel)")
         )
         return cells
 

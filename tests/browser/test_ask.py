@@ -81,9 +81,7 @@ def test_tokens_appear_forward_by_forward_and_nothing_moves(
     seen = playground.page.evaluate("window.seen")
     (expected,) = offline.generate([QUESTION], max_tokens=TOKENS)
     told = playground.cells()
-    steps = [
-        0 if name.endswith("masked") else step + 1 for name, step in zip(told, expected.reveal_steps, strict=True)
-    ]
+    steps = [0 if name.endswith("masked") else step + 1 for name, step in zip(told, expected.reveal_steps, strict=True)]
     shown = [max(one["now"]) for one in seen]
     assert shown == sorted(shown)
     assert set(shown) >= set(range(expected.forwards + 1)), "every forward has been on the screen by itself"

@@ -137,3 +137,17 @@ def test_modules_import_what_is_there_and_nothing_far_away() -> None:
 
 def test_the_page_is_no_part_of_the_api(client: TestClient) -> None:
     assert not [path for path in client.get("/openapi.json").json()["paths"] if path == "/" or "playground" in path]
+
+
+def test_the_page_is_told_what_every_decoder_has_to_set(client: TestClient) -> None:
+    (card,) = client.get("/v1/models").json()["data"]
+    told = card["settings_by_decoder"]
+    assert list(told) == card["decoders"]
+    assert told[card["decoder"]] == card["decoder_settings"]
+    assert {name for name, settings in told.items() if "entropy_threshold" in settings} == {
+        "d3llm",
+        "d3llm-nocache",
+        "dparallel",
+    }
+    assert told["d3llm"]["cache_delay"] == 1 and "cache_delay" not in told["vanilla"]
+    assert {settings["block_size"] for settings in told.values()} == {16}

@@ -31,7 +31,7 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # kept, and asked for again: an upgrade shows at once, and costs a 304 where there is none
+    "Cache-Control": "no-cache",  # kept, and asked for again: an upgrade shows at once; without one it costs a 304
 }
 
 

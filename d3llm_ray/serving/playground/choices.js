@@ -4,23 +4,19 @@ const RACERS = ["vanilla", "d3llm", "autoregressive"];
 export const MOST_LANES = 3;
 
 /**
- * Models with their decoders, out of the cards of `GET /v1/models`. A server may tell no decoder but its own, or others
- * by their names alone: those have no settings to move.
+ * Models with their decoders, out of the cards of `GET /v1/models`: the server's own first. A server may tell of no
+ * decoder but that.
  */
 export function offered(cards) {
   return cards.map((card) => {
-    const named = Array.isArray(card.decoders);
-    const others = (named ? card.decoders : Object.keys(card.decoders ?? {})).filter((name) => name !== card.decoder);
-    const describe = (name, settings) => ({ name, settings, blockSize: settings.block_size ?? blockSize });
-    const blockSize = card.decoder_settings.block_size;
-    return {
-      id: card.id,
-      maxTokensLimit: card.max_tokens_limit,
-      decoders: [
-        { ...describe(card.decoder, card.decoder_settings), usual: true },
-        ...others.map((name) => ({ ...describe(name, named ? {} : card.decoders[name]), usual: false })),
-      ],
-    };
+    const settingsOf = { [card.decoder]: card.decoder_settings, ...card.settings_by_decoder };
+    const decoders = Object.entries(settingsOf).map(([name, settings]) => ({
+      name,
+      settings,
+      blockSize: settings.block_size,
+      usual: name === card.decoder,
+    }));
+    return { id: card.id, maxTokensLimit: card.max_tokens_limit, decoders };
   });
 }
 
