@@ -152,9 +152,29 @@ class Playground:
         return self.page.locator(".lane").nth(lane).locator(f"[data-figure={name}]").inner_text()
 
 
+def beside(page: Page, server: Served, other: Served) -> None:
+    """Have two servers answer at one address, each for its model, as a router of several models does."""
+
+    def models(route: Any) -> None:
+        answers = [route.fetch(url=f"{one.url}/v1/models").json() for one in (server, other)]
+        route.fulfill(json={**answers[0], "data": [card for answer in answers for card in answer["data"]]})
+
+    def chat(route: Any) -> None:
+        asks_other = route.request.post_data_json["model"] == other.service.settings.model_id
+        route.continue_(url=f"{(other if asks_other else server).url}/v1/chat/completions")
+
+    page.route("**/v1/models", models)
+    page.route("**/v1/chat/completions", chat)
+
+
 @contextmanager
-def opened(browser: Browser, server: Served, path: str = "/", **context: Any) -> Iterator[Playground]:
-    """A page in a context of its own, on which nothing is complained of, and which asks no other host."""
+def opened(
+    browser: Browser, server: Served, path: str = "/", other: Served | None = None, **context: Any
+) -> Iterator[Playground]:
+    """A page in a context of its own, on which nothing is complained of, and which asks no other host.
+
+    With `other` that server's model is offered beside.
+    """
     context.setdefault("viewport", {"width": 1280, "height": 860})
     own = browser.new_context(**context)
     page = own.new_page()
@@ -169,6 +189,8 @@ def opened(browser: Browser, server: Served, path: str = "/", **context: Any) ->
     page.on("console", lambda message: playground.complaints.append(message.text))
     page.on("pageerror", lambda error: playground.complaints.append(str(error)))
     page.on("request", note)
+    if other is not None:
+        beside(page, server, other)
     page.goto(server.url + path)
     page.get_by_role("gridcell").first.wait_for()
     yield playground

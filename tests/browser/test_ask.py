@@ -172,7 +172,7 @@ def test_settings_reach_the_request(playground: Playground) -> None:
     playground.answer_length(96)
     playground.ask()
     playground.wait()
-    playground.page.get_by_role("button", name="As the server has it").click()
+    playground.page.get_by_role("button", name="Reset").click()
     playground.ask()
     playground.wait()
     plain, moved, back = playground.bodies

@@ -43,6 +43,7 @@ export class Canvas {
     const end = state.cells.findIndex((token) => token !== null && isSpecial(token.text));
     this.#cells.forEach((cell, position) => {
       this.#drawCell(cell, position, position === end);
+      cell.classList.toggle("open", position < state.opened && !state.ended);
       cell.classList.toggle("frontier", position === frontier && !state.ended);
     });
     state.blocks.forEach((block, index) => {
@@ -65,7 +66,7 @@ export class Canvas {
         cells.append(cell);
       }
       const word = element("span");
-      const label = element("span", { class: "label", role: "rowheader" }, `${index + 1} `, word);
+      const label = element("span", { class: "label", role: "rowheader" }, blocks.length > 1 ? `${index + 1} ` : "", word);
       const row = element("div", { class: "block", role: "row" }, label, cells);
       this.#rows.push({ row, word });
       return row;

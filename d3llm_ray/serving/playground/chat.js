@@ -59,7 +59,7 @@ export class Chat {
     const failed = recordings.find(({ error }) => error);
     if (failed) answer.append(this.#failure(exchange, failed.error));
     if (recordings.some(({ events }) => events.length)) {
-      note.append(" ", element("button", { type: "button", class: "quiet", onclick: () => this.onReplay(exchange) }, "Show"));
+      note.append(element("button", { type: "button", class: "quiet", onclick: () => this.onReplay(exchange) }, "Replay"));
     }
     this.#follow();
   }
@@ -103,7 +103,7 @@ function noteOf(recording) {
 }
 
 function raceLine({ name, text, state }) {
-  return element("span", { class: "race-line" }, element("b", {}, name), " ", text || `(${state})`);
+  return element("span", { class: "race-line" }, element("b", {}, name), text || `(${state})`);
 }
 
 /** A refusal in words, with what can be done about it. */

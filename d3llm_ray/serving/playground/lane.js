@@ -23,7 +23,6 @@ export class Lane {
     this.modelSelect = element("select", { onchange: () => this.#choose(onChoice) });
     this.decoderSelect = element("select", { onchange: () => onChoice() });
     this.place = element("p", { class: "place" });
-    this.answer = element("p", { class: "lane-answer" });
     this.grid = element("div", { class: "canvas", role: "grid", "aria-readonly": "true" });
     this.canvas = new Canvas(this.grid, onInspect);
     this.values = {};
@@ -40,7 +39,6 @@ export class Lane {
       ),
       this.#figureList(),
       this.grid,
-      this.answer,
     );
     fill(this.modelSelect, models.map(({ id }) => id), model);
     this.#fillDecoders(decoder);
@@ -95,15 +93,13 @@ export class Lane {
   }
 
   /** Draw the canvas after `count` events; without a recording, the empty one that a question would begin with. */
-  draw(count, { colour, lastForward, maxTokens, withAnswer }) {
-    const { recording } = this;
+  draw(count, { colour, lastForward, maxTokens }) {
     const blank = () => new Recording({ name: this.name, maxTokens, blockSize: this.decoder.blockSize });
-    const source = recording ?? blank();
+    const source = this.recording ?? blank();
     const state = source.canvas(count);
     this.canvas.draw(state, { colour, lastForward, maxTokens: source.maxTokens });
     const figures = source.figures(count);
     for (const [name, , format] of FIGURES) say(this.values[name], count ? format(figures[name]) : "–");
-    say(this.answer, withAnswer && recording?.over && count === recording.events.length ? recording.text : "");
   }
 
   /** Say how it ended, and as which of a race. */

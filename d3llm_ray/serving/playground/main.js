@@ -63,9 +63,9 @@ function setLanes(choices = racing() ? racers(models) : [{ model: models[0].id }
   const alone = racers(models).length < 2;
   document.querySelector('input[value="race"]').disabled = alone;
   $("lane-count-label").hidden = !racing();
+  $("earlier").disabled = racing();
   $("lane-count").value = lanes.length;
-  const about = "The message alone, in all lanes at once: they share the server.";
-  say($("mode-note"), racing() ? about : alone ? "No race: the server lists one decoder." : "");
+  say($("mode-note"), racing() ? "the message alone, all lanes at once" : alone ? "no race: the server lists one decoder" : "");
   say($("send"), racing() ? "Race" : "Ask");
   forget();
 }
@@ -82,7 +82,7 @@ function forget() {
 function draw(counts = lanes.map((lane) => lane.recording?.events.length ?? 0)) {
   const lastForward = Math.max(1, ...lanes.map((lane) => lane.recording?.events.at(-1)?.forward ?? 0));
   const colour = checked("colour");
-  const context = { colour, lastForward, maxTokens: sliders.maxTokens, withAnswer: racing() };
+  const context = { colour, lastForward, maxTokens: sliders.maxTokens };
   lanes.forEach((lane, index) => lane.draw(counts[index], context));
   drawn = counts;
   document.body.dataset.colour = colour;
@@ -172,7 +172,7 @@ function announcement(recordings) {
   return `${state === "done" ? "Answer" : "Stopped"}: ${text} (${tokens} tokens in ${forwards} forwards)`;
 }
 
-/** Bring an earlier exchange back to the canvas. */
+/** Bring an earlier exchange back to the canvas, and play it. */
 function showExchange({ recordings }) {
   if (running) return;
   document.querySelector(`input[value="${recordings.length > 1 ? "race" : "one"}"]`).checked = true;
@@ -180,6 +180,7 @@ function showExchange({ recordings }) {
   lanes.forEach((lane, index) => lane.show(recordings[index]));
   place();
   player.load(recordings);
+  player.play();
 }
 
 function setRunning(controller) {

@@ -13,7 +13,7 @@ export class Player {
     this.onShow = onShow;
     this.scrubber = $("scrubber");
     this.controls = ["play", "back", "on", "scrubber"].map($);
-    $("play").addEventListener("click", () => (this.#frame ? this.pause() : this.#play()));
+    $("play").addEventListener("click", () => (this.#frame ? this.pause() : this.play()));
     $("back").addEventListener("click", () => this.#step(-1));
     $("on").addEventListener("click", () => this.#step(1));
     $("speed").addEventListener("change", () => (this.#paced = true));
@@ -54,7 +54,7 @@ export class Player {
   }
 
   /** From where the scrubber is, or from the beginning; the waits between forwards are the recorded ones. */
-  #play() {
+  play() {
     const last = this.#moments.length - 1;
     if (this.#index === last) this.#show(0);
     say($("play"), "Pause");

@@ -15,10 +15,6 @@ export class Recording {
     this.endedAt = null;
   }
 
-  get over() {
-    return this.endedAt !== null;
-  }
-
   add(chunk, at) {
     if (chunk.diffusion) this.events.push({ at, ...chunk.diffusion });
     if (chunk.usage) this.usage = chunk.usage;
@@ -46,7 +42,7 @@ export class Recording {
     const last = this.events[count - 1];
     const ended = this.state === "done" && count === this.events.length;
     const extent = { opened: last?.opened ?? 0, frozen: last?.frozen ?? 0, ended };
-    return { cells, blocks: blocksOf(cells, blockSize, head, extent), ended };
+    return { cells, blocks: blocksOf(cells, blockSize, head, extent), ...extent };
   }
 
   /** Figures after the first `count` events; at the end of a whole answer they are the server's own. */
@@ -75,12 +71,10 @@ export class Recording {
 
 /** Blocks as {start, end, state}. A decoder of one token a block has no blocks to show. */
 function blocksOf(cells, blockSize, head, { opened, frozen, ended }) {
+  if (blockSize === 1) return [{ start: 0, end: cells.length, state: ended ? "done" : opened ? "open" : "waiting" }];
   const bounds = [];
-  if (blockSize === 1) bounds.push([0, cells.length]);
-  else {
-    for (let start = head ? head - blockSize : 0; start < cells.length; start += blockSize) {
-      bounds.push([Math.max(start, 0), Math.min(start + blockSize, cells.length)]);
-    }
+  for (let start = head ? head - blockSize : 0; start < cells.length; start += blockSize) {
+    bounds.push([Math.max(start, 0), Math.min(start + blockSize, cells.length)]);
   }
   return bounds.map(([start, end]) => {
     let state = "waiting";
