@@ -128,6 +128,7 @@ class Playground:
         self.set("Answer length", tokens // 8 - 1, "ArrowRight")
 
     def ask(self, text: str = QUESTION) -> None:
+        self.page.locator("#send:enabled").wait_for()
         self.page.get_by_label("Message").fill(text)
         self.page.get_by_label("Message").press("Enter")
 

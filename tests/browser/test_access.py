@@ -94,7 +94,7 @@ def test_every_control_has_a_name_and_the_canvas_is_a_grid(playground: Playgroun
         if not control.is_visible():
             continue
         snapshot = control.aria_snapshot()
-        assert re.match(r'- \w+ ".+"|- text: .+|- \w+: .+', snapshot), snapshot
+        assert re.match(r"- '?\w+ \".+\"|- text: .+|- \w+: .+", snapshot), snapshot
     snapshot = page.locator("body").aria_snapshot()
     for expected in (
         'grid "Canvas of tiny-llada · d3llm"',
@@ -113,7 +113,7 @@ def test_every_control_has_a_name_and_the_canvas_is_a_grid(playground: Playgroun
 def test_a_whole_walk_by_keyboard(playground: Playground) -> None:
     """Ask, walk over the canvas, replay, change a setting, race: without a pointer; the focus is always seen."""
     page, keyboard = playground.page, playground.page.keyboard
-    focused = "() => (({ id, tagName, ariaLabel, name, value }) => id || ariaLabel || name || tagName)(document.activeElement)"
+    focused = "() => { const { id, ariaLabel, name } = document.activeElement; return id || ariaLabel || name; }"
     ring = "() => getComputedStyle(document.activeElement).outlineStyle"
 
     def tab_to(name: str) -> None:
@@ -219,7 +219,7 @@ def test_the_policy_stops_what_would_get_through(playground: Playground) -> None
     blocked = """async () => {
       const tries = [
         () => { document.body.innerHTML = "<p>no</p>"; },
-        () => { eval("1"); },
+        () => { document.body.append(Object.assign(document.createElement("script"), { text: "1" })); },
       ];
       const failed = tries.filter((each) => { try { each(); return false; } catch { return true; } }).length;
       const far = await fetch("http://192.0.2.1/").then(() => "reached", () => "blocked");

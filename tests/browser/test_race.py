@@ -27,7 +27,8 @@ def start_race(playground: Playground) -> None:
 def test_a_race_of_what_the_server_lists(playground: Playground, server: Served, offline: DiffusionLLM) -> None:
     start_race(playground)
     page = playground.page
-    assert [select.input_value() for select in page.get_by_label("Decoder").all()] == ["vanilla", "d3llm"]
+    selects = page.get_by_role("combobox", name="Decoder").all()
+    assert [select.input_value() for select in selects] == ["vanilla", "d3llm"]
     playground.ask()
     playground.wait()
     sent = {body["diffusion"].get("decoder"): body for body in playground.bodies}
@@ -60,7 +61,7 @@ def test_a_race_of_two_models(open_playground: Any, server: Served, causal: Serv
     with open_playground(server, other=causal) as playground:
         start_race(playground)
         page = playground.page
-        models = [select.input_value() for select in page.get_by_label("Model").all()]
+        models = [select.input_value() for select in page.get_by_role("combobox", name="Model").all()]
         assert models == ["tiny-llada", "tiny-llada", "tiny-ar"]
         playground.ask()
         playground.wait()
@@ -69,8 +70,8 @@ def test_a_race_of_two_models(open_playground: Any, server: Served, causal: Serv
         assert sorted(place[:3] for place in page.locator(".place").all_inner_texts()) == ["1st", "2nd", "3rd"]
         page.get_by_label("Lanes").select_option("2")
         assert page.locator(".lane").count() == 2
-        page.get_by_label("Model").nth(0).select_option("tiny-ar")
-        assert page.get_by_label("Decoder").nth(0).input_value() == "autoregressive"
+        page.get_by_role("combobox", name="Model").nth(0).select_option("tiny-ar")
+        assert page.get_by_role("combobox", name="Decoder").nth(0).input_value() == "autoregressive"
         playground.ask()
         playground.wait()
         assert [body["model"] for body in playground.bodies[3:]] == ["tiny-ar", "tiny-llada"]
@@ -133,7 +134,7 @@ def test_an_earlier_answer_comes_back_with_its_decoder(playground: Playground) -
     playground.wait()
     first = playground.cells()
     page = playground.page
-    page.get_by_label("Decoder").select_option("vanilla")
+    page.get_by_role("combobox", name="Decoder").select_option("vanilla")
     assert not any("forward" in name for name in playground.cells()), "another decoder: an empty canvas"
     playground.ask("Sam has 5 apples. Sam gives away 2. How many apples does Sam have now?")
     playground.wait()
@@ -141,7 +142,7 @@ def test_an_earlier_answer_comes_back_with_its_decoder(playground: Playground) -
     page.get_by_label("Speed").select_option("1")
     page.get_by_role("button", name="Replay").first.click()
     page.get_by_role("button", name="Play", exact=True).wait_for()
-    assert page.get_by_label("Decoder").input_value() == "d3llm"
+    assert page.get_by_role("combobox", name="Decoder").input_value() == "d3llm"
     assert playground.cells() == first
 
 

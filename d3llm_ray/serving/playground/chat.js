@@ -111,7 +111,11 @@ export function describe({ status, message, param, retryAfter }) {
   if (status === 0) return "The server does not answer. Is it running?";
   if (status === 401) return `The server asks for a valid API key (${message}).`;
   if (status === 429) return `The server is full${retryAfter ? `: it asks to wait ${retryAfter} s` : ""}.`;
-  if (status === 400) return `The server refuses ${param ? `the field ${param}` : "the request"}: ${message}`;
+  if (status === 400 && param) {
+    const reason = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message;
+    return `The server refuses the field ${param}: ${reason}`;
+  }
+  if (status === 400) return `The server refuses the request: ${message}`;
   if (status === 200) return `The answer is incomplete: ${message}`;
   return `The server failed (${status}): ${message}`;
 }

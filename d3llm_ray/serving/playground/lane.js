@@ -102,11 +102,11 @@ export class Lane {
     for (const [name, , format] of FIGURES) say(this.values[name], count ? format(figures[name]) : "–");
   }
 
-  /** Say how it ended, and as which of a race. */
-  end(order) {
+  /** Say how it ended, if it has; in a race also as which, and why not. */
+  end(racing, order) {
     const { state, endedAt, error } = this.recording;
-    const seconds = `${(endedAt / 1000).toFixed(2)} s`;
-    say(this.place, error?.message ?? ENDS[state] ?? (order ? `${order}, ${seconds}` : ""));
+    const told = order && `${order}, ${(endedAt / 1000).toFixed(2)} s`;
+    say(this.place, (racing && error?.message) || ENDS[state] || told || "");
     this.element.dataset.order = order ?? "";
   }
 

@@ -31,6 +31,9 @@ const checked = (name) => document.querySelector(`input[name="${name}"]:checked`
 const racing = () => checked("mode") === "race";
 
 async function connect() {
+  if (running) return;
+  lanes = []; // nothing can be asked until it is known again who answers
+  $("send").disabled = true;
   $("problem").hidden = true;
   try {
     models = offered(await fetchModels());
@@ -49,7 +52,6 @@ async function connect() {
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
 function showProblem(text, [label, action]) {
-  $("send").disabled = true;
   $("problem").replaceChildren(element("p", {}, text), element("button", { type: "button", onclick: action }, label));
   $("problem").hidden = false;
 }
@@ -105,7 +107,8 @@ async function send(prompt) {
   player.rest("recording");
   if (NARROW.matches) $("lanes").scrollIntoView();
   const live = setInterval(() => requestAnimationFrame(() => running && show(exchange)), 30);
-  await Promise.all(lanes.map((lane) => run(lane, messages, running.signal)));
+  const { signal } = running;
+  await Promise.all(lanes.map((lane) => run(lane, messages, signal).then(place)));
   clearInterval(live);
   setRunning(null);
   finish(exchange);
@@ -144,24 +147,24 @@ async function run(lane, messages, signal) {
 }
 
 function finish(exchange) {
-  place();
   draw();
   chat.end(exchange);
   const { recordings } = exchange;
   const refusal = recordings.find(({ error }) => error)?.error;
   sliders.mark(refusal?.param ?? null);
   if (refusal?.status === 401) askForKey();
-  player.load(recordings);
+  if (recordings.some(({ events }) => events.length)) player.load(recordings);
+  else player.rest("nothing to replay");
   say($("status"), announcement(recordings));
 }
 
-/** Who has finished, and in a race in which order. */
+/** Who has finished by now, and in a race in which order. */
 function place() {
   const order = lanes
     .map(({ recording }) => recording)
     .filter(({ state }) => state === "done")
     .sort((a, b) => a.endedAt - b.endedAt);
-  for (const lane of lanes) lane.end(racing() ? PLACES[order.indexOf(lane.recording)] : undefined);
+  for (const lane of lanes) lane.end(racing(), racing() ? PLACES[order.indexOf(lane.recording)] : undefined);
 }
 
 function announcement(recordings) {
@@ -239,7 +242,6 @@ function listen() {
   $("examples").append(...EXAMPLES.map((text) => element("li", {}, button(text))));
 }
 
-$("send").disabled = true;
 $("settings").open = !NARROW.matches;
 offerThemes();
 offerKey(connect);

@@ -11,6 +11,7 @@ const SETTINGS = [
     label: "Entropy threshold",
     stops: range(0, 40, 1).map((twentieths) => twentieths / 20),
     format: (value) => `${value.toFixed(2)} nats`,
+    brief: (value) => value.toFixed(2),
   },
   {
     name: "cache_delay",
@@ -55,11 +56,11 @@ export class Sliders {
     this.#say();
   }
 
-  #slider({ name, label, stops, format }, usual) {
+  #slider({ name, label, stops, format, brief = format }, usual) {
     const values = [...new Set([...stops, usual])].sort((a, b) => a - b);
     const input = element("input", { type: "range", min: 0, max: values.length - 1, step: 1, name, "aria-label": label });
     const shown = element("span", { class: "value" });
-    const slider = { name, input, usual, values, format, shown };
+    const slider = { name, input, usual, values, format, brief, shown };
     slider.label = element("label", { class: "slider" }, element("span", { class: "name" }, label), shown, input);
     this.#set(slider, Math.min(this.#chosen.get(name) ?? usual, values.at(-1)));
     input.addEventListener("input", () => {
@@ -77,7 +78,7 @@ export class Sliders {
     const place = slider.values.findIndex((each) => each >= value);
     slider.input.value = place < 0 ? slider.values.length - 1 : place;
     slider.input.setAttribute("aria-valuetext", slider.format(value));
-    say(slider.shown, slider.format(value));
+    say(slider.shown, slider.brief(value));
     slider.label.classList.toggle("moved", this.#chosen.has(slider.name) && value !== slider.usual);
   }
 
