@@ -44,7 +44,7 @@ export class Canvas {
     this.#cells.forEach((cell, position) => {
       this.#drawCell(cell, position, position === end);
       cell.classList.toggle("open", position < state.opened && !state.ended);
-      cell.classList.toggle("frontier", position === frontier && !state.ended);
+      cell.classList.toggle("frontier", position === frontier && cell.classList.contains("open"));
     });
     state.blocks.forEach((block, index) => {
       const { row, word } = this.#rows[index];
