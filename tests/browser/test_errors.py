@@ -101,7 +101,7 @@ def test_a_stream_without_its_end_is_no_answer(playground: Playground, ending: s
     assert playground.text() == "Tom", "what came stays"
     reason = "the engine failed; ask again" if ending else "without [DONE]"
     told_text = playground.page.locator(".turn .problem").inner_text()
-    assert "The answer is incomplete" in told_text and reason in told_text
+    assert "Incomplete: " in told_text and reason in told_text
     playground.page.get_by_role("button", name="Ask again").click()
     playground.wait()
     assert len(playground.bodies[1]["messages"]) == 1
@@ -174,9 +174,30 @@ def test_a_failing_engine_in_the_middle_of_an_answer(open_playground: Any) -> No
         engine.step = failing  # type: ignore[method-assign]
         playground.ask()
         playground.wait()
-        assert "The answer is incomplete" in playground.page.locator(".turn .problem").inner_text()
+        assert "Incomplete: " in playground.page.locator(".turn .problem").inner_text()
         assert playground.page.locator(".cell.revealed").count() > 0
         playground.page.get_by_role("button", name="Ask again").click()
         playground.wait()
         assert "(503)" in playground.page.locator(".turn .problem").last.inner_text()
         forgive(playground)
+
+
+def test_what_cannot_be_read_ends_the_answer_and_nothing_else(playground: Playground) -> None:
+    body, headers = 'data: {"nothing": 1}\n\ndata: [DONE]\n\n', {"Content-Type": "text/event-stream"}
+    playground.page.route(CHAT, lambda route: route.fulfill(body=body, headers=headers), times=1)
+    playground.ask()
+    playground.wait()
+    assert "cannot read" in playground.page.locator(".turn .problem").inner_text()
+    assert len(playground.complaints) == 1 and "TypeError" in playground.complaints.pop()
+    playground.page.get_by_role("button", name="Ask again").click()
+    playground.wait()
+    assert playground.text()
+
+
+def test_a_server_without_models(playground: Playground) -> None:
+    page = playground.page
+    page.route(MODELS, lambda route: route.fulfill(json={"object": "list", "data": []}), times=1)
+    page.reload()
+    assert "the server lists no model" in page.get_by_role("alert").inner_text()
+    page.get_by_role("button", name="Try again").click()
+    page.get_by_role("gridcell").first.wait_for()

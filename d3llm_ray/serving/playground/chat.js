@@ -116,6 +116,6 @@ export function describe({ status, message, param, retryAfter }) {
     return `The server refuses the field ${param}: ${reason}`;
   }
   if (status === 400) return `The server refuses the request: ${message}`;
-  if (status === 200) return `The answer is incomplete: ${message}`;
+  if (status === 200) return `Incomplete: ${message}.`;
   return `The server failed (${status}): ${message}`;
 }

@@ -16,12 +16,14 @@ const EXAMPLES = [
   "Sam has 5 apples. Sam gives away 2. How many apples does Sam have now?",
   "There are 18 coins in the box of Eva. Eva sells 4 of them. How many coins does Eva have now?",
 ];
+const DRAWN_EVERY_MS = 30;
 const NARROW = matchMedia("(max-width: 60rem)"); // as in page.css: the canvas is below the conversation
 const PLACES = ["1st", "2nd", "3rd"];
 
 let models = [];
 let lanes = [];
 let running = null; // the AbortController of what is being answered
+let drawn = []; // events of each lane that are on the screen
 
 const chat = new Chat({ onReplay: showExchange, onRetry: ({ prompt }) => send(prompt) });
 const player = new Player(draw);
@@ -37,6 +39,7 @@ async function connect() {
   $("problem").hidden = true;
   try {
     models = offered(await fetchModels());
+    if (!models.length) throw new Refusal(200, "the server lists no model");
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     say($("server"), "not connected");
@@ -92,7 +95,6 @@ function draw(counts = lanes.map((lane) => lane.recording?.events.length ?? 0)) 
   say($("scale-low"), ends[colour][0]);
   say($("scale-high"), ends[colour][1]);
 }
-let drawn = []; // counts that are on the screen
 
 async function send(prompt) {
   if (running || !lanes.length || !prompt.trim()) return;
@@ -106,7 +108,7 @@ async function send(prompt) {
   say($("status"), race ? "Racing." : "Answering.");
   player.rest("recording");
   if (NARROW.matches) $("lanes").scrollIntoView();
-  const live = setInterval(() => requestAnimationFrame(() => running && show(exchange)), 30);
+  const live = setInterval(() => requestAnimationFrame(() => running && show(exchange)), DRAWN_EVERY_MS);
   const { signal } = running;
   await Promise.all(lanes.map((lane) => run(lane, messages, signal).then(place)));
   clearInterval(live);
@@ -130,9 +132,9 @@ function show(exchange) {
 /** Ask for one lane; whatever becomes of it is in its recording. */
 async function run(lane, messages, signal) {
   const { recording, model, decoder } = lane;
-  const diffusion = { events: true, ...(decoder.usual ? {} : { decoder: decoder.name }), ...sliders.overrides(decoder) };
-  const { max_tokens: _, ...settings } = diffusion;
-  const body = { model: model.id, messages, max_tokens: recording.maxTokens, diffusion: settings };
+  const named = decoder.usual ? {} : { decoder: decoder.name };
+  const diffusion = { events: true, ...named, ...sliders.overrides(decoder) };
+  const body = { model: model.id, messages, max_tokens: recording.maxTokens, diffusion };
   const began = performance.now();
   const elapsed = () => performance.now() - began;
   recording.state = "running";
@@ -141,9 +143,13 @@ async function run(lane, messages, signal) {
     recording.end("done", elapsed());
   } catch (error) {
     if (error.name === "AbortError") recording.end("stopped", elapsed());
-    else if (error instanceof Refusal) recording.end("failed", elapsed(), error);
-    else throw error;
+    else recording.end("failed", elapsed(), error instanceof Refusal ? error : unreadable(error));
   }
+}
+
+function unreadable(error) {
+  console.error(error);
+  return new Refusal(200, "the server said something that this page cannot read");
 }
 
 function finish(exchange) {
