@@ -72,8 +72,6 @@ def test_the_page_is_at_the_servers_address(url: str) -> None:
     with urllib.request.urlopen(url, timeout=10) as response:
         assert response.headers["Content-Type"] == "text/html; charset=utf-8"
         assert b"playground/main.js" in response.read()
-            response.headers["Content-Type"] == "text/html; charset=utf-8" and b"playground/main.js" in response.read()
-        )
         assert "connect-src 'self'" in response.headers["Content-Security-Policy"]
 
 
