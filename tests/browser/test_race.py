@@ -77,6 +77,19 @@ def test_a_race_of_two_models(open_playground: Any, server: Served, causal: Serv
         assert [body["model"] for body in playground.bodies[3:]] == ["tiny-ar", "tiny-llada"]
 
 
+def test_a_model_without_a_replica_tells_nothing_yet_and_is_asked_all_the_same(playground: Playground) -> None:
+    page = playground.page
+    bare = {"id": "tiny-llada", "object": "model", "created": 0, "owned_by": "d3llm-ray"}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [bare]}), times=1)
+    page.reload()
+    page.get_by_role("gridcell").first.wait_for()
+    assert page.get_by_role("combobox", name="Decoder").input_value() == "its own"
+    assert page.get_by_label("race", exact=True).is_disabled()
+    playground.ask()
+    playground.wait()
+    assert playground.bodies[0]["diffusion"] == {"events": True} and playground.text()
+
+
 def test_settings_go_to_the_lanes_that_have_them(playground: Playground) -> None:
     start_race(playground)
     playground.set("Entropy threshold", 1, "ArrowRight")

@@ -3,12 +3,13 @@
 const RACERS = ["vanilla", "d3llm", "autoregressive"];
 export const MOST_LANES = 3;
 
-/**
- * Models with their decoders, out of the cards of `GET /v1/models`: the server's own first. A server may tell of no
- * decoder but that.
- */
+// What is assumed of a model that tells nothing yet, as none of its replicas runs; asking it starts one.
+const UNTOLD = { decoder: "its own", decoder_settings: { block_size: 32 }, max_tokens_limit: 128 };
+
+/** Models with their decoders, out of the cards of `GET /v1/models`: the server's own decoder first. */
 export function offered(cards) {
-  return cards.map((card) => {
+  return cards.map((told) => {
+    const card = { ...UNTOLD, ...told };
     const settingsOf = { [card.decoder]: card.decoder_settings, ...card.settings_by_decoder };
     const decoders = Object.entries(settingsOf).map(([name, settings]) => ({
       name,
