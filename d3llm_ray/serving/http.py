@@ -13,7 +13,7 @@ from d3llm_ray.serving.service import ChatService
 
 
 def create_app(service: ChatService) -> FastAPI:
-    """An application with the routes of every module in `routes/`, and the page at `/`."""
+    """An application with the routes of every module in `routes/`."""
     app = FastAPI(title="d3llm-ray", version=__version__)
     app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
     app.add_middleware(RefusesWhenFull, service=service)  # the outer one
