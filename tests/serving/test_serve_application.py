@@ -63,6 +63,13 @@ def test_models_and_health(client: openai.OpenAI, url: str) -> None:
         assert json.load(response) == {"status": "ok"}
 
 
+def test_the_page_is_at_the_servers_address(url: str) -> None:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert b"playground/main.js" in response.read()
+        assert "connect-src 'self'" in response.headers["Content-Security-Policy"]
+
+
 def test_errors_have_the_types_that_the_client_knows(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="other", messages=MESSAGES)
