@@ -125,6 +125,12 @@ VERBS = {
         "d3llm_ray.serving.server:run",
         "serve a model behind an OpenAI-compatible API (Ray Serve)",
     ),
+    "batch": Verb(
+        "d3llm_ray.clients.settings:BatchSettings",
+        "d3llm_ray.clients.batch:run",
+        "answer a file of requests in OpenAI's batch format",
+        resumes=True,
+    ),
 }
 
 RENAMED = {"distill benchmark": "benchmark distill", "trajectories benchmark": "benchmark trajectories"}

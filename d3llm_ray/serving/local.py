@@ -28,6 +28,7 @@ def serve_locally(settings: ReplicaSettings) -> Iterator[str]:
     service = ChatService(settings)
     with socket.socket() as listener:
         listener.bind((HOST, 0))
+        listener.listen()  # who comes before uvicorn does waits, and is not refused
         server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", lifespan="off"))
         running = threading.Event()
 
