@@ -43,6 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "tuning": {"decoding", "evaluation", "models", "tasks", *EDGE_BASE},
     "serving": {"decoding", "models", *EDGE_BASE},
 }
+ROOMS["clients"] = {"serving", *ROOMS["serving"]}
 ROOMS["ablation"] = {*ROOMS["distillation"], "distillation", "evaluation"}
 ROOMS["benchmark"] = {*ROOMS["trajectories"], "trajectories", "distillation"}
 ROOMS["quickstart"] = {*ROOMS, "benchmark"}

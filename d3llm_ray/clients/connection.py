@@ -91,7 +91,7 @@ def _api_key(settings: ClientSettings) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise InputError(
-            f"api_key_file: cannot read {str(file)!r}: {reason}; accepted: a file that holds the key{not_uploaded(file)}"
+            f"api_key_file: cannot read {str(file)!r}: {reason}; accepted: a file with the key{not_uploaded(file)}"
         ) from error
     good = bool(key) and key.isascii() and key.isprintable() and " " not in key
     require(good, "api_key_file", str(file), "a file that holds one key and nothing else")

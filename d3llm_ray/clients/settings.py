@@ -19,7 +19,7 @@ class ClientSettings(Settings):
     )
     api_key_file: Path | None = Field(
         None,
-        description="file with the server's API key; null: the environment's D3LLM_RAY_API_KEY or OPENAI_API_KEY, if set",
+        description="file with the server's API key; null: that of D3LLM_RAY_API_KEY or OPENAI_API_KEY, if set",
     )
     model: str = Field("tiny-llada", description="zoo name or checkpoint folder")
     served_model_name: str | None = Field(

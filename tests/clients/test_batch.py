@@ -1,4 +1,4 @@
-"""The verb `batch`: OpenAI's batch files through a model or a server; what is refused, tried again, kept and gone on with."""
+"""The verb `batch`: through a model or a server; what is refused, tried again, kept and gone on with."""
 
 from __future__ import annotations
 
