@@ -1,4 +1,4 @@
-"""A server of OpenAI's API that does as a test tells it: no model, no decoding."""
+"""Servers for clients: one that does as a test tells it, without a model, and one of a random model without Ray."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from d3llm_ray.decoding import DiffusionLLM
+from d3llm_ray.serving.local import serve_locally
+from d3llm_ray.serving.settings import ReplicaSettings
 
 Answer = tuple[int, dict[str, str], Any]  # status, headers, body (JSON, or text as it is); status 0 hangs up
 
@@ -100,3 +105,17 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def served(tiny_checkpoint: Path) -> Iterator[str]:
+    """Base URL of a random model, `tiny-random`, served in this process."""
+    settings = ReplicaSettings(model=str(tiny_checkpoint), max_batch_size=4, max_tokens=32, max_tokens_limit=128)
+    with serve_locally(settings) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def offline(tiny_checkpoint: Path) -> DiffusionLLM:
+    """The same model with an engine of its own."""
+    return DiffusionLLM.from_pretrained(tiny_checkpoint)
