@@ -131,6 +131,11 @@ VERBS = {
         "answer a file of requests in OpenAI's batch format",
         resumes=True,
     ),
+    "chat": Verb(
+        "d3llm_ray.clients.settings:ChatSettings",
+        "d3llm_ray.clients.chat:run",
+        "talk to a model in the terminal and watch its canvas fill",
+    ),
 }
 
 RENAMED = {"distill benchmark": "benchmark distill", "trajectories benchmark": "benchmark trajectories"}

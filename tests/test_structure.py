@@ -16,6 +16,7 @@ PACKAGE = ROOT / "d3llm_ray"
 BASE = {
     *("__init__", "errors", "config", "progress", "report", "output_folder", "device", "paths", "yaml_file"),
     "mathematics",
+    "terminal",
 }
 EDGE_BASE = {"metrics", "cluster"}
 CORE = {"models", "decoding", "tasks"}

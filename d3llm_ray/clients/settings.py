@@ -78,4 +78,5 @@ class ChatSettings(ClientSettings):
     )
     system: str | None = Field(None, description="system message before the conversation")
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 decodes greedily")
-    watch: bool = Field(default_factory=on_terminal, description="show the canvas while it fills")
+    watch: bool = Field(default_factory=on_terminal, description="show the canvas while it fills; on a terminal only")
+    color: Literal["entropy", "forward"] = Field("entropy", description="what the colour of a revealed position tells")

@@ -16,7 +16,7 @@ from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.serving.local import serve_locally
 from d3llm_ray.serving.settings import ReplicaSettings
 
-Answer = tuple[int, dict[str, str], Any]  # status, headers, body (JSON, or text as it is); status 0 hangs up
+Answer = tuple[int, dict[str, str], Any]  # status, headers, body: JSON, text, or a stream's pieces; status 0 hangs up
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Scripted:
     paths: list[str] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
+    left: int = 0  # clients that went away while a stream was sent
 
 
 def said(text: str) -> Answer:
@@ -84,12 +85,28 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
                     self._send(*answer)
 
             def _send(self, status: int, headers: dict[str, str], body: Any) -> None:
+                if isinstance(body, Iterator):
+                    self._stream(body)
+                    return
                 content = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(content))}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
+
+            def _stream(self, pieces: Iterator[str]) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.send_header("Connection", "close")
+                self.end_headers()
+                self.close_connection = True
+                try:
+                    for piece in pieces:
+                        self.wfile.write(piece.encode())
+                        self.wfile.flush()
+                except OSError:
+                    state.left += 1
 
             def log_message(self, *_: Any) -> None:
                 pass
