@@ -107,12 +107,13 @@ def file_schemas() -> dict[str, Any]:
 
 
 def http_fields() -> dict[str, Any]:
-    from d3llm_ray.serving import schemas
+    from d3llm_ray.serving import replies, schemas
 
     bodies = {
         name: defaults(cls)
-        for name, cls in inspect.getmembers(schemas, inspect.isclass)
-        if issubclass(cls, BaseModel) and cls.__module__ == schemas.__name__ and not name.startswith("_")
+        for module in (schemas, replies)
+        for name, cls in inspect.getmembers(module, inspect.isclass)
+        if issubclass(cls, BaseModel) and cls.__module__ == module.__name__ and not name.startswith("_")
     }
     return {"routes": routes(), "bodies": bodies}
 
@@ -121,9 +122,10 @@ def routes() -> list[str]:
     from unittest.mock import MagicMock
 
     from d3llm_ray.serving.http import create_app
+    from d3llm_ray.serving.settings import ReplicaSettings
 
     service = MagicMock()
-    service.settings.max_body_bytes = 1
+    service.settings = ReplicaSettings()
     documented = create_app(service).openapi()["paths"]
     return sorted(f"{method.upper()} {path}" for path, methods in documented.items() for method in methods)
 

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d3llm_ray.decoding import Event
 from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.access_log import note_answer
 from d3llm_ray.serving.errors import ApiError
 from d3llm_ray.serving.replies import FinishReason, Usage
 from d3llm_ray.serving.worker import EngineFailure, Submission
 
 
 @dataclass(frozen=True)
+class CommittedToken:
+    """A token of the answer, with log probabilities from the forward that revealed it where that is asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    alternatives: Sequence[tuple[int, float]] = ()  # token ids, the most probable first
+
+
+@dataclass(frozen=True)
 class Piece:
-    """What has come of an answer: text that is certain now, and what a forward revealed where that is asked for."""
+    """What has come of an answer: text and tokens that are certain now, and what a forward revealed if that is asked.
+
+    Text may be held back that its tokens already have; the tokens of a stop string belong to an answer.
+    """
 
     text: str
     reveal: Reveal | None = None
+    tokens: Sequence[CommittedToken] = ()
 
 
 class Answer:
@@ -37,12 +52,16 @@ class Answer:
         self._arrived = time.monotonic()
         self._started = False
         self._closed = False
+        self._revealed: dict[int, CommittedToken] = {}  # by position, until it is committed
+        self._told = 0  # tokens in pieces
 
     async def next(self) -> Piece | None:
         """The next piece, never empty, or None at the end. Raises `ApiError` when the engine fails."""
         while self.finish_reason is None:
             event = await self._next_event()
+            self._note_reveal(event.reveal)
             text = self._text.push(event.token_ids)
+            tokens = self._committed(event.token_ids)
             if event.completion is not None:
                 text += self._text.finish()
             if self._text.stopped:
@@ -51,9 +70,21 @@ class Answer:
                 self._end("stop" if event.completion.finish_reason == "stop" else "length", event.forwards)
             if text:
                 self._note_first()
-            if text or event.reveal is not None:
-                return Piece(text, event.reveal)
+            if text or tokens or event.reveal is not None:
+                return Piece(text, event.reveal, tokens)
         return None
+
+    def _note_reveal(self, reveal: Reveal | None) -> None:
+        if reveal is not None:
+            told = zip(reveal.positions, reveal.token_ids, reveal.logprobs, strict=True)
+            for position, token, logprob in told:
+                self._revealed[position] = CommittedToken(token, logprob)
+
+    def _committed(self, token_ids: Sequence[int]) -> list[CommittedToken]:
+        """The tokens that are new, those behind a stop string left out."""
+        new = token_ids[: self._text.tokens - self._told]
+        begin, self._told = self._told, self._told + len(new)
+        return [self._revealed.pop(place, CommittedToken(token)) for place, token in enumerate(new, begin)]
 
     async def _next_event(self) -> Event:
         try:
@@ -82,3 +113,4 @@ class Answer:
         self.finish_reason = reason
         self.usage = Usage.count(len(self._submission.request.prompt_ids), self._text.tokens, forwards)
         self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards)
+        note_answer(self.usage.prompt_tokens, self.usage.completion_tokens, forwards, reason)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from d3llm_ray.serving.errors import ApiError
-from d3llm_ray.serving.schemas import CHAT
+from d3llm_ray.serving.schemas import DECODING
 from d3llm_ray.serving.service import ChatService
 
 
@@ -32,17 +31,13 @@ class BodyLimit:
 
 
 class RefusesWhenFull:
-    """Answers a chat request that there is no room for before its body is read."""
+    """Answers a request to decode that there is no room for before its body is read."""
 
     def __init__(self, app: ASGIApp, service: ChatService) -> None:
         self._app = app
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].endswith(CHAT) and scope["method"] == "POST":
-            try:
-                self._service.check_room()
-            except ApiError as error:
-                await error.response()(scope, receive, send)
-                return
+        if scope["type"] == "http" and scope["path"].endswith(DECODING) and scope["method"] == "POST":
+            self._service.check_room()
         await self._app(scope, receive, send)

@@ -12,7 +12,8 @@ FinishReason = Literal["stop", "length"]
 class Usage(BaseModel):
     """Token counts; `completion_tokens` are those before the stop token, `tpf` = completion_tokens / forwards.
 
-    `forwards` counts the model calls in which the request took part, prefill and refreshes included.
+    `forwards` counts the model calls in which the request took part, prefill and refreshes included. Of several
+    answers, tokens and forwards are added up, and every prompt counts once.
     """
 
     prompt_tokens: int
@@ -37,11 +38,33 @@ class AssistantMessage(BaseModel):
     content: str
 
 
+class TopLogprob(BaseModel):
+    """A token that might have been revealed; `bytes` is null where it is a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer: `logprob` is of the forward that revealed it, before temperature and filters.
+
+    Tokens are revealed several at once and in any order: their log probabilities do not add up to a sequence's.
+    """
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class Choice(BaseModel):
     index: int = 0
     message: AssistantMessage
     finish_reason: FinishReason
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -64,7 +87,7 @@ class ChunkChoice(BaseModel):
     index: int = 0
     delta: ChunkDelta
     finish_reason: FinishReason | None = None
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
 
 
 class Revealed(BaseModel):
@@ -99,6 +122,66 @@ class ChatChunk(BaseModel):
     diffusion: Revealed | None = None
 
 
+class TextLogprobs(BaseModel):
+    """Log probabilities of a completion, defined as in `TokenLogprob`; `text_offset` counts characters."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    """One answer of a completion, or in a stream what it grows by."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+    logprobs: TextLogprobs | None = None
+    token_ids: list[int] | None = None
+
+
+class TextCompletion(BaseModel):
+    """The answer of `POST /v1/completions` without `stream`; choice `i * n + j` is the j-th answer to prompt i."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class TextChunk(BaseModel):
+    """One event of a completion's stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+    diffusion: Revealed | None = None
+
+
+class TokenizedText(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class DetokenizedText(BaseModel):
+    prompt: str
+
+
+class Version(BaseModel):
+    version: str
+
+
+class Status(BaseModel):
+    status: Literal["ok", "ready"]
+
+
 class ModelCard(BaseModel):
     """A served model with what its decoder does to it, approximations included."""
 
@@ -110,6 +193,7 @@ class ModelCard(BaseModel):
     max_tokens_limit: int
     decoder: str
     decoder_settings: dict[str, Any]
+    decoders: list[str]  # what a request may name as its `diffusion.decoder`
 
 
 class ModelList(BaseModel):

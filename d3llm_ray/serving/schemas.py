@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI chat API, as far as a diffusion decoder can honour them.
+"""Bodies of the requests, as far as a diffusion decoder can honour OpenAI's API.
 
 Requests are strict: a field that is not listed here is refused, and so is a value that would have to be ignored.
 `null` is the same as leaving a field out, whatever the field: clients write it for all that they do not use.
@@ -6,85 +6,75 @@ Requests are strict: a field that is not listed here is refused, and so is a val
 
 from __future__ import annotations
 
-import json
-import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from d3llm_ray.serving.fields import (
+    EMPTY_MESSAGE_FIELDS,
+    StrictBody,
+    refusal,
+    sound,
+    without_neutral,
+)
+
 CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+DECODING = CHAT, COMPLETIONS  # routes whose requests need room in the engine
 HEALTH = "/health"
+READY = "/ready"
 
 MAX_STOPS = 4
 MAX_STOP_IDS = 64
 MAX_STOP_LENGTH = 256
 MAX_MESSAGES = 1024
+MAX_CHOICES = 8  # to each prompt
+MAX_PROMPTS = 128
+MAX_TOP_LOGPROBS, MAX_TEXT_LOGPROBS = 20, 5  # OpenAI's limits, of chats and of completions
 MAX_SEED = 2**63 - 1
 
-# Parameters of OpenAI's API that this server cannot honour, with the values that ask for nothing. Clients often
-# send those by default; any other value must not be ignored in silence.
-NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "store": (False,),
-    "metadata": ({},),
-    "service_tier": ("auto", "default"),
-}
 
-# Fields of an answer's message that clients send back with the conversation; empty, they say nothing.
-EMPTY_MESSAGE_FIELDS = (
-    "refusal",
-    "annotations",
-    "tool_calls",
-    "function_call",
-    "audio",
-    "reasoning",
-    "reasoning_content",
-)
+class TextPart(StrictBody):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_not_sent(cls, body: Any) -> Any:
-        return _without_nulls(body) if isinstance(body, dict) else body
-
-
-def _without_nulls(body: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in body.items() if value is not None}
+_TEXT_PARTS = TypeAdapter(list[TextPart])
 
 
 def _join_parts(content: object) -> object:
     """Concatenate `[{"type": "text", "text": ...}, ...]`; leave anything else to the field's own check."""
     if not isinstance(content, list):
         return content
-    if not all(_is_text_part(part) for part in content):
-        raise PydanticCustomError("content_part", "accepted: a string, or a list of parts of type text")
-    return "".join(part["text"] for part in content)
-
-
-def _is_text_part(part: object) -> bool:
-    if not isinstance(part, dict) or _without_nulls(part).keys() != {"type", "text"}:
-        return False
-    return part["type"] == "text" and isinstance(part["text"], str)
+    try:
+        return "".join(part.text for part in _TEXT_PARTS.validate_python(content))
+    except ValidationError as error:
+        raise PydanticCustomError("content_part", "accepted: a string, or a list of parts of type text") from error
 
 
 def _as_list(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
+
+
+def _as_prompts(prompt: object) -> object:
+    """A list of prompts, whichever of OpenAI's four ways it is written in."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
+        return [prompt]
+    if not isinstance(prompt, list) or not 0 < len(prompt) <= MAX_PROMPTS or not _all_alike(prompt):
+        accepted = f"accepted: a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either kind"
+        raise PydanticCustomError("prompt", "{accepted}", {"accepted": accepted})
+    return prompt
+
+
+def _all_alike(prompts: list[object]) -> bool:
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return True
+    return all(isinstance(prompt, list) and all(type(token) is int for token in prompt) for prompt in prompts)
 
 
 def _system_for_developer(role: object) -> object:
@@ -98,7 +88,7 @@ def _off_for_minus_one(top_k: object) -> object:
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
-class Message(_Strict):
+class Message(StrictBody):
     """One turn of the conversation."""
 
     role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_system_for_developer)]
@@ -115,109 +105,180 @@ class Message(_Strict):
         return said
 
 
-class StreamOptions(_Strict):
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+class StreamOptions(StrictBody):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
-class ChatRequest(_Strict):
-    """`POST /v1/chat/completions`.
+class Diffusion(StrictBody):
+    """Our extension: how this request is decoded, within the server's bounds."""
 
-    `diffusion` overrides decoding settings of the server's decoder for this request, for example
-    `{"entropy_threshold": 0.3}`, and asks for reveal events in a stream by `{"events": true}`. `top_k` (0 or -1: off),
-    `stop_token_ids` and `ignore_eos` mean what they mean in vLLM.
-    `user` is accepted and ignored.
+    model_config = ConfigDict(extra="allow")
+
+    decoder: str | None = None
+    events: bool | None = None
+    __pydantic_extra__: dict[str, Any]
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Settings of the request's decoder."""
+        return self.__pydantic_extra__
+
+
+class GenerationRequest(StrictBody):
+    """What the two routes that decode share.
+
+    `diffusion` names a preset for this request, overrides its settings, as `{"decoder": "dparallel",
+    "entropy_threshold": 0.3}`, and asks for reveal events in a stream by `{"events": true}`. `top_k` (0 or -1: off),
+    `stop_token_ids` and `ignore_eos` mean what they mean in vLLM. `user` is accepted and ignored.
     """
 
+    asks: ClassVar[str]  # the field that holds what is to be answered
+
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
     top_k: Annotated[int | None, BeforeValidator(_off_for_minus_one)] = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS)
     ignore_eos: bool | None = None
-    stop: Annotated[list[StopString], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)] = []
+    stop: Annotated[list[StopString], BeforeValidator(_as_list)] = Field([], max_length=MAX_STOPS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    diffusion: dict[str, Any] | None = None
+    diffusion: Diffusion | None = None
     user: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _check_whole_body(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        _require_encodable(body)
-        _require_finite(body)
-        for name in NEUTRAL_VALUES.keys() & body.keys():
-            if body[name] is not None and not _is_neutral(name, body[name]):
-                accepted = " or ".join(json.dumps(neutral) for neutral in NEUTRAL_VALUES[name])
-                raise _refusal(name, f"not supported by this server; accepted: {accepted}", "unsupported_parameter")
-        return {name: value for name, value in body.items() if name not in NEUTRAL_VALUES}
+        return without_neutral(sound(body))
 
     @model_validator(mode="after")
-    def _consistent(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise _refusal("max_tokens", "differs from max_completion_tokens; accepted: one of the two")
+    def _what_only_streams_have(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise _refusal("stream_options", "accepted: only with stream set to true")
-        events = (self.diffusion or {}).get("events", False)
-        if not isinstance(events, bool):
-            raise _refusal("diffusion.events", f"got {json.dumps(events)}; accepted: true or false")
-        if events and not self.stream:
-            raise _refusal("diffusion.events", "accepted: only with stream set to true")
+            raise refusal("stream_options", "accepted: only with stream set to true")
+        if self.wants_events and not self.stream:
+            raise refusal("diffusion.events", "accepted: only with stream set to true")
         return self
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """The answer length asked for, under either of its names."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def answer_length(self) -> tuple[str, int | None]:
+        """The field that says how many tokens an answer may have, and what it says."""
+        return "max_tokens", self.max_tokens
+
+    @property
+    def choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return 1
+
+    @property
+    def alternatives(self) -> int | None:
+        """Tokens whose log probabilities are told beside that of each token; None: not even its own."""
+        raise NotImplementedError
 
     @property
     def wants_stream_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def wants_events(self) -> bool:
         """Whether the stream tells what every forward revealed."""
-        return bool((self.diffusion or {}).get("events"))
+        return self.diffusion is not None and bool(self.diffusion.events)
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    asks = "messages"
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise refusal("max_tokens", "differs from max_completion_tokens; accepted: one of the two")
+        if self.top_logprobs and not self.logprobs:
+            raise refusal("top_logprobs", "accepted: only with logprobs set to true")
+        return self
 
     @property
-    def overrides(self) -> dict[str, Any]:
-        """Decoding settings of this request."""
-        return {name: value for name, value in (self.diffusion or {}).items() if name != "events"}
+    def answer_length(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is None:
+            return super().answer_length
+        return "max_completion_tokens", self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
-def _require_encodable(body: dict[str, Any]) -> None:
-    """Refuse what JSON can spell but no tokenizer or answer can carry: half a surrogate pair, bottomless nesting."""
-    try:
-        json.dumps(body, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError) as error:
-        raise _refusal("body", "accepted: valid Unicode, reasonably nested", "invalid_json") from error
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`: prompts as they are, without a chat template and without anything added.
+
+    `return_token_ids` means what it means in vLLM; a model without a tokenizer always returns them.
+    """
+
+    asks = "prompt"
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]  # all of one kind
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TEXT_LOGPROBS)
+    return_token_ids: bool | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            reason = (
+                "not supported together with logprobs: a diffusion model predicts masked positions, not each token "
+            )
+            reason += "from those before it, and has no such probabilities of a prompt; accepted: one of the two"
+            raise refusal("echo", reason, "unsupported_parameter")
+        return self
+
+    @property
+    def prompts(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
 
 
-def _require_finite(body: dict[str, Any]) -> None:
-    """Refuse `NaN`, `Infinity` and what overflows to it, wherever it is: Python's parser reads them, JSON has none."""
-    rest: list[tuple[str, Any]] = [("", body)]
-    while rest:  # no recursion: a body may be nested deeply
-        path, value = rest.pop()
-        if isinstance(value, float) and not math.isfinite(value):
-            raise _refusal(path[1:], f"got {json.dumps(value)}, which JSON does not have; accepted: a finite number")
-        if isinstance(value, dict):
-            rest += [(f"{path}.{name}", item) for name, item in value.items()]
-        if isinstance(value, list):
-            rest += [(f"{path}.{index}", item) for index, item in enumerate(value)]
+class TextRequest(StrictBody):
+    """What the two routes below share."""
+
+    model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_whole_body(cls, body: Any) -> Any:
+        return sound(body)
 
 
-def _is_neutral(name: str, value: object) -> bool:
-    # 1 == True in Python, but "logprobs": 0 is not "logprobs": false.
-    flag = isinstance(value, bool)
-    return any(value == neutral and flag == isinstance(neutral, bool) for neutral in NEUTRAL_VALUES[name])
+class TokenizeRequest(TextRequest):
+    """`POST /tokenize`, as in vLLM: a `prompt` as `/v1/completions` reads it, or `messages` with the chat template."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise refusal("prompt", "accepted: either prompt or messages")
+        return self
 
 
-def _refusal(param: str, reason: str, code: str = "invalid_value") -> PydanticCustomError:
-    """An error of the whole body that still names the field at fault."""
-    return PydanticCustomError("refusal", "{reason}", {"param": param, "reason": reason, "code": code})
+class DetokenizeRequest(TextRequest):
+    """`POST /detokenize`, as in vLLM."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]

@@ -1,25 +1,29 @@
-"""One served model: from a checked chat request to the committed text of its answer."""
+"""One served model: from a checked request to the answers that grow."""
 
 from __future__ import annotations
 
-import asyncio
+import re
 import secrets
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 from d3llm_ray.decoding import Decoder, DiffusionLLM, Request
 from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
-from d3llm_ray.errors import InputError, require
+from d3llm_ray.errors import InputError, unknown
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.access_log import note_model
 from d3llm_ray.serving.answers import Answer
+from d3llm_ray.serving.auth import KeyRing
 from d3llm_ray.serving.bounds import check_overrides
+from d3llm_ray.serving.choices import Answers, choice_seed
 from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, queue_full
 from d3llm_ray.serving.replies import ModelCard, Revealed
-from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest
+from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest, CompletionRequest, GenerationRequest
 from d3llm_ray.serving.settings import ReplicaSettings
+from d3llm_ray.serving.texts import Texts
 from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded
 
 WARM_UP_TOKENS = 1
@@ -40,26 +44,25 @@ class ChatService:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         self.settings = settings
+        self.keys = KeyRing.of(settings)
         self.created = int(time.time())
         self.llm = DiffusionLLM.from_pretrained(
             settings.model, settings.decoding(), settings.dtype, settings.device, settings.max_batch_size
         )
-        require(
-            self.llm.tokenizer is not None, "model", settings.model, "a checkpoint with a tokenizer and chat template"
-        )
-        self.llm.generate(["1"], max_tokens=WARM_UP_TOKENS)  # the first request should not pay for lazy set-up
+        self._presets = settings.request_presets()
+        warm_up = [self.llm.family.eos_token_id]
+        self.llm.generate([warm_up], max_tokens=WARM_UP_TOKENS)  # the first request should not pay for lazy set-up
         metrics = ServingMetrics(settings.model_id)
         self.worker = EngineWorker(self.llm.engine, settings.room, metrics, settings.step_timeout_s)
         self._metrics = metrics
-        # Long prompts take a while to tokenise: not on the event loop, and one at a time.
-        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
+        self.texts = Texts(self.llm)
 
     def start(self) -> None:
         self.worker.start()
 
     def stop(self) -> None:
         self.worker.stop()
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self.texts.close()
 
     def card(self) -> ModelCard:
         """What `GET /v1/models` tells of this model."""
@@ -71,50 +74,84 @@ class ChatService:
             max_tokens_limit=self.settings.max_tokens_limit,
             decoder=decoder.name,
             decoder_settings={**decoder.settings(), "block_size": decoder.block_size or self.llm.family.block_size},
+            decoders=list(self.decoders),
         )
 
-    async def open(self, request: ChatRequest) -> Answer:
-        """Check a request against the model and queue it; `ApiError` when it is refused."""
+    @property
+    def decoders(self) -> dict[str, Decoder]:
+        """What a request may name: the server's own decoder, as its operator has set it, and presets."""
+        usual = self.llm.engine.decoder
+        return {usual.name: usual, **{name: preset for name, preset in self._presets.items() if name != usual.name}}
+
+    def unready(self) -> str | None:
+        """Why this replica would take no request, or None."""
+        return self.worker.problem()
+
+    async def open(self, request: GenerationRequest) -> Answers:
+        """Check a request against the model and queue all that it asks for; `ApiError` when it is refused."""
         self.check_model(request.model)
+        note_model(request.model)
         self._check_answer_length(request)
+        self._check_count(request)
         decoder = self._decoder(request)
-        self.check_room()  # before the work of tokenising
-        try:
-            engine_request = await self._engine_request(request, decoder)
-            self.llm.engine.check(engine_request)
-        except InputError as error:
-            raise bad_input(error) from error
+        count = request.prompts * request.choices
+        self.check_room(count)  # before the work of tokenising
+        seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
+        prompts = await self._prompts(request)
+        asked: list[Request] = []
+        for where, ids in prompts.items():
+            first = self._engine_request(request, where, ids, decoder, seed)
+            try:
+                self.llm.engine.check(first)
+            except InputError as error:
+                raise bad_input(InputError(re.sub("^prompt:", f"{where}:", str(error)))) from error
+            asked += [replace(first, seed=choice_seed(seed, choice)) for choice in range(request.choices)]
+        self.check_room(count)
         with _refusals():
-            submission = self.worker.submit(engine_request)
-        return Answer(submission, CommittedText(self.llm.decode, request.stop), self._metrics)
+            submissions = [self.worker.submit(one) for one in asked]
+        stops = request.stop
+        texts = [CommittedText(self.llm.decode, stops) for _ in submissions]
+        answers = [Answer(one, text, self._metrics) for one, text in zip(submissions, texts, strict=True)]
+        return Answers(answers, request.choices)
 
-    def check_room(self) -> None:
-        """Raise the `ApiError` that a request would be refused with now, whatever it asks."""
+    def check_room(self, count: int = 1) -> None:
+        """Raise the `ApiError` that a request for so many answers would be refused with now, whatever it asks."""
         with _refusals():
-            self.worker.check_room()
+            self.worker.check_room(count)
 
-    async def _engine_request(self, request: ChatRequest, decoder: Decoder | None) -> Request:
-        prompt_ids = await self._encode(request)
+    async def _prompts(self, request: GenerationRequest) -> dict[str, list[int]]:
+        """Token ids of every prompt, by where it stands in the request."""
+        if isinstance(request, ChatRequest):
+            return {request.asks: await self.texts.of_messages(request.messages)}
+        assert isinstance(request, CompletionRequest)
+        names = [request.asks] if request.prompts == 1 else [f"{request.asks}.{i}" for i in range(request.prompts)]
+        prompts: dict[str, list[int]] = {}
+        for name, prompt in zip(names, request.prompt, strict=True):
+            prompts[name] = await self.texts.of_text(prompt) if isinstance(prompt, str) else prompt
+        return prompts
+
+    def _engine_request(
+        self, request: GenerationRequest, where: str, prompt_ids: list[int], decoder: Decoder | None, seed: int
+    ) -> Request:
         return Request(
             prompt_ids,
-            max_tokens=self._max_tokens(request, len(prompt_ids)),
+            max_tokens=self._max_tokens(request, where, len(prompt_ids)),
             temperature=request.temperature or 0.0,
-            seed=secrets.randbelow(MAX_SEED) if request.seed is None else request.seed,
+            seed=seed,
             decoder=decoder,
             top_p=1.0 if request.top_p is None else request.top_p,
             top_k=request.top_k or 0,
             stop_token_ids=request.stop_token_ids or (),
             ignore_eos=bool(request.ignore_eos),
-            reveals=request.wants_events,
+            reveals=request.wants_events or request.alternatives is not None,
         )
 
     def revealed(self, reveal: Reveal) -> Revealed:
         """A forward's reveals as a client reads them: a text for each token, special tokens by their names."""
-        assert self.llm.tokenizer is not None
         return Revealed(
             forward=reveal.forward,
             positions=reveal.positions,
-            text=[str(self.llm.tokenizer.decode([token])) for token in reveal.token_ids],
+            text=[self.texts.token(token) for token in reveal.token_ids],
             entropy=[round(entropy, 4) for entropy in reveal.entropies],
             size=reveal.size,
             block_size=reveal.block_size,
@@ -128,35 +165,42 @@ class ChatService:
             message = f"model: {name[:200]!r} is not served here; accepted: {self.settings.model_id}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _check_answer_length(self, request: ChatRequest) -> None:
-        wanted, limit = request.wanted_tokens, self.settings.max_tokens_limit
+    def _check_answer_length(self, request: GenerationRequest) -> None:
+        (name, wanted), limit = request.answer_length, self.settings.max_tokens_limit
         if wanted is not None and wanted > limit:
-            name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
             raise ApiError(400, f"{name}: got {wanted}; accepted: 1 to {limit}", param=name, code="invalid_value")
 
-    def _decoder(self, request: ChatRequest) -> Decoder | None:
-        if not request.overrides:
+    def _check_count(self, request: GenerationRequest) -> None:
+        """Refuse what no replica has room for, however long it waits."""
+        count, room = request.prompts * request.choices, self.settings.room
+        if count > room:
+            name = "n" if request.choices > 1 else request.asks
+            message = f"{name}: {request.prompts} prompts with {request.choices} answers each are {count} at a time; "
+            raise ApiError(400, f"{message}accepted: at most {room}", param=name, code="invalid_value")
+
+    def _decoder(self, request: GenerationRequest) -> Decoder | None:
+        wanted, limit = request.answer_length[1] or self.settings.max_tokens, self.settings.max_tokens_limit
+        asked = request.diffusion
+        if asked is None or (asked.decoder is None and not asked.overrides):
             return None
-        usual, limit = self.llm.engine.decoder, self.settings.max_tokens_limit
-        wanted = request.wanted_tokens or self.settings.max_tokens
+        accepted = self.decoders
+        chosen = self.llm.engine.decoder if asked.decoder is None else accepted.get(asked.decoder)
         try:
-            check_overrides(request.overrides, usual, self.llm.family, wanted, limit)
-            return usual.override(**request.overrides)
+            if chosen is None:
+                raise unknown("decoder", asked.decoder, accepted)
+            check_overrides(asked.overrides, chosen, self.llm.family, wanted, limit)
+            return chosen.override(**asked.overrides)
         except InputError as error:
             raise bad_input(error, "diffusion.") from error
 
-    async def _encode(self, request: ChatRequest) -> list[int]:
-        messages = [{"role": message.role, "content": message.content} for message in request.messages]
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self.llm.encode, messages)
-
-    def _max_tokens(self, request: ChatRequest, prompt_tokens: int) -> int:
+    def _max_tokens(self, request: GenerationRequest, where: str, prompt_tokens: int) -> int:
         """The answer length asked for, or as much of the default as the context has room for."""
         context = self.llm.engine.context
-        wanted = request.wanted_tokens
+        wanted = request.answer_length[1]
         if prompt_tokens + (wanted or 1) <= context:
             return wanted or min(self.settings.max_tokens, context - prompt_tokens)
         message = (
-            f"messages: the prompt's {prompt_tokens} tokens and max_tokens {wanted or 1} exceed the model's context; "
+            f"{where}: the prompt's {prompt_tokens} tokens and max_tokens {wanted or 1} exceed the model's context; "
             f"accepted: together at most {context} tokens"
         )
-        raise ApiError(400, message, param="messages", code="context_length_exceeded")
+        raise ApiError(400, message, param=where, code="context_length_exceeded")

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from d3llm_ray.config import DecoderSettings, Settings
-from d3llm_ray.errors import require
+from d3llm_ray.errors import InputError, require, unknown
 
 if TYPE_CHECKING:
     from d3llm_ray.decoding import Decoder
+    from d3llm_ray.models import Family
+
+
+def _fits(preset: Decoder, family: Family) -> bool:
+    try:
+        preset.check(family)
+    except InputError:
+        return False
+    return True
+
+
+ORIGIN = r"^(\*|https?://[^/\s?#@*]+)$"  # as browsers spell it: no path, no slash at the end
 
 
 class ReplicaSettings(Settings):
@@ -45,6 +57,19 @@ class ReplicaSettings(Settings):
         allow_inf_nan=False,
         description="seconds after which a forward that has not ended makes the replica unhealthy",
     )
+    request_decoders: list[str] | None = Field(
+        None, description="presets that a request may name besides the decoder; null: all that fit the model's family"
+    )
+    api_keys: Path | None = Field(
+        None,
+        description="file of API keys, one a line, that only its owner and group may read; null: those of "
+        "D3LLM_RAY_API_KEYS in the replica's environment, and without any everybody is answered",
+    )
+    api_keys_required: bool = Field(False, description="whether a replica refuses to start without an API key")
+    cors_origins: list[Annotated[str, Field(pattern=ORIGIN)]] = Field(
+        [], description="origins, such as https://chat.example.com, whose pages may ask; '*' for all; none: CORS is off"
+    )
+    log_requests: bool = Field(True, description="log a line of JSON a request, without prompts, answers and keys")
 
     @field_validator("max_tokens_limit")
     @classmethod
@@ -73,15 +98,36 @@ class ReplicaSettings(Settings):
         chosen.check(family)
         return chosen
 
+    def request_presets(self) -> dict[str, Decoder]:
+        """The presets that a request may name; `InputError` for one that there is not, or that does not fit."""
+        from d3llm_ray.decoding import PRESETS
+        from d3llm_ray.models import read_configs
+
+        family = read_configs(self.model)[1]
+        fitting = {name: preset for name, preset in PRESETS.items() if _fits(preset, family)}
+        if self.request_decoders is None:
+            return fitting
+        for name in self.request_decoders:
+            if name not in fitting:
+                raise unknown("request_decoders", name, fitting)
+        return {name: fitting[name] for name in self.request_decoders}
+
     def checked(self) -> ReplicaSettings:
         """Refuse a bad model or decoder before any replica starts; local paths come back absolute.
 
         A replica's working directory is not that of the process that deploys it.
         """
         from d3llm_ray.decoding import is_settings_file
+        from d3llm_ray.serving.auth import KEYS_VARIABLE, KeyRing
 
         self.decoding()
-        paths: dict[str, Any] = {}
+        self.request_presets()
+        # The replicas' environment may be another: where keys are meant, a server without any must not start.
+        required = self.api_keys_required or bool(os.environ.get(KEYS_VARIABLE))
+        paths: dict[str, Any] = {"api_keys_required": required}
+        if self.api_keys is not None:
+            KeyRing(self.api_keys, "")
+            paths["api_keys"] = self.api_keys.absolute()
         if os.path.isdir(self.model):
             paths["model"] = os.path.abspath(self.model)
         if self.decoder is not None and is_settings_file(self.decoder):

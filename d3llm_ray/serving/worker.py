@@ -98,11 +98,11 @@ class EngineWorker:
             return f"a forward has not ended for {self._step_timeout_s:g} s"
         return None
 
-    def check_room(self) -> None:
-        """Raise what `submit` would raise now."""
+    def check_room(self, count: int = 1) -> None:
+        """Raise what `submit` would raise now for one of `count` requests."""
         if self._failure is not None:
             raise EngineFailure("the engine has failed")
-        if len(self._open) >= self._capacity:
+        if len(self._open) + count > self._capacity:
             self._metrics.refused()
             raise Overloaded
 

@@ -32,15 +32,15 @@ def test_stop_is_a_list(stop: object, expected: list[str]) -> None:
 
 
 def test_both_names_of_the_answer_length() -> None:
-    assert request(max_tokens=3).wanted_tokens == 3
-    assert request(max_completion_tokens=4).wanted_tokens == 4
-    assert request(max_tokens=5, max_completion_tokens=5).wanted_tokens == 5
-    assert request().wanted_tokens is None
+    assert request(max_tokens=3).answer_length == ("max_tokens", 3)
+    assert request(max_completion_tokens=4).answer_length == ("max_completion_tokens", 4)
+    assert request(max_tokens=5, max_completion_tokens=5).answer_length[1] == 5
+    assert request().answer_length == ("max_tokens", None)
 
 
 @pytest.mark.parametrize(
     "neutral",
-    [{"n": 1}, {"logprobs": False}, {"tools": []}, {"response_format": {"type": "text"}}, {"n": None}],
+    [{"best_of": 1}, {"tools": []}, {"response_format": {"type": "text"}}, {"guided_json": None}, {"n": None}],
 )
 def test_parameters_that_ask_for_nothing_are_accepted(neutral: dict[str, Any]) -> None:
     assert request(**neutral) == request()
@@ -109,10 +109,13 @@ def test_minus_one_switches_top_k_off() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 2},
-        {"n": True},
-        {"logprobs": True},
-        {"logprobs": 0},
+        {"best_of": 2},
+        {"best_of": True},
+        {"suffix": "behind"},
+        {"frequency_penalty": 0.5},
+        {"parallel_tool_calls": 1},
+        {"guided_regex": "a"},
+        {"top_logprobs": 2},
         {"tools": [{"type": "function"}]},
         {"response_format": {"type": "json_object"}},
         {"max_tokens": 3, "max_completion_tokens": 4},

@@ -27,6 +27,7 @@ from d3llm_ray.serving.schemas import CHAT, ChatRequest
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
 from d3llm_ray.serving.worker import EngineWorker, Overloaded, Submission
+from tests.serving.keys import key_file
 
 QUESTION = [{"role": "user", "content": "2 + 3 ?"}]
 
@@ -70,6 +71,9 @@ ELSEWHERE = {
     "stream": "test_http_app.test_stream_adds_up_to_the_json_answer",
     "stream_options": "test_http_app.test_stream_adds_up_to_the_json_answer",
     "diffusion": "test_settings_under_diffusion_arrive",
+    "n": "test_choices.test_each_choice_is_the_offline_answer_with_its_seed",
+    "logprobs": "test_logprobs.test_chat_tells_what_the_engine_reveals",
+    "top_logprobs": "test_logprobs.test_chat_tells_what_the_engine_reveals",
 }
 USUAL = {"max_tokens": 32, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "stop_token_ids": (), "ignore_eos": False}
 
@@ -172,7 +176,9 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         names = ("name_or_path", "decoder", "dtype", "device", "max_batch_size")
         loaded.update(zip(names, args, strict=True))
         return types.SimpleNamespace(
-            tokenizer=object(), engine=types.SimpleNamespace(context=512, decoder=args[1]), generate=lambda *_, **__: []
+            engine=types.SimpleNamespace(context=512, decoder=args[1]),
+            family=types.SimpleNamespace(eos_token_id=1),
+            generate=lambda *_, **__: [],
         )
 
     def make_worker(engine: Any, capacity: int, metrics: Any, step_timeout_s: float) -> None:
@@ -195,6 +201,11 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "max_tokens_limit": 96,
         "max_body_bytes": 2_000,
         "step_timeout_s": 33.0,
+        "request_decoders": ["vanilla", "d2f"],
+        "api_keys": key_file(tmp_path, "key-1"),
+        "api_keys_required": True,
+        "cors_origins": ["https://chat.example.com"],
+        "log_requests": False,
     }
     assert set(values) == set(ReplicaSettings.model_fields)
     settings = config.build(ReplicaSettings, values)
@@ -205,7 +216,11 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (chosen.name, chosen.settings()["entropy_threshold"]) == ("dparallel", 0.125)
     assert worker == {"capacity": 5 + 7, "step_timeout_s": 33.0}
     assert made.settings.model_id == "mine"
-    assert made._max_tokens(ChatRequest(model="mine", messages=[{"role": "user", "content": "a"}]), 10) == 48  # type: ignore[list-item]
+    assert list(made.decoders) == ["dparallel", "vanilla", "d2f"]
+    assert made.decoders["dparallel"] is chosen
+    asked = ChatRequest(model="mine", messages=[{"role": "user", "content": "a"}])  # type: ignore[list-item]
+    assert made._max_tokens(asked, "messages", 10) == 48
+    assert made.keys.asks and made.keys.holds(b"key-1") and not made.keys.holds(b"key-2")
     with pytest.raises(Exception, match="max_tokens: got 97; accepted: 1 to 96"):
         made._check_answer_length(ChatRequest(model="m", messages=QUESTION, max_tokens=97))  # type: ignore[arg-type]
     options = app.application(settings, num_replicas=6)._bound_deployment

@@ -1,0 +1,46 @@
+"""What is served and how it fares: models, version, liveness, readiness."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from d3llm_ray import __version__
+from d3llm_ray.serving.errors import ApiError
+from d3llm_ray.serving.replies import ModelCard, ModelList, Status, Version
+from d3llm_ray.serving.schemas import HEALTH, READY
+from d3llm_ray.serving.service import ChatService
+
+
+def router(service: ChatService) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def models() -> ModelList:
+        return ModelList(data=[service.card()])
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> ModelCard:
+        service.check_model(name)
+        return service.card()
+
+    @routes.get("/version")
+    async def version() -> Version:
+        return Version(version=__version__)
+
+    @routes.get(HEALTH)
+    async def health() -> Status:
+        """Liveness: answered while a forward runs, and under any load."""
+        problem = service.worker.problem()
+        if problem is not None:
+            raise ApiError(503, problem, code="unhealthy")
+        return Status(status="ok")
+
+    @routes.get(READY)
+    async def ready() -> Status:
+        """Readiness: 200 while this replica takes requests, a full queue aside."""
+        reason = service.unready()
+        if reason is not None:
+            raise ApiError(503, reason, code="not_ready")
+        return Status(status="ready")
+
+    return routes
