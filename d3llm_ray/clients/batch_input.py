@@ -14,9 +14,8 @@ from typing import Any
 
 from d3llm_ray.errors import InputError, first_failures
 from d3llm_ray.paths import not_uploaded
-from d3llm_ray.serving.schemas import CHAT
+from d3llm_ray.serving.schemas import DECODING
 
-ROUTES = (CHAT, "/v1/completions")
 FIELDS = ("custom_id", "method", "url", "body")
 
 
@@ -101,8 +100,8 @@ def _parse(raw: bytes, index: int, line: int) -> BatchRequest:
         raise ValueError(f"custom_id: got {_shown(custom_id)}; accepted: a text that is not empty")
     if row["method"] != "POST":
         raise ValueError(f'method: got {_shown(row["method"])}; accepted: "POST"')
-    if row["url"] not in ROUTES:
-        raise ValueError(f"url: got {_shown(row['url'])}; accepted: {' or '.join(ROUTES)}")
+    if row["url"] not in DECODING:
+        raise ValueError(f"url: got {_shown(row['url'])}; accepted: {' or '.join(DECODING)}")
     if not isinstance(body, dict):
         raise ValueError(f"body: got {_shown(body)}; accepted: an object")
     if body.get("stream"):

@@ -22,7 +22,7 @@ _ROWS_AROUND = 3  # footer, and a line above and below
 
 
 @dataclass(frozen=True)
-class Token:
+class ShownToken:
     """What stands at a revealed position."""
 
     text: str
@@ -36,12 +36,12 @@ class Token:
 
 
 @dataclass
-class Canvas:
+class CanvasView:
     """Positions of one answer, the committed text before them, and the time it has taken. A rich renderable."""
 
     color: Color
     text: str = ""  # committed
-    tokens: list[Token | None] = field(default_factory=list)  # by position
+    tokens: list[ShownToken | None] = field(default_factory=list)  # by position
     block_size: int = 1
     opened: int = 0
     frozen: int = 0
@@ -54,7 +54,7 @@ class Canvas:
         self.block_size, self.opened, self.frozen = event["block_size"], event["opened"], event["frozen"]
         self.forwards = event["forward"] + 1
         for position, text, entropy in zip(event["positions"], event["text"], event["entropy"], strict=True):
-            self.tokens[position] = Token(legible(text).replace("\n", "⏎"), entropy, event["forward"])
+            self.tokens[position] = ShownToken(legible(text).replace("\n", "⏎"), entropy, event["forward"])
 
     @property
     def revealed(self) -> int:

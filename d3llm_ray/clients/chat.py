@@ -15,7 +15,7 @@ import openai
 from rich.console import Console
 from rich.live import Live
 
-from d3llm_ray.clients.canvas import Canvas, Color
+from d3llm_ray.clients.canvas import CanvasView, Color
 from d3llm_ray.clients.connection import Server, check_server, connected
 from d3llm_ray.clients.conversation import Conversation, StreamedAnswer
 from d3llm_ray.clients.settings import ChatSettings, on_terminal
@@ -185,7 +185,7 @@ class Terminal:
 
     def _watch(self, answer: StreamedAnswer) -> None:
         """Draw the canvas in place while it fills; what stays on the screen is the text."""
-        canvas = Canvas(self._color)
+        canvas = CanvasView(self._color)
         try:
             with Live(canvas, console=self._console, refresh_per_second=FRAMES_PER_S, transient=True):
                 for new, event in answer:

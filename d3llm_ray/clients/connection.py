@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,12 +66,14 @@ def connected(settings: ClientSettings, concurrency: int) -> Iterator[Server]:
         url, key = _base_url(settings.url), _api_key(settings)
         yield Server(url, key, _models(url, key, local=False), local=False)
         return
+    from d3llm_ray.serving.auth import KEYS_VARIABLE
     from d3llm_ray.serving.local import serve_locally
     from d3llm_ray.serving.settings import ReplicaSettings
 
-    room = {"max_queue": concurrency, "max_body_bytes": 2**31}  # who asks is who serves
-    with serve_locally(build(ReplicaSettings, settings.of_model() | room)) as url:
-        yield Server(url, None, _models(url, None, local=True), local=True)
+    own = {"max_queue": concurrency, "max_body_bytes": 2**31, "log_requests": False}  # who asks is who serves
+    keys = re.split(r"[,\s]+", os.environ.get(KEYS_VARIABLE, "").strip())
+    with serve_locally(build(ReplicaSettings, settings.of_model() | own)) as url:
+        yield Server(url, keys[0] or None, _models(url, keys[0] or None, local=True), local=True)
 
 
 def _base_url(url: str) -> str:

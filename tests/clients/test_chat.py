@@ -25,7 +25,7 @@ from rich.console import Console
 
 from d3llm_ray.cli import main
 from d3llm_ray.clients import chat
-from d3llm_ray.clients.canvas import Canvas, Token
+from d3llm_ray.clients.canvas import CanvasView, ShownToken
 from d3llm_ray.clients.chat import Terminal
 from d3llm_ray.clients.conversation import Conversation
 from d3llm_ray.clients.settings import ChatSettings
@@ -69,7 +69,7 @@ def streamed(*texts: str) -> Answer:
 
 def test_a_canvas_is_what_its_events_say() -> None:
     """Worked by hand: two blocks of four, the second not open at first, then the first one frozen."""
-    canvas = Canvas("entropy")
+    canvas = CanvasView("entropy")
     canvas.apply(event(0, (0, "A", 0.05), (2, "C", 2.0), opened=4))
     assert canvas.cells().plain == "▓░▓░ ····" and canvas.answer().plain == "░C░" and canvas.revealed == 2
     canvas.text = "A"
@@ -78,16 +78,16 @@ def test_a_canvas_is_what_its_events_say() -> None:
     canvas.text = "A\nCD\x1b[2J"
     assert canvas.answer().plain == "A\nCD\ufffd[2J░F░░"
     assert canvas.footer().plain.startswith("forward 2  5/8 positions  TPF 2.50  ")
-    assert canvas.tokens[1] == Token("⏎", 0.2, 1)
+    assert canvas.tokens[1] == ShownToken("⏎", 0.2, 1)
 
 
 def test_colours_tell_the_entropy_or_the_forward() -> None:
-    tokens = [Token("x", entropy, forward) for forward, entropy in enumerate((0.0, 0.2, 0.5, 1.0, 3.0))]
+    tokens = [ShownToken("x", entropy, forward) for forward, entropy in enumerate((0.0, 0.2, 0.5, 1.0, 3.0))]
     assert [token.style("entropy") for token in tokens] == ["bright_green", "green", "yellow", "dark_orange", "red"]
     assert len({token.style("forward") for token in tokens}) == 5
-    assert Token("x", 3.0, 1).style("forward") == Token("x", 0.0, 1).style("forward")
+    assert ShownToken("x", 3.0, 1).style("forward") == ShownToken("x", 0.0, 1).style("forward")
     for color, expected in (("entropy", "red"), ("forward", "cyan")):
-        canvas = Canvas(color)  # type: ignore[arg-type]
+        canvas = CanvasView(color)  # type: ignore[arg-type]
         canvas.apply(event(0, (1, "x", 3.0)))
         assert expected in {str(span.style) for span in canvas.cells().spans}
         assert expected in {str(span.style) for span in canvas.answer().spans}
@@ -96,7 +96,7 @@ def test_colours_tell_the_entropy_or_the_forward() -> None:
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (20, 6), (7, 3)])
 def test_a_frame_never_leaves_the_screen(width: int, height: int) -> None:
     """Long answers, wide letters and control characters, on any size of terminal."""
-    canvas = Canvas("entropy", text=f"long words {'x' * 300} {'日本語' * 60} {STEERING} " * 9)
+    canvas = CanvasView("entropy", text=f"long words {'x' * 300} {'日本語' * 60} {STEERING} " * 9)
     canvas.apply(event(0, (0, "A", 0.1), (500, STEERING, 0.1), size=512, block_size=32, opened=512))
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=width, height=height, color_system=None)

@@ -36,7 +36,7 @@ NEEDED = {
     "tune": ["--space", SPACE],
     "batch": ["--input", "prompts.jsonl"],
 }
-WITHOUT_OUTPUT = {"serve"}
+WITHOUT_OUTPUT = {"serve", "chat"}
 NO_DEFAULT = {"trajectories import", "distill"}
 
 
