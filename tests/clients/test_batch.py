@@ -280,6 +280,36 @@ def test_a_killed_run_is_gone_on_with(kill: str, scripted: Start, tmp_path: Path
     assert not kept.exists()
 
 
+def test_answers_are_in_the_order_of_the_requests(scripted: Start, tmp_path: Path) -> None:
+    def script(number: int, body: dict[str, Any]) -> Answer:
+        time.sleep(0.3 if body["messages"][0]["content"] == "0" else 0.0)
+        return echo(number, body)
+
+    write(tmp_path / "in.jsonl", [row(str(n)) for n in range(6)])
+    run(tmp_path, scripted(script), concurrency=2)
+    assert [line["custom_id"] for line in lines(tmp_path / "out.jsonl")] == [str(n) for n in range(6)]
+
+
+@pytest.mark.parametrize("cut", [1, 20, -1])
+def test_a_torn_line_is_dropped(cut: int, scripted: Start, tmp_path: Path) -> None:
+    """Of three answers that are kept the last was cut after some bytes; at -1 only its line end is missing."""
+    server = scripted(lambda number, body: echo(number, body) if number < 3 else refusal(503))
+    write(tmp_path / "in.jsonl", [row(str(n)) for n in range(4)])
+    with pytest.raises(WorkError):
+        run(tmp_path, server, concurrency=1, retries=0)
+    kept = partial_file(tmp_path / "out.jsonl")
+    *whole, last = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(whole) + last[:cut])
+    server.script = lambda number, body: refusal(503)
+    with pytest.raises(WorkError):
+        run(tmp_path, server, concurrency=1, retries=0)
+    assert kept.read_bytes() == b"".join(whole)
+    server.script = echo
+    run(tmp_path, server, concurrency=1)
+    assert [line["custom_id"] for line in lines(tmp_path / "out.jsonl")] == ["0", "1", "2", "3"]
+    assert [body["messages"][0]["content"] for body in server.asked] == ["0", "1", "2", "3", "2", "2", "3"]
+
+
 @pytest.mark.parametrize("stage", ["begun", "finished"])
 @pytest.mark.parametrize("change", ["input", "settings"])
 def test_a_run_that_goes_on_is_the_same_batch(stage: str, change: str, scripted: Start, tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ WITH = {
     ("distill", "val_task"): VALIDATION,
     ("trajectories import", "teacher"): {"source": "prompts.jsonl"},
     ("batch", "api_key_file"): {"url": "http://127.0.0.1:9"},
+    ("chat", "api_key_file"): {"url": "http://127.0.0.1:9"},
     **{("tune", name): {"space": SPACE} for name in ("model", "anchor_model", "task")},
 }
 
