@@ -70,7 +70,8 @@ def connected(settings: ClientSettings, concurrency: int) -> Iterator[Server]:
     from d3llm_ray.serving.local import serve_locally
     from d3llm_ray.serving.settings import ReplicaSettings
 
-    own = {"max_queue": concurrency, "max_body_bytes": 2**31, "log_requests": False}  # who asks is who serves
+    # Who asks is who serves: nothing is to be guarded, and how long to wait is the client's affair.
+    own = {"max_queue": concurrency, "max_body_bytes": 2**31, "request_timeout_s": None, "log_requests": False}
     keys = re.split(r"[,\s]+", os.environ.get(KEYS_VARIABLE, "").strip())
     with serve_locally(build(ReplicaSettings, settings.of_model() | own)) as url:
         yield Server(url, keys[0] or None, _models(url, keys[0] or None, local=True), local=True)
