@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test slow chaos soak browser screenshots mutants lint bench results gpu-check clean
+.PHONY: quickstart test slow chaos clients soak browser screenshots mutants lint bench results gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cluster,quickstart,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cluster,quickstart,chat,dev]"
 	touch $(READY)
 
 quickstart: $(READY)
@@ -25,7 +25,12 @@ results: $(READY)
 	@echo "quickstart (make quickstart), the ablation (d3llm-ray ablate) and the rest of docs/results.md"
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow and not chaos and not soak and not browser"
+	$(BIN)/python -m pytest -q -m "not (slow or chaos or clients or soak or browser)"
+
+# Clients of the API that others have written: LangChain, LiteLLM, lm-eval.
+clients: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[clients]"
+	$(BIN)/python -m pytest -q -m clients
 
 # Whole runs from the command line: the quickstart, submitted jobs, an interrupted distillation.
 slow: $(READY)

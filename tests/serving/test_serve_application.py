@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -55,6 +56,22 @@ def test_openai_client_gets_the_same_text_as_json_and_as_stream(client: openai.O
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].usage == whole.usage
     assert whole.usage.forwards > 0
+
+
+def test_openai_client_in_its_other_ways(url: str, client: openai.OpenAI) -> None:
+    """Async, raw, and an answer sent back as history, through Serve's proxy; without Serve: tests/clients."""
+    raw = client.chat.completions.with_raw_response.create(model="tiny-random", messages=MESSAGES, max_tokens=16)
+    answer = raw.parse().choices[0].message
+    assert raw.status_code == 200 and raw.headers["x-request-id"]
+    history: list[Any] = [*MESSAGES, answer, {"role": "user", "content": "And 2 more?"}]
+
+    async def ask_async() -> Any:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as patient:
+            return await patient.chat.completions.create(model="tiny-random", messages=history, max_tokens=16)
+
+    by_hand = [*MESSAGES, {"role": "assistant", "content": answer.content}, history[-1]]
+    again = client.chat.completions.create(model="tiny-random", messages=by_hand, max_tokens=16)
+    assert asyncio.run(ask_async()).choices[0].message.content == again.choices[0].message.content
 
 
 def test_models_and_health(client: openai.OpenAI, url: str) -> None:
