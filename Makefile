@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test slow chaos clients soak browser screenshots mutants lint bench results gpu-check clean
+.PHONY: quickstart test slow fuzz chaos clients soak browser screenshots mutants lint bench results gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ clients: $(READY)
 # Whole runs from the command line: the quickstart, submitted jobs, an interrupted distillation.
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+# Two thousand requests that nobody would write by hand, to every route (part of slow).
+fuzz: $(READY)
+	$(BIN)/python -m pytest -q -s -m slow tests/serving/test_fuzz.py
 
 # Faults on a local multi-node cluster: processes, nodes and drivers are killed on purpose.
 chaos: $(READY)

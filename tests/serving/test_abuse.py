@@ -156,6 +156,20 @@ def test_a_bad_prompt_is_refused(url: str, growth: None, path: str, fields: dict
     refused(f"{url}{path}", json.dumps(body | fields).encode())
 
 
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (COMPLETIONS, "prompt"), ("/tokenize", "prompt")])
+def test_a_prompt_that_cannot_fit_is_not_tokenised(url: str, path: str, field: str) -> None:
+    """It would take seconds, in which the prompts of others wait. The context is of 256 tokens."""
+    for length, characters in ((8192, "within"), (8193, "beyond")):
+        text = "x" * length  # one unknown word
+        prompt: Any = [{"role": "user", "content": text}] if field == "messages" else text
+        body = {"model": "tiny-random", field: prompt, **({} if path == "/tokenize" else {"max_tokens": 1})}
+        answer = requests.post(f"{url}{path}", json=body, timeout=10)
+        assert answer.status_code == (200 if characters == "within" else 400)
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+    assert error["message"].startswith(f"{field}: got 8193 characters; accepted: at most 8192, 32 for each of the 256")
+
+
 @pytest.mark.parametrize("content", BODIES, ids=named)
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/tokenize", "/detokenize"])
 def test_a_bad_body_is_refused(url: str, growth: None, path: str, content: bytes) -> None:
