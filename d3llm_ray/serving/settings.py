@@ -51,6 +51,18 @@ class ReplicaSettings(Settings):
         allow_inf_nan=False,
         description="seconds that an answer may take, waiting included; then it ends with 408; null: no limit",
     )
+    slow_reader_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds after which a connection is ended whose client has not taken what was sent before",
+    )
+    drain_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that a replica which is to stop may take to finish the answers that it has begun",
+    )
 
     @field_validator("max_tokens_limit")
     @classmethod
