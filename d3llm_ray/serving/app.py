@@ -22,6 +22,8 @@ DEPLOYMENT = "decoder"
 # What a replica is given beyond its engine's slots and queue. Serve's own queue is without an end and must stay empty:
 # it would refuse health checks, or let them wait. The replica's limit is the one that refuses.
 SPARE_REQUESTS = 1024
+HEALTH_CHECK_PERIOD_S = 1  # Serve replaces a replica after three failed checks, or one that finds its process gone
+DRAIN_LOOK_S = 0.5  # between two looks at whether a replica that is to stop has finished its answers
 
 
 class DecoderReplica:
@@ -35,7 +37,8 @@ class DecoderReplica:
         # Built here and not at import: endpoints pickled by reference lose the signature that FastAPI needs.
         app, settings = create_app(self._service), self._service.settings
         name = serve.get_replica_context().app_name
-        app.add_middleware(TellsRoom, application=name, model=settings.model_id, room=settings.room)
+        options = {"room": settings.room, "slow_reader_s": settings.slow_reader_timeout_s}
+        app.add_middleware(TellsRoom, application=name, model=settings.model_id, **options)
         return app
 
     async def check_health(self) -> None:
@@ -59,7 +62,9 @@ def application(settings: ReplicaSettings, **options: Any) -> Application:
         ray_actor_options={"num_cpus": settings.cpus_per_actor, "num_gpus": gpus},
         max_ongoing_requests=settings.room + SPARE_REQUESTS,
         max_queued_requests=-1,
-        health_check_period_s=2,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         # A model that cannot be loaded will not load at the twentieth attempt either.
         max_constructor_retry_count=3,
         **options,

@@ -35,7 +35,7 @@ class Proxy:
 
     async def answer(self, scope: Any, receive: Any, send: Any) -> None:
         if self.room:
-            await TellsRoom(self.replica, "app", "m", self.room)(scope, receive, send)
+            await TellsRoom(self.replica, "app", "m", self.room, 30.0)(scope, receive, send)
         else:
             await self.replica(scope, receive, send)
 
