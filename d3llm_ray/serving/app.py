@@ -37,8 +37,13 @@ class DecoderReplica:
         # Built here and not at import: endpoints pickled by reference lose the signature that FastAPI needs.
         app, settings = create_app(self._service), self._service.settings
         name = serve.get_replica_context().app_name
-        options = {"room": settings.room, "slow_reader_s": settings.slow_reader_timeout_s}
-        app.add_middleware(TellsRoom, application=name, model=settings.model_id, **options)
+        app.add_middleware(
+            TellsRoom,
+            application=name,
+            model=settings.model_id,
+            room=settings.room,
+            slow_reader_s=settings.slow_reader_timeout_s,
+        )
         return app
 
     async def check_health(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from d3llm_ray.decoding import DiffusionLLM, Request
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.deadline import Deadline, DeadlinePassed
 from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded, Submission
 
 
@@ -114,6 +115,21 @@ def test_waiting_request_that_is_closed_never_runs(llm: DiffusionLLM, steps: thr
         longest = max(forwards for _, _, forwards in answers)
         assert llm.engine.steps - begun <= longest + 1  # the first may have started a forward before the second
         assert not waiting.events
+
+    run_worker(llm, test)
+
+
+def test_a_deadline_frees_the_slot_also_when_nobody_reads(llm: DiffusionLLM, steps: threading.Semaphore) -> None:
+    async def test(worker: EngineWorker) -> None:
+        begun = llm.engine.steps
+        submission = worker.submit(Request(llm.encode("1"), 64), Deadline(0.2))
+        await until(lambda: worker.in_flight == 0)
+        steps.release(1000)  # a forward has begun
+        await until(lambda: llm.engine.active == llm.engine.waiting == 0)
+        assert llm.engine.steps <= begun + 2
+        with pytest.raises(DeadlinePassed, match="not complete after 0.2 s"):
+            while True:
+                await submission.next_event()
 
     run_worker(llm, test)
 
