@@ -61,9 +61,9 @@ def serve_in_background(settings: ServeSettings, progress: Progress | None = Non
         with progress.stage("serve", settings.replicas, "replica"):
             running.enter_context(_connected())
             port = running.enter_context(_http(settings))
+            running.callback(_drain, settings.drain_timeout_s)
             serve.run(application(replica, num_replicas=settings.replicas), name=APPLICATION, route_prefix="/")
             url = f"http://{_reachable(settings.host)}:{port}"
-            running.callback(_drain, settings.drain_timeout_s)
             _wait_healthy(url)
             progress.update(settings.replicas)
         yield url
