@@ -32,6 +32,8 @@ DEPLOYMENT = "decoder"
 # What a replica is given beyond its engine's slots and queue. Serve's own queue is without an end and must stay empty:
 # it would refuse health checks, or let them wait. The replica's limit is the one that refuses.
 SPARE_REQUESTS = 1024
+HEALTH_CHECK_PERIOD_S = 1  # Serve replaces a replica after three failed checks, or one that finds its process gone
+DRAIN_LOOK_S = 0.5  # between two looks at whether a replica that is to stop has finished its answers
 
 # A redeploy starts new replicas beside the old ones and stops an old one when a new one answers, a quarter of them at a
 # time: one replica is replaced without a moment without. That takes the CPUs and GPUs of one more.
@@ -52,7 +54,13 @@ class DecoderReplica:
         # Built here and not at import: endpoints pickled by reference lose the signature that FastAPI needs.
         app, settings = create_app(self._service, echo_request_id=False), self._service.settings
         name = serve.get_replica_context().app_name
-        app.add_middleware(TellsRoom, application=name, model=settings.model_id, room=settings.room)
+        app.add_middleware(
+            TellsRoom,
+            application=name,
+            model=settings.model_id,
+            room=settings.room,
+            slow_reader_s=settings.slow_reader_timeout_s,
+        )
         return app
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -119,6 +127,8 @@ def application(settings: ReplicaSettings, **options: Any) -> Application:
         name=ROUTER,
         ray_actor_options={"num_cpus": 0},  # it reads bodies and hands them on
         max_ongoing_requests=sum(model.room for model in models) + SPARE_REQUESTS,
+        graceful_shutdown_timeout_s=max(model.drain_timeout_s for model in models),
+        graceful_shutdown_wait_loop_s=DRAIN_LOOK_S,
         **_ROLLOUT,
     )(serve.ingress()(RouterReplica))
     ids = {name: model.ids for name, model in zip(names, models, strict=True)}
@@ -133,7 +143,9 @@ def _deployment(kind: type[DecoderReplica], name: str, model: ReplicaSettings, o
         "ray_actor_options": {"num_cpus": model.cpus_per_actor, "num_gpus": gpus},
         "max_ongoing_requests": model.room + SPARE_REQUESTS,
         "max_queued_requests": -1,
-        "health_check_period_s": 2,
+        "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+        "graceful_shutdown_timeout_s": model.drain_timeout_s,
+        "graceful_shutdown_wait_loop_s": DRAIN_LOOK_S,
         # A model that cannot be loaded will not load at the twentieth attempt either.
         "max_constructor_retry_count": 3,
         **_ROLLOUT,

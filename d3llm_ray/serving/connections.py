@@ -8,6 +8,7 @@ import logging
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("d3llm_ray.serving")
+LOOK_S = 0.05  # between two looks at what a connection has buffered
 
 
 class EndsWithClient:
@@ -44,7 +45,7 @@ class EndsWithClient:
             task.cancel()
 
         async def answering(message: Message) -> None:
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
+            if _is_last(message):
                 watcher.cancel()  # what comes after it is no leaving
             await send(message)
 
@@ -59,32 +60,32 @@ class EndsWithClient:
 
 
 def patient(send: Send, limit_s: float) -> Send:
-    """A `send` that ends the connection of a client who has not taken what was sent before for `limit_s` seconds."""
+    """A `send` that ends the connection of a client who does not take what was sent to it for `limit_s` seconds."""
+    transport = getattr(getattr(send, "__self__", None), "transport", None)  # uvicorn's, of both its protocols
 
     async def limited(message: Message) -> None:
         try:
             async with asyncio.timeout(limit_s):
-                await send(message)
+                await send(message)  # waits while much is buffered
+                while transport is not None and _is_last(message) and transport.get_write_buffer_size():
+                    await asyncio.sleep(LOOK_S)
         except TimeoutError:
             logger.info("a client has not read for %g s: its connection is ended", limit_s)
-            _abort(send)
+            if transport is None:
+                raise OSError("the client does not read") from None
+            # ASGI has no word for it: to return or to raise is to wait until the client has taken what is buffered.
+            transport.abort()
+            await asyncio.sleep(LOOK_S)  # meanwhile the application hears that its client has left
 
     return limited
 
 
-def _abort(send: Send) -> None:
-    """End a connection at once; the application then hears that its client has left.
-
-    ASGI has no word for it: whoever returns or raises waits until the client has taken what is buffered, or for ever.
-    """
-    transport = getattr(getattr(send, "__self__", None), "transport", None)  # uvicorn's, of both its protocols
-    if transport is None:
-        raise OSError("the client does not read")
-    transport.abort()
+def _is_last(message: Message) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 class EndsSlowReaders:
-    """Gives every client `limit_s` seconds to take what was sent to it."""
+    """Gives every client `limit_s` seconds to take what was sent to it. Must be the outermost, next to uvicorn."""
 
     def __init__(self, app: ASGIApp, limit_s: float) -> None:
         self._app = app

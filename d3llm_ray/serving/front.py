@@ -26,9 +26,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.access_log import REQUEST_ID, sane_request_id, with_request_id
+from d3llm_ray.serving.connections import patient
 from d3llm_ray.serving.errors import queue_full
 from d3llm_ray.serving.heads import BoundedConnection
 from d3llm_ray.serving.schemas import DECODING, HEALTH
+from d3llm_ray.serving.standin import StandIn
 
 logger = logging.getLogger("d3llm_ray.serving")
 
@@ -43,11 +45,15 @@ _REFUSAL = queue_full().response()
 
 
 class TellsRoom:
-    """In a replica: each answer says for how many requests every replica of the application has room."""
+    """In a replica: each answer says for how many requests every replica of the application has room.
 
-    def __init__(self, app: ASGIApp, application: str, model: str, room: int) -> None:
+    And how long a client may take to read what is sent, as nothing that is sent in a replica ever waits for a client.
+    """
+
+    def __init__(self, app: ASGIApp, application: str, model: str, room: int, slow_reader_s: float) -> None:
         self._app = app
-        self._header = json.dumps({"application": application, "model": model, "room": room})
+        told = {"application": application, "model": model, "room": room, "slow_reader_s": slow_reader_s}
+        self._header = json.dumps(told)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def telling(message: Message) -> None:
@@ -63,6 +69,7 @@ class Room:
 
     def __init__(self) -> None:
         self.in_flight = 0
+        self.slow_reader_s: float | None = None
         self._told = ""
         self._name, self._each, self._replicas = "", 0, 1
         self._metrics: ServingMetrics | None = None
@@ -75,6 +82,7 @@ class Room:
             return
         said = json.loads(told)
         self._told, self._name, self._each = told, said["application"], said["room"]
+        self.slow_reader_s = said["slow_reader_s"]
         self._metrics = ServingMetrics(said["model"], said["application"])
 
     def refuses(self) -> bool:
@@ -139,6 +147,8 @@ class Front:
             await self._app(scope, receive, _tapped(send, learn))
             return
         room = self._rooms[prefix]
+        if room.slow_reader_s is not None:
+            send = patient(send, room.slow_reader_s)
         room.recount(self._count_replicas)
         self._arrivals += 1
         if room.refuses():
@@ -148,7 +158,9 @@ class Front:
         try:
             await self._lull()
             # Free before a client can know that its answer is complete, and ask again.
-            await self._app(scope, receive, _tapped(send, learn, place.close))
+            answer = StandIn(_tapped(send, learn, place.close), _ROOM_HEADER, draining=room.in_flight > 1)
+            await self._app(scope, receive, answer)
+            await answer.close()
         finally:
             place.close()
 

@@ -7,10 +7,12 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 
 from d3llm_ray.errors import WorkError
+from d3llm_ray.serving.connections import EndsSlowReaders
 from d3llm_ray.serving.heads import BoundedConnection
 from d3llm_ray.serving.http import create_app
 from d3llm_ray.serving.service import ChatService
@@ -19,6 +21,7 @@ from d3llm_ray.serving.settings import ReplicaSettings
 HOST = "127.0.0.1"
 STARTED_WITHIN_S = 30.0
 BACKLOG = 2048
+ENDED_WITHIN_S = 5  # however long those who are still connected would stay
 
 
 @contextmanager
@@ -32,9 +35,14 @@ def serve_locally(settings: ReplicaSettings) -> Iterator[str]:
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind((HOST, 0))
         listener.listen(BACKLOG)  # who comes before the server does waits
-        server = uvicorn.Server(
-            uvicorn.Config(create_app(service), http=BoundedConnection, log_level="warning", lifespan="off")
-        )
+        app = EndsSlowReaders(create_app(service), settings.slow_reader_timeout_s)
+        options: dict[str, Any] = {
+            "http": BoundedConnection,
+            "log_level": "warning",
+            "lifespan": "off",
+            "timeout_graceful_shutdown": ENDED_WITHIN_S,
+        }
+        server = uvicorn.Server(uvicorn.Config(app, **options))
         running = threading.Event()
 
         async def run() -> None:

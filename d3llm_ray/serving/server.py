@@ -26,10 +26,14 @@ from d3llm_ray.serving.settings import ServeSettings
 
 APPLICATION = "d3llm"
 HEALTHY_WITHIN_S = 30.0
+STOPPED_WITHIN_S = 15.0  # replicas that have nothing left to do
 
 
 def run(settings: ServeSettings, progress: Progress | None = None) -> None:
-    """Serve until interrupted (Ctrl-C, SIGTERM), then take everything down. `InputError` before Ray starts."""
+    """Serve until interrupted (Ctrl-C, SIGTERM), finish what has begun, and take everything down.
+
+    `InputError` before Ray starts.
+    """
     with serve_in_background(settings, progress) as url:
         print(_banner(settings, url), file=sys.stderr, flush=True)
         if threading.current_thread() is threading.main_thread():
@@ -38,7 +42,8 @@ def run(settings: ServeSettings, progress: Progress | None = None) -> None:
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            print("stopping", file=sys.stderr, flush=True)
+            limit = f"within {settings.drain_timeout_s:g} s; Ctrl-C again stops at once"
+            print(f"stopping: answers that have begun are finished {limit}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -56,11 +61,23 @@ def serve_in_background(settings: ServeSettings, progress: Progress | None = Non
         with progress.stage("serve", settings.replicas, "replica"):
             running.enter_context(_connected())
             port = running.enter_context(_http(settings))
+            running.callback(_drain, settings.drain_timeout_s)
             serve.run(app, name=APPLICATION, route_prefix="/")
             url = f"http://{_reachable(settings.host)}:{port}"
             _wait_healthy(url)
             progress.update(settings.replicas)
         yield url
+
+
+def _drain(timeout_s: float) -> None:
+    """Delete the application and wait until its replicas have finished their answers, or may wait no longer.
+
+    Before Serve is shut down, which ends its proxy, and with it every answer, at once.
+    """
+    serve.delete(APPLICATION, _blocking=False)
+    deadline = time.monotonic() + timeout_s + STOPPED_WITHIN_S
+    while APPLICATION in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 @contextmanager
@@ -79,10 +96,7 @@ def _http(settings: ServeSettings) -> Iterator[int]:
     """Start Serve's HTTP proxy, unless Serve runs already; yields its port."""
     if _serve_runs():
         require(settings.port > 0, "port", settings.port, "the port of the Serve that runs on this cluster")
-        try:
-            yield settings.port
-        finally:
-            serve.delete(APPLICATION)
+        yield settings.port
         return
     port = _free_port(settings)
     try:

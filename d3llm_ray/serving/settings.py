@@ -80,6 +80,18 @@ class ReplicaSettings(Settings):
     adapters: dict[str, str] = Field(
         {}, description="LoRA adapters over this model: the id that clients send for each, and its folder"
     )
+    slow_reader_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds after which a connection is ended whose client has not taken what was sent before",
+    )
+    drain_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that a replica which is to stop may take to finish the answers that it has begun",
+    )
 
     @field_validator("max_tokens_limit")
     @classmethod

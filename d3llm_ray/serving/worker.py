@@ -18,6 +18,7 @@ from typing import Any, Literal
 from d3llm_ray.decoding import Engine, Event, Request
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.autoscaling import Load
+from d3llm_ray.serving.backlog import Backlog
 from d3llm_ray.serving.deadline import Deadline
 
 logger = logging.getLogger("d3llm_ray.serving")
@@ -38,7 +39,7 @@ class Submission:
 
     request: Request
     worker: EngineWorker
-    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    events: Backlog = field(default_factory=Backlog)
     engine_id: int | None = None  # of the engine's thread alone
     timer: asyncio.TimerHandle | None = None  # until its deadline
     arrived: float = field(default_factory=time.monotonic)
@@ -61,7 +62,8 @@ class EngineWorker:
     """Runs one engine in a thread of its own.
 
     At most `capacity` requests are in flight (slots and queue together). An exception of the engine fails all of
-    them and ends the worker: a replica with a broken engine is replaced, not mended.
+    them and ends the worker, and so does a forward that takes longer than `step_timeout_s`: a replica with a broken
+    engine is replaced, not mended.
     """
 
     def __init__(self, engine: Engine, capacity: int, metrics: ServingMetrics, step_timeout_s: float) -> None:
@@ -73,7 +75,7 @@ class EngineWorker:
         self._open: set[Submission] = set()  # of the event loop
         self._decoding: dict[int, Submission] = {}  # of the thread, by engine id, in order of submission
         self._step_began: float | None = None
-        self._failure: Exception | None = None
+        self._failure: EngineFailure | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -81,11 +83,12 @@ class EngineWorker:
         """Start decoding; call it on the event loop that will submit requests."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._watch()
 
     def stop(self) -> None:
-        """End the thread after the forward that is running."""
+        """End the thread after the forward that is running, unless that hangs."""
         self._inbox.put(None)
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._hang() is None:
             self._thread.join(STOP_TIMEOUT_S)
 
     @property
@@ -102,17 +105,28 @@ class EngineWorker:
 
     def problem(self) -> str | None:
         """What is wrong, or None. Reads two attributes and no lock: it answers while a forward runs or hangs."""
-        if self._failure is not None:
-            return "the engine has failed"
+        return str(self._failure or "") or self._hang()
+
+    def _hang(self) -> str | None:
         began = self._step_began
         if began is not None and time.monotonic() - began > self._step_timeout_s:
             return f"a forward has not ended for {self._step_timeout_s:g} s"
         return None
 
+    def _watch(self) -> None:
+        """Fail all requests when a forward hangs: nothing else would ever end them. Looks again and again."""
+        assert self._loop is not None
+        hang = self._hang()
+        if hang is None:
+            self._loop.call_later(min(1.0, self._step_timeout_s / 10), self._watch)
+        elif self._failure is None:
+            logger.error("%s, with %d requests in flight", hang, len(self._open))
+            self._fail(EngineFailure(hang))
+
     def check_room(self, count: int = 1) -> None:
         """Raise what `submit` would raise now for one of `count` requests."""
         if self._failure is not None:
-            raise EngineFailure("the engine has failed")
+            raise self._failure
         if len(self._open) + count > self._capacity:
             self._metrics.refused()
             raise Overloaded
@@ -139,7 +153,7 @@ class EngineWorker:
 
     def _expire(self, submission: Submission, deadline: Deadline) -> None:
         self.release(submission)
-        submission.events.put_nowait(deadline.passed())
+        submission.events.put(deadline.passed())
 
     def _end(self, submission: Submission) -> None:
         self._open.discard(submission)
@@ -149,14 +163,14 @@ class EngineWorker:
     def _run(self) -> None:
         failure = EngineFailure("the engine was shut down")
         try:
-            while self._take_commands():
+            while self._failure is None and self._take_commands():
                 self._step()
         except Exception as error:
             logger.exception("the engine failed with %d requests in flight", len(self._decoding))
-            failure = EngineFailure("the engine failed")
+            failure = EngineFailure("the engine has failed")
             failure.__cause__ = error
-        self._failure = failure
         self._step_began = None
+        self._failure = self._failure or failure
         self._on_loop(self._fail, failure)
 
     def _take_commands(self) -> bool:
@@ -196,9 +210,10 @@ class EngineWorker:
         for submission, event in batch:
             if event.completion is not None or event.error is not None:
                 self._end(submission)
-            submission.events.put_nowait(event)
+            submission.events.put(event)
 
     def _fail(self, failure: EngineFailure) -> None:
+        self._failure = self._failure or failure
         for submission in list(self._open):
             self._end(submission)
-            submission.events.put_nowait(failure)
+            submission.events.put(failure)

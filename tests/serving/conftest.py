@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from d3llm_ray.serving import server
+from d3llm_ray.serving import local, server
 from d3llm_ray.serving.http import create_app
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
+from tests.serving.life import count_ends, slow_down
 
 
 @contextmanager
@@ -60,3 +62,19 @@ def serve_url(ray_cluster: None) -> Iterator[str]:
     """Serve with our front and no application; the address of its proxy."""
     with server._http(ServeSettings(port=0)) as port:
         yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def served(make_service: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Context manager: a slow service on a socket, its counts of ends, and its URL."""
+
+    @contextmanager
+    def serve(seconds: float, **settings: Any) -> Iterator[tuple[ChatService, Counter[str], str]]:
+        service = make_service(**settings)
+        slow_down(service, monkeypatch, seconds)
+        counted = count_ends(service, monkeypatch)
+        monkeypatch.setattr(local, "ChatService", lambda _: service)
+        with local.serve_locally(service.settings) as url:
+            yield service, counted, url
+
+    return serve

@@ -50,3 +50,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
         assert time.monotonic() - began < seconds, f"it did not happen within {seconds:g} s"
         time.sleep(0.005)
     return time.monotonic() - began
+
+
+def nothing_left(service: ChatService) -> bool:
+    """Whether no request decodes, waits or is known."""
+    engine = service.llm.engine
+    return engine.active == engine.waiting == service.worker.in_flight == 0

@@ -26,7 +26,7 @@ class RawClient:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         connection.setblocking(False)
         await asyncio.get_running_loop().sock_connect(connection, (address.hostname, address.port))
-        reader, writer = await asyncio.open_connection(sock=connection, limit=receive_buffer or 2**16)
+        reader, writer = await asyncio.open_connection(sock=connection, limit=receive_buffer or 2**24)
         content = json.dumps(body).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)

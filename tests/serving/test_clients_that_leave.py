@@ -9,40 +9,15 @@ import asyncio
 import random
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from d3llm_ray.serving import local
 from d3llm_ray.serving.service import ChatService
-from tests.serving.life import count_ends, long_body, slow_down, wait_until
+from tests.serving.life import long_body, nothing_left, wait_until
 from tests.serving.raw_client import RawClient
 
 STREAMS = 200
-
-
-@pytest.fixture
-def served(make_service: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Context manager: a slow service on a socket, its counts of ends, and its URL."""
-
-    @contextmanager
-    def serve(seconds: float, **settings: Any) -> Iterator[tuple[ChatService, Counter[str], str]]:
-        service = make_service(**settings)
-        slow_down(service, monkeypatch, seconds)
-        counted = count_ends(service, monkeypatch)
-        monkeypatch.setattr(local, "ChatService", lambda _: service)
-        with local.serve_locally(service.settings) as url:
-            yield service, counted, url
-
-    return serve
-
-
-def nothing_left(service: ChatService) -> bool:
-    engine = service.llm.engine
-    return engine.active == engine.waiting == service.worker.in_flight == 0
 
 
 def ask_and_leave(url: str, service: ChatService, when: Any, body: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from d3llm_ray.decoding import DiffusionLLM, Request
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.deadline import Deadline, DeadlinePassed
 from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded, Submission
 
 
@@ -113,8 +114,22 @@ def test_waiting_request_that_is_closed_never_runs(llm: DiffusionLLM, steps: thr
         answers = [await read(submission) for submission in running]
         longest = max(forwards for _, _, forwards in answers)
         assert llm.engine.steps - begun <= longest + 1  # the first may have started a forward before the second
-        assert waiting.events.empty()
-        assert waiting.events.empty()
+        assert not waiting.events
+
+    run_worker(llm, test)
+
+
+def test_a_deadline_frees_the_slot_also_when_nobody_reads(llm: DiffusionLLM, steps: threading.Semaphore) -> None:
+    async def test(worker: EngineWorker) -> None:
+        begun = llm.engine.steps
+        submission = worker.submit(Request(llm.encode("1"), 64), Deadline(0.2))
+        await until(lambda: worker.in_flight == 0)
+        steps.release(1000)  # a forward has begun
+        await until(lambda: llm.engine.active == llm.engine.waiting == 0)
+        assert llm.engine.steps <= begun + 2
+        with pytest.raises(DeadlinePassed, match="not complete after 0.2 s"):
+            while True:
+                await submission.next_event()
 
     run_worker(llm, test)
 
@@ -157,20 +172,35 @@ def test_engine_exception_fails_all_in_flight(llm: DiffusionLLM, monkeypatch: py
         llm.engine.cancel(request_id)
 
 
-def test_health_tells_of_a_forward_that_hangs(llm: DiffusionLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, release = llm.engine.step, threading.Event()
+def test_a_forward_that_hangs_fails_all_in_flight_and_the_worker(
+    llm: DiffusionLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, release, limit = llm.engine.step, threading.Event(), 0.5
+    told = f"a forward has not ended for {limit} s"
 
     def hanging() -> Any:
-        assert release.wait(10)
+        assert release.wait(30)
         return step()
 
     async def test(worker: EngineWorker) -> None:
         monkeypatch.setattr(llm.engine, "step", hanging)
-        submission = worker.submit(Request(llm.encode("1"), 8))
+        submissions = [worker.submit(Request(llm.encode("1"), 8)) for _ in range(3)]
         assert worker.problem() is None
-        await until(lambda: worker.problem() == "a forward has not ended for 0.2 s")
+        began = time.monotonic()
+        for submission in submissions:
+            with pytest.raises(EngineFailure, match=told):
+                await submission.next_event()
+        assert limit <= time.monotonic() - began < limit + 1
+        assert worker.in_flight == 0
+        worker.stop()  # waits for nobody
+        assert time.monotonic() - began < limit + 2
         release.set()
-        await read(submission)
-        assert worker.problem() is None
+        await until(lambda: not worker._thread.is_alive())
+        # It is replaced: a forward that ends at last mends nothing.
+        assert worker.problem() == told
+        with pytest.raises(EngineFailure, match=told):
+            worker.submit(Request(llm.encode("1"), 8))
 
-    run_worker(llm, test, timeout=0.2)
+    run_worker(llm, test, timeout=limit)
+    for request_id in range(1000):  # the fixture's engine is shared
+        llm.engine.cancel(request_id)

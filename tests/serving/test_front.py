@@ -35,7 +35,7 @@ class Proxy:
 
     async def answer(self, scope: Any, receive: Any, send: Any) -> None:
         if self.room:
-            await TellsRoom(self.replica, "app", "m", self.room)(scope, receive, send)
+            await TellsRoom(self.replica, "app", "m", self.room, 30.0)(scope, receive, send)
         else:
             await self.replica(scope, receive, send)
 
@@ -310,3 +310,23 @@ def test_the_proxy_need_not_import_torch() -> None:
         assert not {one for one in imported if one.split(".")[0] in ("torch", "transformers")}, name
         pending |= inside(imported) - seen
     assert "metrics" in seen
+
+
+def test_while_answers_are_finished_a_model_that_was_taken_down_is_a_503_and_then_unknown() -> None:
+    async def test() -> None:
+        proxy = Proxy(room=5)
+        await proxy.health()
+        tasks = await proxy.begin(1)
+        serves, proxy.front._app = proxy.front._app, not_found
+        status, headers, body = await proxy.ask()
+        assert (status, headers["retry-after"], json.loads(body)["error"]["code"]) == (503, "1", "draining")
+        assert await proxy.statuses(tasks) == {200: 1}
+        assert (await proxy.ask())[0] == 404
+        proxy.front._app = serves
+        assert (await proxy.ask())[0] == 200
+
+    async def not_found(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 404, "headers": []})
+        await send({"type": "http.response.body", "body": b"Path '/' not found."})
+
+    run(test)

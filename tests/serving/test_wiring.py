@@ -43,9 +43,7 @@ def asked(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> list[Request
         submission = Submission(request, service.worker)
         ids = service.llm.encode("3 + 4")[-8:][:5]
         end = types.SimpleNamespace(finish_reason="length")
-        submission.events.put_nowait(
-            types.SimpleNamespace(error=None, reveal=None, token_ids=ids, completion=end, forwards=3)
-        )  # type: ignore[arg-type]
+        submission.events.put(types.SimpleNamespace(error=None, reveal=None, token_ids=ids, completion=end, forwards=3))  # type: ignore[arg-type]
         return submission
 
     monkeypatch.setattr(service.worker, "submit", submit)
@@ -211,6 +209,8 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "cors_origins": ["https://chat.example.com"],
         "log_requests": False,
         "request_timeout_s": 5.0,  # where it acts: test_deadlines
+        "slow_reader_timeout_s": 6.0,  # test_slow_readers
+        "drain_timeout_s": 7.0,
     }
     assert set(values) == set(ReplicaSettings.model_fields)
     settings = config.build(ReplicaSettings, values)
@@ -236,15 +236,17 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
     # Serve itself never refuses or keeps anything waiting, a health check least of all.
     assert options._deployment_config.max_queued_requests == -1
     assert options._deployment_config.max_ongoing_requests > 1000
+    assert options._deployment_config.graceful_shutdown_timeout_s == 7.0
 
 
 def test_settings_of_the_verb_arrive(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
     told: dict[str, Any] = {}
     stub = types.SimpleNamespace(
-        status=lambda: types.SimpleNamespace(proxies={}),
+        status=lambda: types.SimpleNamespace(proxies={}, applications={}),
+        delete=lambda name, **_: told.update(deleted=name),
         start=lambda **options: told.update(options),
         run=lambda application, **options: told.update(options, application=application),
-        shutdown=lambda: told.update(ended=True),
+        shutdown=lambda: told.update(ended=told["deleted"]),  # answers are finished before
     )
     monkeypatch.setattr(server, "serve", stub)
     monkeypatch.setattr(server, "_wait_healthy", lambda url: told.update(url=url))
@@ -266,7 +268,7 @@ def test_settings_of_the_verb_arrive(monkeypatch: pytest.MonkeyPatch, tiny_check
         bound = told["application"]._bound_deployment
         assert bound.num_replicas == 3
         assert bound.init_args == (ReplicaSettings(**values),)
-    assert told["ended"]
+    assert told["ended"] == server.APPLICATION
 
 
 def post_in_chunks(served: ChatService, body: bytes, size: int) -> tuple[int, bytes]:
@@ -277,7 +279,7 @@ def post_in_chunks(served: ChatService, body: bytes, size: int) -> tuple[int, by
     arriving, sent = iter(messages), []
 
     async def receive() -> Any:
-        return next(arriving, {"type": "http.disconnect"})
+        return next(arriving, None) or await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         sent.append(message)

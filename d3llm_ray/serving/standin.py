@@ -1,0 +1,53 @@
+"""What clients hear in place of Serve's own answers, which are plain text and call a draining model unknown.
+
+An answer is Serve's own when it lacks the header by which replicas tell their room. Serve gives one for a route that it
+has taken down while answers are still being finished, and for a request whose replica has died.
+"""
+
+from __future__ import annotations
+
+from starlette.types import Message, Send
+
+from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError
+from d3llm_ray.serving.sse import sse
+
+DRAINING = ApiError(
+    503, "the server is stopping; ask again later", code="draining", retry_after_s=RETRY_AFTER_S
+).response()
+LOST = ApiError(
+    503, "the replica that had this request is gone; ask again", code="replica_lost", retry_after_s=RETRY_AFTER_S
+)
+
+
+class StandIn:
+    """A `send` that puts an answer of ours in the place of Serve's own, and ends a stream that Serve has left."""
+
+    def __init__(self, send: Send, header: str, draining: bool) -> None:
+        self._send, self._header, self._draining = send, header.encode(), draining
+        self._streams = self._replaced = self._ended = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._start(message)
+        elif not self._replaced:
+            self._ended = not message.get("more_body", False)
+            await self._send(message)
+
+    async def _start(self, message: Message) -> None:
+        headers = dict(message["headers"])
+        status = message["status"]
+        self._streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+        self._replaced = self._header not in headers and (status >= 500 or (status == 404 and self._draining))
+        if not self._replaced:
+            await self._send(message)
+            return
+        response = DRAINING if status == 404 else LOST.response()
+        kept = [(name, value) for name, value in message["headers"] if name == b"x-request-id"]
+        await self._send({**message, "status": response.status_code, "headers": [*response.raw_headers, *kept]})
+        await self._send({"type": "http.response.body", "body": bytes(response.body)})
+
+    async def close(self) -> None:
+        """Call it when Serve is done: a stream without its end is told why."""
+        if self._streams and not self._ended:
+            self._ended = True
+            await self._send({"type": "http.response.body", "body": sse(LOST.body()).encode()})
