@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 
 from d3llm_ray.decoding import DiffusionLLM, Engine, Event, Request
 from d3llm_ray.decoding.request import ActiveRequest
@@ -62,7 +60,8 @@ class Adapters:
     """The adapters of one transformer, of which one is in force, or none."""
 
     def __init__(self, model: Transformer, folders: Mapping[str, str]) -> None:
-        from peft import PeftModel  # a second to import, which a replica without adapters need not wait for
+        from peft import PeftModel  # slow to import, and a replica without adapters need not wait for it
+        from peft.tuners.lora import LoraLayer
 
         # peft takes the names for attributes of modules: a model's id may have a dot.
         self.names = {name: f"adapter{number}" for number, name in enumerate(folders)}

@@ -38,7 +38,7 @@ QUICK = {
 # On a machine that is busy with other things a replica needs as long as the first one, which no load slowed down, and
 # more beside the load that calls for it.
 WITHIN_S, TIMES_FIRST = 10.0, 3.0
-STARTS_WITHIN_S = 90.0  # on a machine however busy: not what is measured
+STARTS_WITHIN_S = 120.0  # on a machine however busy: not what is measured
 CLIENTS, EVERY_S, UNDER_LOAD_S = 4, 0.2, 40.0  # 20 requests a second
 
 Deploy = Callable[..., str]
@@ -54,7 +54,8 @@ def deploy(serve_url: str) -> Iterator[Deploy]:
         whole = {"import_path": "d3llm_ray.serving.app:build", **application, "name": name, "route_prefix": f"/{name}"}
         client = _get_global_client()
         assert client is not None
-        client.deploy_apps(ServeDeploySchema(applications=[whole]), _blocking=True)
+        client.deploy_apps(ServeDeploySchema(applications=[whole]))
+        eventually(lambda: serve.status().applications[name].status == "RUNNING", STARTS_WITHIN_S)
         url = f"{serve_url}/{name}"
         eventually(lambda: status_of(f"{url}/health") == 200, STARTS_WITHIN_S)
         return url
@@ -184,7 +185,7 @@ def test_a_client_that_leaves_frees_its_slot_behind_the_router(deploy: Deploy, t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("several", [False, True])
 def test_redeploys_of_one_replica_lose_no_request(
     deploy: Deploy, random_model: Any, tiny_checkpoint: Path, several: bool
@@ -200,7 +201,7 @@ def test_redeploys_of_one_replica_lose_no_request(
     seen = replica_pids(name)
     began = time.monotonic()
     with Clients(url, CLIENTS, EVERY_S, max_tokens=16) as clients:
-        while time.monotonic() < began + UNDER_LOAD_S:
+        while number == 0 or time.monotonic() < began + UNDER_LOAD_S:
             number += 1
             deploy(name, application(number))
             assert not replica_pids(name) <= seen  # a new process is there
