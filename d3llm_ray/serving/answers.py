@@ -75,9 +75,9 @@ class Answer:
 
     def _note_reveal(self, reveal: Reveal | None) -> None:
         if reveal is not None:
-            told = zip(reveal.positions, reveal.token_ids, reveal.logprobs, strict=True)
-            for position, token, logprob in told:
-                self._revealed[position] = CommittedToken(token, logprob)
+            told = zip(reveal.positions, reveal.token_ids, reveal.logprobs, reveal.tops, strict=True)
+            for position, token, logprob, tops in told:
+                self._revealed[position] = CommittedToken(token, logprob, tops)
 
     def _committed(self, token_ids: Sequence[int]) -> list[CommittedToken]:
         """The tokens that are new, those behind a stop string left out."""

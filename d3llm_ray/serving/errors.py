@@ -97,7 +97,9 @@ def install_handlers(app: FastAPI) -> None:
     """Answer every error of `app`, unknown routes included, in OpenAI's shape."""
 
     async def handle(_: Request, error: Exception) -> JSONResponse:
-        return to_api_error(error).response()
+        response = to_api_error(error).response()
+        response.headers.update(getattr(error, "headers", None) or {})  # such as `Allow` of a 405
+        return response
 
     for kind in (ApiError, InputError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 
 from d3llm_ray import __version__
 from d3llm_ray.serving.errors import install_handlers
 from d3llm_ray.serving.limits import BodyLimit, RefusesWhenFull
+from d3llm_ray.serving.openapi import document
 from d3llm_ray.serving.playground import playground
 from d3llm_ray.serving.routes import about, chat, completions, text
 from d3llm_ray.serving.service import ChatService
@@ -21,4 +24,5 @@ def create_app(service: ChatService) -> FastAPI:
     app.include_router(playground())
     for group in (chat, completions, text, about):
         app.include_router(group.router(service))
+    app.openapi = partial(document, app, service)  # type: ignore[method-assign]
     return app

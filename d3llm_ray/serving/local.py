@@ -17,6 +17,7 @@ from d3llm_ray.serving.settings import ReplicaSettings
 
 HOST = "127.0.0.1"
 STARTED_WITHIN_S = 30.0
+BACKLOG = 2048
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def serve_locally(settings: ReplicaSettings) -> Iterator[str]:
     service = ChatService(settings)
     with socket.socket() as listener:
         listener.bind((HOST, 0))
+        listener.listen(BACKLOG)  # who comes before the server does waits
         server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", lifespan="off"))
         running = threading.Event()
 

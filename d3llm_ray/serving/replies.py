@@ -164,6 +164,19 @@ class TextChunk(BaseModel):
     diffusion: Revealed | None = None
 
 
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every error answers."""
+
+    error: ErrorDetail
+
+
 class TokenizedText(BaseModel):
     count: int
     max_model_len: int

@@ -95,6 +95,8 @@ class ChatService:
         self.check_model(request.model)
         self._check_answer_length(request)
         self._check_count(request)
+        if request.stop:
+            self.texts.check("stop")
         decoder = self._decoder(request)
         count = request.prompts * request.choices
         self.check_room(count)  # before the work of tokenising
@@ -146,6 +148,7 @@ class ChatService:
             stop_token_ids=request.stop_token_ids or (),
             ignore_eos=bool(request.ignore_eos),
             reveals=request.wants_events or request.alternatives is not None,
+            top_logprobs=request.alternatives or 0,
         )
 
     def revealed(self, reveal: Reveal) -> Revealed:
