@@ -179,7 +179,7 @@ def opened(
     context.setdefault("viewport", {"width": 1280, "height": 860})
     own = browser.new_context(**context)
     page = own.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)  # a machine that others use as well
     playground = Playground(page, server)
 
     def note(request: Any) -> None:

@@ -76,10 +76,11 @@ def test_no_width_makes_the_page_scroll_sideways(open_playground: Any, server: S
     with open_playground(server, viewport={"width": width, "height": 740}) as playground:
         page = playground.page
         page.get_by_label(mode, exact=True).check()
-        playground.ask("x" * 200 + " " + QUESTION)
-        playground.wait()
         if not page.get_by_role("slider", name="Answer length").is_visible():
             page.get_by_text("Decoding").click()
+        playground.answer_length(32)
+        playground.ask("x" * 200 + " " + QUESTION)
+        playground.wait()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         outside = """width => [...document.querySelectorAll("body *")].filter((each) => each.checkVisibility()
             && each.getBoundingClientRect().right > width + 0.5).map((each) => each.outerHTML.slice(0, 80))"""
