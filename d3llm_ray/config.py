@@ -52,7 +52,8 @@ DecoderSettings = Annotated[dict[str, Any], BeforeValidator(_as_in_yaml)]  # set
 
 # Settings that are, or may be, a path; one name means the same in every verb. Those of type `Path` are paths anyway.
 PATHS = {"model", "models", "teacher", "anchor_model", "anchors", "decoder", "decoders", "val_decoder", "task", "tasks"}
-PATHS |= {"val_task", "prompts", "source", "trajectories", "reference_trajectories", "path", "output"}
+PATHS |= {"val_task", "prompts", "source", "trajectories", "reference_trajectories", "path", "output", "adapters"}
+PATHS_BY_NAME = {"anchors", "adapters"}  # mappings to paths
 
 
 def _expanded(value: Any, field: str) -> Any:
@@ -79,7 +80,10 @@ class SettingsGroup(BaseModel):
         for name in values.keys() & cls.model_fields.keys():
             value, annotation = values[name], cls.model_fields[name].annotation
             is_path = Path in (annotation, *get_args(annotation))
-            group = isinstance(value, dict) and name != "anchors"  # settings in themselves, as quickstart's `tune`
+            group = isinstance(value, dict) and name not in (
+                "anchors",
+                "adapters",
+            )  # settings in themselves, as quickstart's `tune`
             if is_path or (name in PATHS and not group):
                 expanded_values[name] = _expanded(value, name)
         return expanded_values

@@ -218,11 +218,7 @@ def _cut(output: Output, text: CommittedText) -> Output:
     """An answer that a stop string ended: its tokens go up to the one that completed the string."""
     ids = output.token_ids[: text.tokens]
     return replace(
-        output,
-        text=text.text,
-        token_ids=ids,
-        finish_reason="stop",
-        tokens_per_forward=len(ids) / output.forwards,
+        output, text=text.text, token_ids=ids, finish_reason="stop", tokens_per_forward=len(ids) / output.forwards
     )
 
 

@@ -54,6 +54,7 @@ class StepBatch:
     groups: list[list[Span]]
     sampling: Sampling | None = None  # of the scored rows without the twins'; None: all take their most probable token
     margins: bool = False  # whether a selection reads the margin
+    tops: int = 0  # most probable tokens a row that a request wants to know of
 
     @property
     def spans(self) -> list[Span]:

@@ -171,6 +171,7 @@ class Engine:
             groups,
             self._sampling([span for group in groups for span in group if not span.twin]) if sampled else None,
             any(row.decoder.selection.needs_margins for row in self._rows),
+            max(row.request.top_logprobs for row in self._rows),
         )
 
     def _span(self, index: int, row: ActiveRequest) -> Span:

@@ -109,13 +109,6 @@ def plan_memory(
         room = int(CPU_FRACTION * limit)
     if kv_positions is None:
         kv_positions = max(min(max_batch_size * context, room // per_position), min(context, limit // per_position))
-    return MemoryPlan(
-        str(device),
-        weights,
-        kv_positions * per_position,
-        activations,
-        kv_positions,
-        per_position,
-        max_forward_tokens,
-        limit,
-    )
+    pool = kv_positions * per_position
+    figures = weights, pool, activations, kv_positions, per_position, max_forward_tokens, limit
+    return MemoryPlan(str(device), *figures)

@@ -16,6 +16,8 @@ from d3llm_ray.decoding.statistics import TokenStatistics
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.models import Family
 
+MOST_TOPS = 20  # tokens besides the revealed one whose log probabilities a request may ask for
+
 
 def _whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -32,7 +34,8 @@ class Request:
     `max_tokens` is what the answer may have at most; the canvas is that rounded up to whole blocks. `decoder` None
     takes the engine's own. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 filter nothing. `seed` alone decides
     what is drawn, never the batch. `stop_token_ids` end the answer besides the model's own; with `ignore_eos` those
-    do not. With `reveals`, every forward of the request has an event that tells what it revealed.
+    do not. With `reveals`, every forward of the request has an event that tells what it revealed, `top_logprobs` of the
+    most probable tokens included.
     """
 
     prompt_ids: Sequence[int]
@@ -45,6 +48,7 @@ class Request:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     reveals: bool = False
+    top_logprobs: int = 0
 
     def check(self, decoder: Decoder, family: Family, vocab_size: int, context: int) -> None:
         """Raise `InputError` naming the field of a request that can never be decoded with these."""
@@ -60,6 +64,8 @@ class Request:
         for token in self.stop_token_ids:
             valid = isinstance(token, int | np.integer) and 0 <= token < vocab_size
             require(valid, "stop_token_ids", token, f"ids from 0 to {vocab_size - 1}")
+        asked = _whole(self.top_logprobs) and 0 <= self.top_logprobs <= MOST_TOPS
+        require(asked, "top_logprobs", self.top_logprobs, f"a whole number from 0 to {MOST_TOPS}")
         length = len(self.prompt_ids)
         require(length >= 1, "prompt", "no tokens", "one token or more")
         if context - length < self.max_tokens:
@@ -136,7 +142,8 @@ class Completion:
 class Reveal:
     """What one forward revealed: response positions with their tokens, entropies (nats) and log probabilities.
 
-    Positions before `opened` are in blocks that exist, those before `frozen` have keys that stay as they are.
+    Positions before `opened` are in blocks that exist, those before `frozen` have keys that stay as they are. `tops`:
+    for each position the most probable tokens with their log probabilities, as many as the request asks for.
     """
 
     forward: int  # 0-based, of the request
@@ -148,6 +155,7 @@ class Reveal:
     block_size: int
     opened: int
     frozen: int
+    tops: list[list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -211,7 +219,8 @@ class ActiveRequest:
             frozen = max(canvas.cached - canvas.prompt_length, 0)
             extent = canvas.size, canvas.block_size, canvas.created_end, frozen
             figures = entropies.tolist(), logprobs.tolist()
-            shown = Reveal(canvas.forwards - 1, positions.tolist(), tokens.tolist(), *figures, *extent)
+            tops = statistics.most_probable(chosen, self.request.top_logprobs)
+            shown = Reveal(canvas.forwards - 1, positions.tolist(), tokens.tolist(), *figures, *extent, tops)
         return self._event(shown, eos_id)
 
     def failed(self) -> Event:

@@ -63,4 +63,5 @@ class EagerRunner:
             sampling=batch.sampling,
             guidance=unconditional,
             margins=batch.margins,
+            tops=batch.tops,
         )

@@ -50,6 +50,15 @@ def score(logits: Tensor, mask_id: int | None, *, margins: bool) -> Tensor:
     return torch.stack((argmax.float(), -log_total, entropy, margin))
 
 
+def most_probable(logits: Tensor, mask_id: int | None, count: int) -> Tensor:
+    """[2 * count, N] float32 of [N, V]: ids of the most probable tokens, then their log probabilities."""
+    logits = logits.double()
+    if mask_id is not None and mask_id < logits.shape[1]:
+        logits[:, mask_id] = NEVER
+    top = logits.log_softmax(dim=-1).topk(count, dim=-1)
+    return torch.cat((top.indices, top.values), dim=1).float().T
+
+
 def as_sampled(greedy: Tensor) -> Tensor:
     """All rows of `Stat` for rows that take their most probable token: [GREEDY_STATS, N] -> [len(Stat), N]."""
     sampled, confidence, entropy = greedy[Stat.ARGMAX], greedy[Stat.LOGPROB].exp(), greedy[Stat.ENTROPY]

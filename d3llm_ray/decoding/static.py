@@ -63,12 +63,8 @@ class Shape(NamedTuple):
             length = len(span.tokens)
             longest, keys = max(longest, length), max(keys, span.window.key_length)
             tokens, scored = tokens + length, scored + len(span.scored)
-        rows, window, reach, heads = (
-            bucket(len(spans), BATCHES),
-            bucket(longest, WINDOWS),
-            bucket(keys, SPANS),
-            bucket(scored, SCORED),
-        )
+        rows, window = bucket(len(spans), BATCHES), bucket(longest, WINDOWS)
+        reach, heads = bucket(keys, SPANS), bucket(scored, SCORED)
         if rows is None or window is None or reach is None or heads is None:
             return None
         padded = rows * window
@@ -171,7 +167,7 @@ class StaticRunner:
 
     def _shapes(self, batch: StepBatch) -> list[Shape] | None:
         """The buckets of all model calls; None where one of them cannot, or should not, run in a static shape."""
-        if self._failed or batch.sampling is not None:
+        if self._failed or batch.sampling is not None or batch.tops:
             return None
         shapes = []
         for group in batch.groups:

@@ -18,13 +18,7 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        positions: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        scratch: int = 0,
+        self, config: ModelConfig, positions: int, *, dtype: torch.dtype, device: torch.device | str, scratch: int = 0
     ) -> None:
         self._shape = (config.num_layers, positions + scratch, config.num_kv_heads, config.head_dim)
         self._dtype = dtype

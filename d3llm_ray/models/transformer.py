@@ -56,12 +56,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(size, size, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        ragged: Ragged,
-        cache: KVCache | None,
-        rows: Tensor | None,
+        self, x: Tensor, angles: tuple[Tensor, Tensor], ragged: Ragged, cache: KVCache | None, rows: Tensor | None
     ) -> Tensor:
         # Queries and keys are rotated together: half as many small operations.
         heads = torch.cat((self.q_proj(x), self.k_proj(x)), dim=1).view(x.shape[0], -1, self.head_dim)

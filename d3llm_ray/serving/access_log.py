@@ -28,7 +28,7 @@ _SHOWN = 200  # characters of a path or a model's name
 
 @dataclass
 class RequestRecord:
-    """What is known of a request, in the order in which it is logged. Counts are sums over its answers."""
+    """What is known of a request, in the order in which it is logged."""
 
     time: str  # of arrival, UTC
     request_id: str
@@ -64,13 +64,11 @@ def note_error(code: str) -> None:
         record.error = code
 
 
-def note_answer(prompt_tokens: int, completion_tokens: int, forwards: int, finish_reason: str) -> None:
-    """Add an answer that is complete; of several, the last one's reason is kept."""
+def note_answers(prompt_tokens: int, completion_tokens: int, forwards: int, finish_reason: str) -> None:
+    """What all answers to the request took together, when they are complete."""
     if record := _current.get():
-        record.prompt_tokens = (record.prompt_tokens or 0) + prompt_tokens
-        record.completion_tokens = (record.completion_tokens or 0) + completion_tokens
-        record.forwards = (record.forwards or 0) + forwards
-        record.finish_reason = finish_reason
+        record.prompt_tokens, record.completion_tokens = prompt_tokens, completion_tokens
+        record.forwards, record.finish_reason = forwards, finish_reason
 
 
 def sane_request_id(scope: Scope) -> bytes:

@@ -10,8 +10,8 @@ from d3llm_ray.decoding import Event
 from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.metrics import ServingMetrics
-from d3llm_ray.serving.access_log import note_answer
-from d3llm_ray.serving.errors import ApiError
+from d3llm_ray.serving.deadline import DeadlinePassed
+from d3llm_ray.serving.errors import ApiError, out_of_time
 from d3llm_ray.serving.replies import FinishReason, Usage
 from d3llm_ray.serving.worker import EngineFailure, Submission
 
@@ -55,9 +55,10 @@ class Answer:
         self._failed = False
         self._revealed: dict[int, CommittedToken] = {}  # by position, until it is committed
         self._told = 0  # tokens in pieces
+        self._is_late = False
 
     async def next(self) -> Piece | None:
-        """The next piece, never empty, or None at the end. Raises `ApiError` when the engine fails."""
+        """The next piece, never empty, or None at the end. Raises `ApiError` when the engine fails or time is up."""
         while self.finish_reason is None:
             event = await self._next_event()
             self._note_reveal(event.reveal)
@@ -77,9 +78,9 @@ class Answer:
 
     def _note_reveal(self, reveal: Reveal | None) -> None:
         if reveal is not None:
-            told = zip(reveal.positions, reveal.token_ids, reveal.logprobs, strict=True)
-            for position, token, logprob in told:
-                self._revealed[position] = CommittedToken(token, logprob)
+            told = zip(reveal.positions, reveal.token_ids, reveal.logprobs, reveal.tops, strict=True)
+            for position, token, logprob, tops in told:
+                self._revealed[position] = CommittedToken(token, logprob, tops)
 
     def _committed(self, token_ids: Sequence[int]) -> list[CommittedToken]:
         """The tokens that are new, those behind a stop string left out."""
@@ -93,6 +94,9 @@ class Answer:
         except EngineFailure as error:
             self._failed = True
             raise ApiError(500, f"{error}; ask again", code="engine_failed") from error
+        except DeadlinePassed as error:
+            self._is_late = True
+            raise out_of_time(error) from error
         if event.error is not None:
             self._failed = True
             raise ApiError(500, event.error, code="decoding_failed")
@@ -104,7 +108,9 @@ class Answer:
             return
         self._closed = True
         self._submission.close()
-        if self._failed:
+        if self._is_late:
+            self._metrics.timed_out()
+        elif self._failed:
             self._metrics.failed()
         elif self.finish_reason is None:
             self._metrics.aborted()
@@ -119,4 +125,3 @@ class Answer:
         self.usage = Usage.count(len(self._submission.request.prompt_ids), self._text.tokens, forwards)
         seconds = time.monotonic() - self._arrived
         self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards, seconds)
-        note_answer(self.usage.prompt_tokens, self.usage.completion_tokens, forwards, reason)

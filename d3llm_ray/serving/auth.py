@@ -23,12 +23,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.serving.errors import ApiError, to_api_error
-from d3llm_ray.serving.schemas import HEALTH
+from d3llm_ray.serving.schemas import HEALTH, READY
 from d3llm_ray.serving.settings import ReplicaSettings
 
 logger = logging.getLogger("d3llm_ray.serving")
 KEYS_VARIABLE = "D3LLM_RAY_API_KEYS"
-KEYLESS_ROUTES = (HEALTH, "/ready")  # for load balancers; they tell nothing
+KEYLESS_ROUTES = (HEALTH, READY)  # for load balancers; they tell nothing
 LOOK_AGAIN_S = 1.0  # how long a key that was taken out of its file is still good
 _FOR_OTHERS = 0o027  # nothing for others; the group may read, as it does where a secret is mounted into a pod
 _A_KEY = re.compile(r"[!-~]+")  # what a header can carry

@@ -26,20 +26,33 @@ def check_overrides(
     model's own, and an answer's canvas one such block more. What is no number is left to the decoder's own check.
     """
     own = usual.settings()
-    block = usual.block_length(family, max_tokens)
-    longest = -(-max_tokens_limit // block) * block
+    longest = _whole_blocks(usual, family, max_tokens, max_tokens_limit)
     for name, value in overrides.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        bound: int | float = longest if name in _IN_TOKENS else LARGEST_NUMBER
-        if name == "refresh_interval":
-            bound = LONGEST_INTERVAL
-        if isinstance(own.get(name), int | float):
-            bound = max(bound, own[name])
+        bound = largest(name, usual, family, max_tokens, max_tokens_limit)
         accepted = f"1 to {bound}" if name in (*_IN_TOKENS, "refresh_interval") else f"at most {bound}"
         require(value <= bound, name, value, accepted)
     size = overrides.get("block_size")
     if isinstance(size, int) and size > 0 and size != own.get("block_size"):
         canvas = -(-max_tokens // size) * size
-        accepted = f"a size whose whole blocks around max_tokens {max_tokens} are at most {longest + block} tokens"
-        require(canvas <= longest + block, "block_size", size, accepted)
+        most = longest + usual.block_length(family, max_tokens)
+        accepted = f"a size whose whole blocks around max_tokens {max_tokens} are at most {most} tokens"
+        require(canvas <= most, "block_size", size, accepted)
+
+
+def largest(name: str, usual: Decoder, family: Family, max_tokens: int, max_tokens_limit: int) -> int | float:
+    """The largest number that a request may set `name` of its decoder to."""
+    bound: int | float = LARGEST_NUMBER
+    if name in _IN_TOKENS:
+        bound = _whole_blocks(usual, family, max_tokens, max_tokens_limit)
+    if name == "refresh_interval":
+        bound = LONGEST_INTERVAL
+    own = usual.settings().get(name)
+    return max(bound, own) if isinstance(own, int | float) else bound
+
+
+def _whole_blocks(usual: Decoder, family: Family, max_tokens: int, max_tokens_limit: int) -> int:
+    """The longest answer's length in whole blocks."""
+    block = usual.block_length(family, max_tokens)
+    return -(-max_tokens_limit // block) * block

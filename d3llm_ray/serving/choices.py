@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 
+from d3llm_ray.serving.access_log import note_answers
 from d3llm_ray.serving.answers import Answer, Piece
 from d3llm_ray.serving.replies import Usage
 
@@ -36,6 +37,9 @@ class Answers:
         Raises the `ApiError` of the first answer that fails.
         """
         if not self._waiting:
+            usage = self.usage()
+            reasons = {str(answer.finish_reason) for answer in self.answers}
+            note_answers(usage.prompt_tokens, usage.completion_tokens, usage.forwards, ",".join(sorted(reasons)))
             return None
         if not self._ready:
             done, _ = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,9 +16,20 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.serving.access_log import note_error, request_id
 
 logger = logging.getLogger("d3llm_ray.serving")
-_TYPES = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable"}
+_TYPES = {
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+}
 RETRY_AFTER_S = 1
 _SHOWN_INPUT = 80  # characters of a refused value that are echoed
+_LONGEST_MESSAGE, _LONGEST_PARAM = 800, 200  # characters: a field's name may be as long as a body
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class ApiError(Exception):
@@ -33,9 +44,9 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_cut(message, _LONGEST_MESSAGE))
         self.status = status
-        self.param = param
+        self.param = None if param is None else _cut(param, _LONGEST_PARAM)
         self.code = code
         self.retry_after_s = retry_after_s
 
@@ -51,6 +62,17 @@ class ApiError(Exception):
 def queue_full() -> ApiError:
     """The refusal of a request that would have to wait for too long."""
     return ApiError(429, "the queue is full; ask again later", code="queue_full", retry_after_s=RETRY_AFTER_S)
+
+
+def out_of_time(error: Exception) -> ApiError:
+    """The end of a request whose deadline has passed."""
+    return ApiError(408, str(error), code="request_timeout")
+
+
+def model_not_found(name: str, models: Iterable[str]) -> ApiError:
+    """The refusal of a request for a model that is not among those served."""
+    message = f"model: {name[:200]!r} is not served here; accepted: {', '.join(models)}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def bad_input(error: InputError, prefix: str = "") -> ApiError:
@@ -97,15 +119,16 @@ def _invalid_body(errors: Sequence[dict[str, Any]]) -> ApiError:
 
 
 def _shown(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= _SHOWN_INPUT else f"{text[:_SHOWN_INPUT]}..."
+    return _cut(ascii(value), _SHOWN_INPUT)
 
 
 def install_handlers(app: FastAPI) -> None:
     """Answer every error of `app`, unknown routes included, in OpenAI's shape."""
 
     async def handle(_: Request, error: Exception) -> JSONResponse:
-        return to_api_error(error).response()
+        response = to_api_error(error).response()
+        response.headers.update(getattr(error, "headers", None) or {})  # such as `Allow` of a 405
+        return response
 
     for kind in (ApiError, InputError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)

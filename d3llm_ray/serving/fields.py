@@ -54,6 +54,32 @@ EMPTY_MESSAGE_FIELDS = (
 )
 
 
+def with_neutral(schema: dict[str, Any]) -> None:
+    """Add to a body's JSON schema what is accepted of the parameters that cannot be honoured."""
+    for name, (neutral, reason) in NEUTRAL_VALUES.items():
+        schema["properties"][name] = {"enum": [*neutral, None], "description": f"not supported: {reason}"}
+
+
+def either(unasked: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """JSON schema: fields of `unasked` are left out or as it says, or else those of `asked` are sent as it says."""
+    return {"anyOf": [{"properties": unasked}, {"properties": asked, "required": [*asked]}]}
+
+
+def message_schema(schema: dict[str, Any]) -> None:
+    """What a message looks like: an answer's may lack its content, and has fields that say nothing."""
+    fields = schema.pop("properties")
+    content, required = fields["content"], schema.pop("required")
+    del schema["additionalProperties"]
+    empty: dict[str, Any] = {name: {"enum": [None, "", [], {}, False, 0]} for name in EMPTY_MESSAGE_FIELDS}
+    common = {"type": "object", "additionalProperties": False}
+    others = {"role": {"enum": ["system", "developer", "user"]}, "content": content, **empty}
+    answer = {"role": {"const": "assistant"}, "content": {"anyOf": [content, {"type": "null"}]}, **empty}
+    schema["anyOf"] = [
+        {**common, "properties": others, "required": required},
+        {**common, "properties": answer, "required": ["role"]},
+    ]
+
+
 class StrictBody(BaseModel):
     """A body, or a part of one: unknown fields are refused, and `null` is the same as leaving a field out."""
 

@@ -202,10 +202,11 @@ async def _refuse(scope: Scope, send: Send) -> None:
     await send({"type": "http.response.body", "body": _REFUSAL.body})
 
 
-def running_replicas(application: str) -> int:
-    """How many replicas of an application take requests, as Serve's controller says."""
-    deployments = serve.status().applications[application].deployments.values()
-    states = [state for deployment in deployments for state in deployment.replica_states.items()]
+def running_replicas(application: str, deployment: str | None = None) -> int:
+    """How many replicas of an application, or of one deployment of it, take requests, as Serve's controller says."""
+    deployments = serve.status().applications[application].deployments
+    chosen = deployments.values() if deployment is None else [deployments[deployment]]
+    states = [state for one in chosen for state in one.replica_states.items()]
     return sum(count for name, count in states if name == "RUNNING")
 
 

@@ -7,6 +7,7 @@ the proxy's memory, whoever asks.
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -61,7 +62,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._unread += len(data)
         super().data_received(data)
         if self._unread > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse()
+            self._hang_up(head_too_large())
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -80,6 +81,10 @@ class BoundedConnection(HttpToolsProtocol):
         self._unread = 0
         super().on_message_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's own, of what is no HTTP, would be plain text."""
+        self._hang_up(ApiError(400, f"request: {msg}", code="invalid_http"))
+
     def _expect_head(self) -> None:
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_WITHIN_S, self.transport.close)
@@ -89,15 +94,14 @@ class BoundedConnection(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
-    def _refuse(self) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if not answering:
-            self.transport.write(_raw(head_too_large()))
+    def _hang_up(self, error: ApiError) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # no answer is on its way
+            self.transport.write(_raw(error))
         self.transport.close()
 
 
 def _raw(error: ApiError) -> bytes:
     response = error.response()
     headers: list[tuple[bytes, Any]] = [*response.raw_headers, (b"connection", b"close")]
-    lines = [b"HTTP/1.1 %d Request Header Fields Too Large" % error.status, *(b"%s: %s" % header for header in headers)]
-    return b"\r\n".join([*lines, b"", bytes(response.body)])
+    first = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
+    return b"\r\n".join([first, *(b"%s: %s" % header for header in headers), b"", bytes(response.body)])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d3llm_ray.serving.schemas import DECODING
-from d3llm_ray.serving.service import ChatService
+
+if TYPE_CHECKING:
+    from d3llm_ray.serving.service import ChatService
 
 
 class BodyLimit:
@@ -31,7 +35,7 @@ class BodyLimit:
 
 
 class RefusesWhenFull:
-    """Answers a request to decode that there is no room for before its body is read."""
+    """Refuses a request to decode that there is no room for before its body is read."""
 
     def __init__(self, app: ASGIApp, service: ChatService) -> None:
         self._app = app

@@ -164,6 +164,19 @@ class TextChunk(BaseModel):
     diffusion: Revealed | None = None
 
 
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every error answers."""
+
+    error: ErrorDetail
+
+
 class TokenizedText(BaseModel):
     count: int
     max_model_len: int
@@ -194,6 +207,8 @@ class ModelCard(BaseModel):
     decoder: str
     decoder_settings: dict[str, Any]
     decoders: list[str]  # what a request may name as its `diffusion.decoder`
+    parent: str | None = None  # an adapter's base
+    adapter: str | None = None  # the one that decodes now
 
 
 class ModelList(BaseModel):

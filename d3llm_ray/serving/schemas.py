@@ -14,8 +14,10 @@ from pydantic_core import PydanticCustomError
 from d3llm_ray.serving.fields import (
     EMPTY_MESSAGE_FIELDS,
     StrictBody,
+    message_schema,
     refusal,
     sound,
+    with_neutral,
     without_neutral,
 )
 
@@ -86,13 +88,22 @@ def _off_for_minus_one(top_k: object) -> object:
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+WrittenStops = StopString | StopStrings | None
+TopK = Annotated[int, Field(ge=-1)] | None
+TextPrompt = Annotated[str, Field(min_length=1)]
+IdPrompt = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Several = Field(min_length=1, max_length=MAX_PROMPTS)
+WrittenPrompts = TextPrompt | IdPrompt | Annotated[list[TextPrompt], Several] | Annotated[list[IdPrompt], Several]
 
 
 class Message(StrictBody):
     """One turn of the conversation."""
 
     role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_system_for_developer)]
-    content: Annotated[str, BeforeValidator(_join_parts)]
+    content: Annotated[str, BeforeValidator(_join_parts, json_schema_input_type=str | list[TextPart])]
+
+    model_config = ConfigDict(json_schema_extra=message_schema)
 
     @model_validator(mode="before")
     @classmethod
@@ -133,6 +144,7 @@ class GenerationRequest(StrictBody):
     `stop_token_ids` and `ignore_eos` mean what they mean in vLLM. `user` is accepted and ignored.
     """
 
+    model_config = ConfigDict(json_schema_extra=with_neutral)
     asks: ClassVar[str]  # the field that holds what is to be answered
 
     model: str
@@ -140,11 +152,11 @@ class GenerationRequest(StrictBody):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
-    top_k: Annotated[int | None, BeforeValidator(_off_for_minus_one)] = Field(None, ge=0)
+    top_k: Annotated[int | None, BeforeValidator(_off_for_minus_one, json_schema_input_type=TopK)] = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS)
     ignore_eos: bool | None = None
-    stop: Annotated[list[StopString], BeforeValidator(_as_list)] = Field([], max_length=MAX_STOPS)
+    stop: Annotated[StopStrings, BeforeValidator(_as_list, json_schema_input_type=WrittenStops)] = Field([])
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     diffusion: Diffusion | None = None
@@ -230,7 +242,7 @@ class CompletionRequest(GenerationRequest):
 
     asks = "prompt"
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]  # all of one kind
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts, json_schema_input_type=WrittenPrompts)]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TEXT_LOGPROBS)
     return_token_ids: bool | None = None

@@ -48,7 +48,7 @@ def serve_in_background(settings: ServeSettings, progress: Progress | None = Non
     Uses the Ray that is there or starts an embedded one, and afterwards ends what it started and nothing else. Where
     Serve runs already its own address holds, and `port` must name it.
     """
-    replica = settings.replica().checked()
+    app = application(settings, num_replicas=settings.replicas)
     if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
         _free_port(settings)
     progress = progress or Progress()
@@ -56,7 +56,7 @@ def serve_in_background(settings: ServeSettings, progress: Progress | None = Non
         with progress.stage("serve", settings.replicas, "replica"):
             running.enter_context(_connected())
             port = running.enter_context(_http(settings))
-            serve.run(application(replica, num_replicas=settings.replicas), name=APPLICATION, route_prefix="/")
+            serve.run(app, name=APPLICATION, route_prefix="/")
             url = f"http://{_reachable(settings.host)}:{port}"
             _wait_healthy(url)
             progress.update(settings.replicas)
@@ -141,15 +141,22 @@ def _wait_healthy(url: str) -> None:
 
 
 def _banner(settings: ServeSettings, url: str) -> str:
-    decoder = settings.decoding()
-    asks = settings.checked().api_keys_required or settings.api_keys is not None
+    models = [model.checked() for model in settings.each()]
+    asks = any(model.api_keys_required or model.api_keys is not None for model in models)
     keys = "asked for on every route but /health and /ready" if asks else "none: whoever reaches the port is answered"
-    body = f'{{"model": "{settings.model_id}", "messages": [{{"role": "user", "content": "..."}}]}}'
+    body = f'{{"model": "{models[0].model_id}", "messages": [{{"role": "user", "content": "..."}}]}}'
+    lines: list[str] = []
+    for model in models:
+        decoder = model.decoding()
+        lines += [
+            f"model    {model.model} ({model.dtype}, {model.device}, {settings.replicas} replica(s))",
+            *(f"adapter  {name} {folder}" for name, folder in model.adapters.items()),
+            f"decoder  {decoder.name} {decoder.settings()}",
+            f"slots    {model.max_batch_size} a replica, {model.max_queue} more may wait",
+        ]
     return "\n".join(
         (
-            f"model    {settings.model} ({settings.dtype}, {settings.device}, {settings.replicas} replica(s))",
-            f"decoder  {decoder.name} {decoder.settings()}",
-            f"slots    {settings.max_batch_size} a replica, {settings.max_queue} more may wait",
+            *lines,
             f"keys     {keys}",
             f"url      {url}/v1 (Ctrl-C stops)",
             f"try      curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",

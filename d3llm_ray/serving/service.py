@@ -15,12 +15,15 @@ from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import InputError, unknown
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.access_log import note_model
+from d3llm_ray.serving.adapters import AdaptedRequest, with_adapters
 from d3llm_ray.serving.answers import Answer
 from d3llm_ray.serving.auth import KeyRing
 from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.choices import Answers, choice_seed
 from d3llm_ray.serving.counted import CountedRunner
-from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, queue_full
+from d3llm_ray.serving.deadline import Deadline, DeadlinePassed
+from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, model_not_found, out_of_time, queue_full
+from d3llm_ray.serving.reconfiguration import UserConfig
 from d3llm_ray.serving.replies import ModelCard, Revealed
 from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest, CompletionRequest, GenerationRequest
 from d3llm_ray.serving.settings import ReplicaSettings
@@ -38,6 +41,8 @@ def _refusals() -> Iterator[None]:
         raise queue_full() from error
     except EngineFailure as error:
         raise ApiError(503, str(error), code="engine_failed", retry_after_s=RETRY_AFTER_S) from error
+    except DeadlinePassed as error:
+        raise out_of_time(error) from error
 
 
 class ChatService:
@@ -47,12 +52,16 @@ class ChatService:
         self.settings = settings
         self.keys = KeyRing.of(settings)
         self.created = int(time.time())
-        self.llm = DiffusionLLM.from_pretrained(
+        llm = DiffusionLLM.from_pretrained(
             settings.model, settings.decoding(), settings.dtype, settings.device, settings.max_batch_size
         )
+        self.llm = with_adapters(llm, settings.adapters)
         self._presets = settings.request_presets()
         warm_up = [self.llm.family.eos_token_id]
         self.llm.generate([warm_up], max_tokens=WARM_UP_TOKENS)  # the first request should not pay for lazy set-up
+        # Of requests that name no other; `reconfigure` changes them.
+        self.decoder = self.llm.engine.decoder
+        self.adapter: str | None = None
         metrics = ServingMetrics(settings.model_id)
         self.llm.engine.runner = CountedRunner(self.llm.engine.runner, metrics)
         self.worker = EngineWorker(self.llm.engine, settings.room, metrics, settings.step_timeout_s)
@@ -66,9 +75,25 @@ class ChatService:
         self.worker.stop()
         self.texts.close()
 
+    def reconfigure(self, user_config: UserConfig) -> None:
+        """Decode with other settings what comes from now on; `InputError`, and no change, where they do not fit."""
+        adapter = user_config.adapter_of(self.settings)
+        self.decoder, self.adapter = user_config.decoding(self.settings, self.llm.family), adapter
+
+    def cards(self) -> list[ModelCard]:
+        """What `GET /v1/models` tells: of the model, and of its adapters."""
+        own = self.card()
+        return [
+            own,
+            *(
+                own.model_copy(update={"id": name, "parent": own.id, "adapter": name})
+                for name in self.settings.adapters
+            ),
+        ]
+
     def card(self) -> ModelCard:
         """What `GET /v1/models` tells of this model."""
-        decoder = self.llm.engine.decoder
+        decoder = self.decoder
         return ModelCard(
             id=self.settings.model_id,
             created=self.created,
@@ -77,12 +102,13 @@ class ChatService:
             decoder=decoder.name,
             decoder_settings={**decoder.settings(), "block_size": decoder.block_size or self.llm.family.block_size},
             decoders=list(self.decoders),
+            adapter=self.adapter,
         )
 
     @property
     def decoders(self) -> dict[str, Decoder]:
         """What a request may name: the server's own decoder, as its operator has set it, and presets."""
-        usual = self.llm.engine.decoder
+        usual = self.decoder
         return {usual.name: usual, **{name: preset for name, preset in self._presets.items() if name != usual.name}}
 
     def unready(self) -> str | None:
@@ -91,18 +117,23 @@ class ChatService:
 
     async def open(self, request: GenerationRequest) -> Answers:
         """Check a request against the model and queue all that it asks for; `ApiError` when it is refused."""
+        deadline = Deadline(self.settings.request_timeout_s)
         self.check_model(request.model)
         note_model(request.model)
         self._check_answer_length(request)
         self._check_count(request)
-        decoder = self._decoder(request)
+        if request.stop:
+            self.texts.check("stop")
+        decoder, adapter = self._decoder(request), self._adapter(request.model)
         count = request.prompts * request.choices
         self.check_room(count)  # before the work of tokenising
         seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
-        prompts = await self._prompts(request)
+        with _refusals():
+            async with deadline:
+                prompts = await self._prompts(request)
         asked: list[Request] = []
         for where, ids in prompts.items():
-            first = self._engine_request(request, where, ids, decoder, seed)
+            first = AdaptedRequest.of(self._engine_request(request, where, ids, decoder, seed), adapter)
             try:
                 self.llm.engine.check(first)
             except InputError as error:
@@ -110,7 +141,7 @@ class ChatService:
             asked += [replace(first, seed=choice_seed(seed, choice)) for choice in range(request.choices)]
         self.check_room(count)
         with _refusals():
-            submissions = [self.worker.submit(one) for one in asked]
+            submissions = [self.worker.submit(one, deadline) for one in asked]
         stops = request.stop
         texts = [CommittedText(self.llm.decode, stops) for _ in submissions]
         answers = [Answer(one, text, self._metrics) for one, text in zip(submissions, texts, strict=True)]
@@ -146,6 +177,7 @@ class ChatService:
             stop_token_ids=request.stop_token_ids or (),
             ignore_eos=bool(request.ignore_eos),
             reveals=request.wants_events or request.alternatives is not None,
+            top_logprobs=request.alternatives or 0,
         )
 
     def revealed(self, reveal: Reveal) -> Revealed:
@@ -162,10 +194,13 @@ class ChatService:
         )
 
     def check_model(self, name: str) -> None:
-        """Raise 404 unless `name` is the served model's."""
-        if name != self.settings.model_id:
-            message = f"model: {name[:200]!r} is not served here; accepted: {self.settings.model_id}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        """Raise 404 unless `name` is the served model's, or an adapter's."""
+        if name not in self.settings.ids:
+            raise model_not_found(name, self.settings.ids)
+
+    def _adapter(self, name: str) -> str | None:
+        """The adapter that decodes what is asked of a model: an adapter's own, and the base's as `user_config` says."""
+        return name if name in self.settings.adapters else self.adapter
 
     def _check_answer_length(self, request: GenerationRequest) -> None:
         (name, wanted), limit = request.answer_length, self.settings.max_tokens_limit
@@ -184,9 +219,9 @@ class ChatService:
         wanted, limit = request.answer_length[1] or self.settings.max_tokens, self.settings.max_tokens_limit
         asked = request.diffusion
         if asked is None or (asked.decoder is None and not asked.overrides):
-            return None
+            return None if self.decoder is self.llm.engine.decoder else self.decoder
         accepted = self.decoders
-        chosen = self.llm.engine.decoder if asked.decoder is None else accepted.get(asked.decoder)
+        chosen = self.decoder if asked.decoder is None else accepted.get(asked.decoder)
         try:
             if chosen is None:
                 raise unknown("decoder", asked.decoder, accepted)

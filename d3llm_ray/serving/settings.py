@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from d3llm_ray.config import DecoderSettings, Settings
+from d3llm_ray.config import DecoderSettings, Settings, build
 from d3llm_ray.errors import InputError, require, unknown
 
 if TYPE_CHECKING:
@@ -52,10 +52,16 @@ class ReplicaSettings(Settings):
     )
     max_body_bytes: int = Field(1_000_000, gt=0, description="largest request body; beyond that a request gets 413")
     step_timeout_s: float = Field(
-        120.0,
+        30.0,
         gt=0,
         allow_inf_nan=False,
-        description="seconds after which a forward that has not ended makes the replica unhealthy",
+        description="seconds after which a forward that has not ended fails all requests; the replica is then replaced",
+    )
+    request_timeout_s: float | None = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that an answer may take, waiting included; then it ends with 408; null: no limit",
     )
     request_decoders: list[str] | None = Field(
         None, description="presets that a request may name besides the decoder; null: all that fit the model's family"
@@ -71,6 +77,10 @@ class ReplicaSettings(Settings):
     )
     log_requests: bool = Field(True, description="log a line of JSON a request, without prompts, answers and keys")
 
+    adapters: dict[str, str] = Field(
+        {}, description="LoRA adapters over this model: the id that clients send for each, and its folder"
+    )
+
     @field_validator("max_tokens_limit")
     @classmethod
     def _limit_covers_default(cls, limit: int, info: ValidationInfo) -> int:
@@ -84,9 +94,18 @@ class ReplicaSettings(Settings):
         return self.served_model_name or Path(self.model).name
 
     @property
+    def ids(self) -> tuple[str, ...]:
+        """All names that clients may ask for: the model's, then its adapters'."""
+        return (self.model_id, *self.adapters)
+
+    @property
     def room(self) -> int:
         """Requests that a replica takes on at most, decoding and waiting."""
         return self.max_batch_size + self.max_queue
+
+    def replica(self) -> ReplicaSettings:
+        """The part that each replica is told."""
+        return ReplicaSettings(**{name: getattr(self, name) for name in ReplicaSettings.model_fields})
 
     def decoding(self) -> Decoder:
         """Build the decoder of `decoder` and `decoder_settings`; `InputError` names the setting at fault."""
@@ -118,13 +137,16 @@ class ReplicaSettings(Settings):
         A replica's working directory is not that of the process that deploys it.
         """
         from d3llm_ray.decoding import is_settings_file
+        from d3llm_ray.serving.adapters import check_adapters
         from d3llm_ray.serving.auth import KEYS_VARIABLE, KeyRing
 
         self.decoding()
         self.request_presets()
+        require(self.model_id not in self.adapters, "adapters", self.model_id, "ids that differ from the model's own")
+        check_adapters(self.model, self.adapters)
+        paths: dict[str, Any] = {"adapters": {name: os.path.abspath(path) for name, path in self.adapters.items()}}
         # The replicas' environment may be another: where keys are meant, a server without any must not start.
-        required = self.api_keys_required or bool(os.environ.get(KEYS_VARIABLE))
-        paths: dict[str, Any] = {"api_keys_required": required}
+        paths["api_keys_required"] = self.api_keys_required or bool(os.environ.get(KEYS_VARIABLE))
         if self.api_keys is not None:
             KeyRing(self.api_keys, "")
             paths["api_keys"] = self.api_keys.absolute()
@@ -135,15 +157,35 @@ class ReplicaSettings(Settings):
         return self.model_copy(update=paths)
 
 
-class ServeSettings(ReplicaSettings):
-    """Serve a model over HTTP with the OpenAI chat API, until Ctrl-C."""
+class ApplicationSettings(ReplicaSettings):
+    """Settings of one application: one model, or several behind one URL."""
+
+    models: list[dict[str, Any]] = Field(
+        [],
+        description="several models behind one URL: the settings of each, above those that stand beside this",
+    )
+
+    def each(self) -> list[ReplicaSettings]:
+        """The settings of each model's replicas; `InputError` names the one at fault."""
+        if not self.models:
+            return [self.replica()]
+        common = self.replica().model_dump(include=self.model_fields_set)
+        for name in ("model", "served_model_name"):
+            require(name not in common, name, common.get(name), "nothing beside models, which name their own")
+        models = [
+            build(ReplicaSettings, common | entry, f"models.{number}") for number, entry in enumerate(self.models)
+        ]
+        ids = [name for model in models for name in model.ids]
+        for name in ids:
+            require(ids.count(name) == 1, "models", name, "an id once (served_model_name, adapters)")
+        return models
+
+
+class ServeSettings(ApplicationSettings):
+    """Serve a model, or several, over HTTP with the OpenAI chat API, until Ctrl-C."""
 
     verb: ClassVar[str] = "serve"
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     replicas: int = Field(1, gt=0, description="decoder replicas, each with its own copy of the model")
-
-    def replica(self) -> ReplicaSettings:
-        """The part that each replica is told."""
-        return ReplicaSettings(**{name: getattr(self, name) for name in ReplicaSettings.model_fields})

@@ -16,6 +16,8 @@ from d3llm_ray.serving.errors import ApiError, bad_input
 from d3llm_ray.serving.schemas import COMPLETIONS, Message
 
 T = TypeVar("T")
+# No prompt that fits has so many, and to tokenise what cannot fit would keep others waiting: seconds for a megabyte.
+MOST_CHARACTERS_A_TOKEN = 32
 
 
 class Texts:
@@ -30,18 +32,20 @@ class Texts:
 
     async def of_messages(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, by the model's chat template."""
-        self._tokenizer("messages")
+        self.check("messages")
+        self._check_length("messages", sum(len(message.content) for message in messages))
         plain = [{"role": message.role, "content": message.content} for message in messages]
         return await self._run(lambda: self._llm.encode(plain))
 
     async def of_text(self, text: str) -> list[int]:
         """Token ids of a text: nothing is added, and the names of control tokens in it are read as text."""
-        tokenizer = self._tokenizer("prompt")
+        tokenizer = self.check("prompt")
+        self._check_length("prompt", len(text))
         return await self._run(lambda: encode_text(tokenizer, text, control=False))
 
     async def decoded(self, token_ids: Sequence[int], param: str) -> str:
         """The text of token ids that a request holds in `param`, special tokens by their names."""
-        tokenizer, size = self._tokenizer(param), self._llm.model.config.vocab_size
+        tokenizer, size = self.check(param), self._llm.model.config.vocab_size
         if any(token >= size for token in token_ids):
             raise bad_input(InputError(f"{param}: got an id out of range; accepted: ids from 0 to {size - 1}"))
         return await self._run(lambda: str(tokenizer.decode(list(token_ids))))
@@ -51,7 +55,18 @@ class Texts:
         tokenizer = self._llm.tokenizer
         return f"token_id:{token_id}" if tokenizer is None else str(tokenizer.decode([token_id]))
 
-    def _tokenizer(self, param: str) -> PreTrainedTokenizerBase:
+    def _check_length(self, param: str, characters: int) -> None:
+        context = self._llm.engine.context
+        most = MOST_CHARACTERS_A_TOKEN * context
+        if characters > most:
+            accepted = (
+                f"at most {most}, {MOST_CHARACTERS_A_TOKEN} for each of the {context} tokens of the model's context"
+            )
+            message = f"{param}: got {characters} characters; accepted: {accepted}"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+    def check(self, param: str) -> PreTrainedTokenizerBase:
+        """The tokenizer, which the request's field `param` needs; `ApiError` where the model has none."""
         if self._llm.tokenizer is None:
             message = f"{param}: this model has no tokenizer; accepted: token ids as the prompt of {COMPLETIONS}"
             raise ApiError(400, message, param=param, code="no_tokenizer")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import d3llm_ray.decoding.engine as engine_module
-from d3llm_ray.decoding import Completion, DiffusionLLM, Request, decoder
+from d3llm_ray.decoding import Completion, DiffusionLLM, Engine, Request, Reveal, decoder
 from d3llm_ray.decoding.api import Output
 from d3llm_ray.errors import InputError
 from tests.decoding.models import (
@@ -54,6 +54,9 @@ def _decode(kind: str, preset: str, request: Request, **options: Any) -> Complet
         ({"stop_token_ids": [37]}, "stop_token_ids: got 37; accepted: ids from 0 to 36"),
         ({"stop_token_ids": [3, -1]}, "stop_token_ids: got -1; accepted: ids from 0 to 36"),
         ({"stop_token_ids": ["7"]}, "stop_token_ids: got '7'; accepted: ids from 0 to 36"),
+        ({"top_logprobs": -1}, "top_logprobs: got -1; accepted: a whole number from 0 to 20"),
+        ({"top_logprobs": 21}, "top_logprobs: got 21; accepted: a whole number from 0 to 20"),
+        ({"top_logprobs": True}, "top_logprobs: got True; accepted: a whole number from 0 to 20"),
     ],
 )
 def test_bad_fields_are_refused_with_their_range(fields: dict[str, Any], message: str) -> None:
@@ -219,6 +222,54 @@ def test_reveals_agree_with_a_float64_softmax_of_a_full_forward(kind: str, field
         entropy = -float((logprobs.exp() * logprobs).sum())
         assert done.reveal_entropies[position] == pytest.approx(entropy, abs=2e-4)
         canvas[place] = token
+
+
+def _reveals(engine: Engine, requests: Sequence[Request]) -> list[list[Reveal]]:
+    """What every forward of the requests revealed, decoded together."""
+    told: dict[int, list[Reveal]] = {engine.submit(request): [] for request in requests}
+    while engine.active or engine.waiting:
+        for event in engine.step():
+            told[event.request_id] += [event.reveal] if event.reveal is not None else []
+    return list(told.values())
+
+
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+@pytest.mark.parametrize("fields", [{}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "seed": 2}])
+def test_most_probable_tokens_agree_with_a_float64_softmax_of_a_full_forward(kind: str, fields: dict[str, Any]) -> None:
+    """Before temperature and filters; neither the mask nor ids without a token are among them."""
+    _, family, network, _ = loaded(kind)
+    prompt = [5, 9, 20, 13]
+    plain = decoder("vanilla", block_size=8, remasking="low_confidence")
+    common: dict[str, Any] = {"ignore_eos": True, "reveals": True, **fields}
+    few, many, none = (Request(prompt, 24, top_logprobs=count, **common) for count in (3, 20, 0))
+    of_few, of_many, of_none = _reveals(engine_for(kind, plain), [few, many, none])
+    canvas = [*prompt, *[MASK] * 24]
+    for one, other, bare in zip(of_few, of_many, of_none, strict=True):
+        (position,), (token,) = one.positions, one.token_ids
+        assert (other.positions, other.token_ids) == (bare.positions, bare.token_ids) == ([position], [token])
+        place = len(prompt) + position
+        row = network.forward(canvas, 0, len(canvas), network.store())[place - family.logit_shift].double()
+        expected = torch.log_softmax(row[:VOCABULARY], dim=-1).topk(20)
+        (tops,) = other.tops
+        assert [number for number, _ in tops] == expected.indices.tolist()
+        assert [logprob for _, logprob in tops] == pytest.approx(expected.values.tolist(), abs=2e-4)
+        assert one.tops == [tops[:3]] and bare.tops == [[]]
+        assert dict(tops).get(token, one.logprobs[0]) == pytest.approx(one.logprobs[0], abs=1e-5)
+        canvas[place] = token
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_most_probable_tokens_are_told_of_guided_and_of_static_steps(cuda_graphs: bool) -> None:
+    """A step in which anybody asks is run eagerly: the answer is the same, and the surest token leads."""
+    for preset, options in (("d3llm", {}), ("vanilla", {"cfg_scale": 1.5})):
+        engine = engine_for("llada", decoder(preset, **options), cuda_graphs=cuda_graphs)
+        (told,) = _reveals(engine, [Request([5, 9, 20], 16, ignore_eos=True, reveals=True, top_logprobs=2)])
+        (plain,) = _reveals(engine, [Request([5, 9, 20], 16, ignore_eos=True, reveals=True)])
+        assert [reveal.token_ids for reveal in told] == [reveal.token_ids for reveal in plain]
+        for reveal in told:
+            for token, logprob, tops in zip(reveal.token_ids, reveal.logprobs, reveal.tops, strict=True):
+                assert tops[0][0] == token and tops[0][1] == pytest.approx(logprob, abs=1e-5)
+                assert len(tops) == 2 and tops[0][1] >= tops[1][1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -103,9 +103,10 @@ def test_dtypes_and_no_rows() -> None:
         measure(random_logits(3, 8), sampled_as(3, 1.0)),
         measure(torch.ones(0, 8)),
     ):
-        kinds = [array.dtype.name for array in astuple(found)]
-        assert kinds == ["int64", "int64", *["float32"] * 6, "bool"]
-        assert len({array.shape for array in astuple(found)}) == 1
+        *arrays, tops = astuple(found)
+        assert [array.dtype.name for array in arrays] == ["int64", "int64", *["float32"] * 6, "bool"]
+        assert len({array.shape for array in arrays}) == 1
+        assert tops.shape == (*arrays[0].shape, 0)
 
 
 def test_the_mask_and_ids_without_a_token_are_never_predicted() -> None:
@@ -137,7 +138,7 @@ def test_a_row_that_is_not_finite_is_flagged_and_harms_no_neighbour(broken: floa
     assert found.finite.tolist() == [True, True, False, True, True] and sound.finite.all()
     assert 0 <= found.sampled[2] < 39 and 0 <= found.argmax[2] < 39
     for before, after in zip(astuple(sound), astuple(found), strict=True):
-        np.testing.assert_array_equal(np.delete(before, 2), np.delete(after, 2))
+        np.testing.assert_array_equal(np.delete(before, 2, axis=0), np.delete(after, 2, axis=0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -287,3 +288,17 @@ def test_uniforms_are_uniform_and_independent_of_the_noise() -> None:
         len({drawn[17], *(uniforms(seed, np.array([p]), f)[0] for seed, p, f in [(2, 17, 4), (1, 18, 4), (1, 17, 5)])})
         == 4
     )
+
+
+@pytest.mark.parametrize("hot", [False, True])
+def test_most_probable_tokens_leave_the_mask_out(hot: bool) -> None:
+    """Neither the mask nor ids without a token are among them, and the mask takes no probability from others."""
+    logits = random_logits(6, 40)
+    logits[:, 7], logits[:, 30:] = 50.0, 60.0
+    sampling = sampled_as(6, temperature=1.0, top_k=3) if hot else None
+    found = measure(logits.clone(), sampling, vocabulary=30, mask_id=7, tops=4)
+    expected = logits[:, :30].double().index_fill(1, torch.tensor([7]), -torch.inf).log_softmax(-1).topk(4)
+    told = found.most_probable(np.arange(6), 4)
+    assert [[token for token, _ in row] for row in told] == expected.indices.tolist()
+    np.testing.assert_allclose([[logprob for _, logprob in row] for row in told], expected.values, atol=1e-6)
+    assert measure(logits.clone(), sampling, vocabulary=30, mask_id=7).tops.shape == (6, 0)

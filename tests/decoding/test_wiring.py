@@ -112,7 +112,9 @@ def test_every_argument_of_generate_arrives(tiny_checkpoint: Path, monkeypatch: 
     }  # fmt: skip
     others = {"prompts", "progress", "stop", "decoder", "errors"}
     assert {*of_request, *others} == parameters(DiffusionLLM.generate)
-    assert {*of_request, "prompt_ids", "decoder", "reveals"} == {field.name for field in fields(Request)}
+    assert {*of_request, "prompt_ids", "decoder", "reveals", "top_logprobs"} == {
+        field.name for field in fields(Request)
+    }
     submitted: list[Request] = []
     submit = llm.engine.submit
     monkeypatch.setattr(llm.engine, "submit", lambda request: submitted.append(request) or submit(request))
@@ -187,9 +189,9 @@ def test_every_option_of_the_engine_acts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_field_of_a_request_reaches_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests that differ in everything, decoded together: what each row is scored, drawn and selected with."""
-    one = Request([5, 6], 8, 0.5, 3, decoder("vanilla", block_size=4), 0.9, 4, (7,), False, True)
+    one = Request([5, 6], 8, 0.5, 3, decoder("vanilla", block_size=4), 0.9, 4, (7,), False, True, 6)
     two = Request([8, 9, 10], 3, 0.25, 4, decoder("d3llm", block_size=16), 0.8, 5, (9, 11), True, False)
-    assert len(fields(Request)) == 10  # a new one is set and looked for here
+    assert len(fields(Request)) == 11  # a new one is set and looked for here
     made, keys, batches, selected = engine_for("llada", decoder("dparallel")), [], [], []
     draw, update = engine.row_keys, made._update
     monkeypatch.setattr(engine, "row_keys", lambda *values: keys.append(values) or draw(*values))
@@ -220,6 +222,7 @@ def test_every_field_of_a_request_reaches_the_step(monkeypatch: pytest.MonkeyPat
     assert sorted((seed, forward, len(positions)) for seed, positions, forward in keys) == [(3, 1, 4), (4, 1, 16)]
     assert sorted(selected, key=str) == sorted([(TopK, 3), (EntropyThreshold, 4)], key=str)
     assert [event.request_id for event in events if event.reveal is not None] == [0]
+    assert batches[0].tops == 6
     canvas = one.canvas(decoder("d3llm"), made.family, 160)
     assert (canvas.size, canvas.block_size, canvas.stop_ids) == (8, 4, {EOS, 7})
     canvas = two.canvas(decoder("vanilla"), made.family, 160)

@@ -24,6 +24,8 @@ OWN: dict[str, Any] = {
     "texts": ["five apples, and two more", "[a, b]"],
     "pairs": [{"model": "tiny-dream", "decoder": "dparallel", "decoder_settings": {"entropy_threshold": 0.5}}],
     "anchors": {"student": "teacher"},
+    "adapters": {"tuned": "own/adapter"},
+    "cors_origins": ["https://one.example", "https://two.example"],
     "sweep": {"entropy_threshold": [0.25, 0.75]},
     "objective": {"name": "block-diffusion"},
     "min_actors": 1,

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from d3llm_ray.serving import server
 from d3llm_ray.serving.http import create_app
 from d3llm_ray.serving.service import ChatService
-from d3llm_ray.serving.settings import ReplicaSettings
+from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
 
 
 @contextmanager
@@ -52,3 +53,10 @@ def make_service(tiny_checkpoint: Path) -> Any:
 def client_of() -> Any:
     """Context manager: an HTTP client of a service that a test has made itself."""
     return running_client
+
+
+@pytest.fixture(scope="module")
+def serve_url(ray_cluster: None) -> Iterator[str]:
+    """Serve with our front and no application; the address of its proxy."""
+    with server._http(ServeSettings(port=0)) as port:
+        yield f"http://127.0.0.1:{port}"

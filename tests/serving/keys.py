@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 
 def key_file(folder: Path, *lines: str, mode: int = 0o600) -> Path:
@@ -18,12 +20,19 @@ def key_file(folder: Path, *lines: str, mode: int = 0o600) -> Path:
 
 def every_route(app: FastAPI) -> list[tuple[str, str]]:
     """(method, path) of what `app` has routes for, with a word for each parameter, and of what it has none for."""
-    routes = [route for route in app.routes if isinstance(route, Route)]
-    assert len(routes) == len(app.routes), "a kind of route that this does not know"
     found = {
-        (method, route.path.replace("{name:path}", "x"))
-        for route in routes
-        for method in route.methods or {"GET", "POST"}
+        (method, re.sub(r"\{[^}]*\}", "x", route.path))
+        for route in _leaves(app.routes)
+        for method in route.methods or ()
     }
-    assert not any("{" in path for _, path in found)
     return sorted(found | {("GET", "/"), ("POST", "/nothing"), ("OPTIONS", "/v1/models"), ("DELETE", "/v1/models")})
+
+
+def _leaves(routes: Sequence[BaseRoute]) -> Iterator[Route]:
+    for route in routes:
+        included = getattr(route, "original_router", None)  # FastAPI's own kind of route for a router
+        if included is not None:
+            yield from _leaves(included.routes)
+        else:
+            assert isinstance(route, Route), f"a kind of route that this does not know: {route!r}"
+            yield route

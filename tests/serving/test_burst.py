@@ -69,7 +69,7 @@ def test_refusals_and_health_within_a_second_of_a_burst(url: str) -> None:
 
 
 def test_a_second_replica_is_made_use_of_after_a_redeploy(url: str, settings: ServeSettings) -> None:
-    serve.run(application(settings.replica().checked(), num_replicas=2), name=APPLICATION, route_prefix="/")
+    serve.run(application(settings, num_replicas=2), name=APPLICATION, route_prefix="/")
     long = {"max_tokens": 200, "diffusion": {"entropy_threshold": 0.0, "early_stop": False}}
     for _ in range(ATTEMPTS):  # the count of replicas is renewed every 2 s
         burst = send_burst(url, "tiny-random", 400, **long)

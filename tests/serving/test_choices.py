@@ -122,9 +122,12 @@ def test_room_is_looked_at_again_when_the_prompts_are_tokens(make_service: Any) 
 
     async def ask() -> int:
         sent: list[Any] = []
+        bodies = [request]
 
         async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": request}
+            while not bodies:  # the client stays
+                await asyncio.sleep(60)
+            return {"type": "http.request", "body": bodies.pop()}
 
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)

@@ -17,7 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from d3llm_ray.serving import front
 from d3llm_ray.serving.front import PROXY_OPTIONS, Front, TellsRoom
-from d3llm_ray.serving.schemas import CHAT, HEALTH
+from d3llm_ray.serving.schemas import CHAT, COMPLETIONS, HEALTH
 from tests.test_structure import imports, inside, modules
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,18 @@ def test_what_there_is_room_for_is_handed_on_and_the_rest_refused_as_openai_woul
         assert (await proxy.ask())[1]["x-request-id"]
         assert proxy.chats == 2
         assert await proxy.statuses(tasks) == {200: 2}
+
+    run(test)
+
+
+def test_chats_and_completions_share_the_room() -> None:
+    async def test() -> None:
+        proxy = Proxy(room=1)
+        await proxy.health()
+        tasks = await proxy.begin(1)
+        assert (await proxy.ask(COMPLETIONS))[0] == 429
+        assert await proxy.statuses(tasks) == {200: 1}
+        assert (await proxy.ask(COMPLETIONS))[0] == 200
 
     run(test)
 
@@ -278,7 +290,7 @@ def test_refusals_are_counted_for_the_model(monkeypatch: pytest.MonkeyPatch) -> 
     run(test)
 
 
-@pytest.mark.parametrize("name", ["tiny", "llada-8b"])
+@pytest.mark.parametrize("name", ["tiny", "llada-8b", "dream-7b", "multi-model"])
 def test_serve_is_told_of_the_front(name: str) -> None:
     content = yaml.safe_load((ROOT / "serve_configs" / f"{name}.yaml").read_text())
     options = ServeDeploySchema(**content).controller_options

@@ -127,6 +127,22 @@ def test_what_comes_between_and_after_the_parts_of_a_body_ends_too(
     assert ask(address, "GET", "/health")[0] == 200
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\nX-\x7f: x\r\n\r\n", b"\x00" * 1000],
+    ids=["TLS", "short", "control", "zeros"],
+)
+def test_what_is_no_http_is_refused_as_openai_would(address: tuple[str, int], sent: bytes) -> None:
+    head, _, body = send_raw(address, sent).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert json.loads(body)["error"] == {
+        "message": "request: Invalid HTTP request received.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_http",
+    }
+
+
 def test_a_body_in_the_smallest_chunks_is_answered(address: tuple[str, int]) -> None:
     body = json.dumps(BODY | {"user": "x" * 8000}).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)

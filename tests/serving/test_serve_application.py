@@ -10,20 +10,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import yaml
 from ray import serve
-from ray.serve.schema import ServeDeploySchema
 
-from d3llm_ray import config
-from d3llm_ray.decoding import read_decoder
 from d3llm_ray.errors import InputError
-from d3llm_ray.serving.app import DEPLOYMENT, build
+from d3llm_ray.serving.app import build
 from d3llm_ray.serving.server import serve_in_background
 from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
 
@@ -121,24 +116,6 @@ def test_busy_slot_refuses(client: openai.OpenAI) -> None:
         ask(client, max_tokens=1)
     assert full.value.response.headers["retry-after"] == "1"
     assert list(chunks)[-1].choices[0].finish_reason is not None
-
-
-@pytest.mark.parametrize("name", ["tiny", "llada-8b"])
-def test_yaml_is_what_serve_and_the_builder_accept(name: str) -> None:
-    content = yaml.safe_load((ROOT / "serve_configs" / f"{name}.yaml").read_text())
-    (application,) = ServeDeploySchema(**content).applications
-    module, _, attribute = application.import_path.partition(":")
-    assert getattr(import_module(module), attribute) is build
-    settings = config.build(ReplicaSettings, application.args)
-    read_decoder(settings.decoder or "", **settings.decoder_settings)  # the model is elsewhere
-    (deployment,) = application.deployments
-    assert deployment.name == DEPLOYMENT
-    scaling = deployment.autoscaling_config
-    assert isinstance(scaling, dict)
-    assert 1 <= scaling["min_replicas"] < scaling["max_replicas"]
-    # The defaults (10 s between metrics, 30 s of delay) would sleep through a burst.
-    assert scaling["metrics_interval_s"] <= 1 < scaling["look_back_period_s"]
-    assert scaling["target_ongoing_requests"] <= settings.max_batch_size
 
 
 @pytest.mark.parametrize(

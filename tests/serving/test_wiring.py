@@ -21,7 +21,7 @@ from d3llm_ray.decoding.presets import PRESETS
 from d3llm_ray.errors import InputError
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.models import Family
-from d3llm_ray.serving import app, server, service
+from d3llm_ray.serving import adapters, app, server, service
 from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.http import create_app
 from d3llm_ray.serving.schemas import CHAT, ChatRequest
@@ -38,7 +38,7 @@ def asked(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> list[Request
     """The requests that came to the engine, each answered with the same five tokens in three forwards."""
     requests: list[Request] = []
 
-    def submit(request: Request) -> Submission:
+    def submit(request: Request, deadline: Any) -> Submission:
         requests.append(request)
         submission = Submission(request, service.worker)
         ids = service.llm.encode("3 + 4")[-8:][:5]
@@ -136,7 +136,7 @@ def own_value(value: Any) -> Any:
 def test_settings_under_diffusion_arrive(
     client: TestClient, asked: list[Request], service: ChatService, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(service.llm.engine, "decoder", decoder(name, block_size=16))
+    monkeypatch.setattr(service, "decoder", decoder(name, block_size=16))
     usual = decoder(name, block_size=16).settings()
     numbers = {key: own_value(value) for key, value in usual.items() if isinstance(value, bool | int | float)}
     assert numbers
@@ -187,6 +187,8 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr(DiffusionLLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(service, "EngineWorker", make_worker)
+    monkeypatch.setattr(service, "with_adapters", lambda llm, folders: loaded.update(folders) or llm)
+    monkeypatch.setattr(adapters, "check_adapters", lambda *_: None)
     values = {
         "model": "tiny-llada",
         "served_model_name": "mine",
@@ -203,25 +205,28 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "max_body_bytes": 2_000,
         "step_timeout_s": 33.0,
         "request_decoders": ["vanilla", "d2f"],
+        "adapters": {"tuned": "/adapters/tuned"},
         "api_keys": key_file(tmp_path, "key-1"),
         "api_keys_required": True,
         "cors_origins": ["https://chat.example.com"],
         "log_requests": False,
+        "request_timeout_s": 5.0,  # where it acts: test_deadlines
     }
     assert set(values) == set(ReplicaSettings.model_fields)
     settings = config.build(ReplicaSettings, values)
     made = ChatService(settings)
     expected = {"name_or_path": "tiny-llada", "dtype": "bfloat16", "device": "cuda:1", "max_batch_size": 5}
+    expected |= {"tuned": "/adapters/tuned"}
     chosen = loaded.pop("decoder")
     assert loaded == expected
     assert (chosen.name, chosen.settings()["entropy_threshold"]) == ("dparallel", 0.125)
     assert worker == {"capacity": 5 + 7, "step_timeout_s": 33.0}
     assert made.settings.model_id == "mine"
+    assert made.keys.asks and made.keys.holds(b"key-1") and not made.keys.holds(b"key-2")
     assert list(made.decoders) == ["dparallel", "vanilla", "d2f"]
     assert made.decoders["dparallel"] is chosen
     asked = ChatRequest(model="mine", messages=[{"role": "user", "content": "a"}])  # type: ignore[list-item]
     assert made._max_tokens(asked, "messages", 10) == 48
-    assert made.keys.asks and made.keys.holds(b"key-1") and not made.keys.holds(b"key-2")
     with pytest.raises(Exception, match="max_tokens: got 97; accepted: 1 to 96"):
         made._check_answer_length(ChatRequest(model="m", messages=QUESTION, max_tokens=97))  # type: ignore[arg-type]
     options = app.application(settings, num_replicas=6)._bound_deployment
@@ -247,7 +252,12 @@ def test_settings_of_the_verb_arrive(monkeypatch: pytest.MonkeyPatch, tiny_check
     monkeypatch.setattr(server, "connect", lambda: None)
     values = {"model": str(tiny_checkpoint), "max_queue": 3, "max_batch_size": 2}
     settings = ServeSettings(host="localhost", port=0, replicas=3, **values)
-    assert set(ServeSettings.model_fields) - set(ReplicaSettings.model_fields) == {"host", "port", "replicas"}
+    assert set(ServeSettings.model_fields) - set(ReplicaSettings.model_fields) == {
+        "host",
+        "models",
+        "port",
+        "replicas",
+    }
     with server.serve_in_background(settings) as url:
         port = told["http_options"]["port"]
         assert told["http_options"]["host"] == "localhost"

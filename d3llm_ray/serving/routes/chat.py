@@ -10,6 +10,7 @@ from fastapi import APIRouter
 
 from d3llm_ray.serving.answers import Piece
 from d3llm_ray.serving.choices import Answers
+from d3llm_ray.serving.openapi import DECODES, errors, or_stream
 from d3llm_ray.serving.replies import (
     AssistantMessage,
     ChatChunk,
@@ -32,8 +33,9 @@ REPLACEMENT = "\ufffd"  # what a tokenizer decodes a part of a character to
 def router(service: ChatService) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post(CHAT, response_model=ChatCompletion)
+    @routes.post(CHAT, response_model=ChatCompletion, responses={**or_stream("ChatChunk"), **errors(*DECODES)})
     async def chat(body: ChatRequest) -> ChatCompletion | AnswerStream:
+        """Answer a conversation."""
         return await respond(service, body, ChatWriter(service, body))
 
     return routes
@@ -44,7 +46,7 @@ class ChatWriter:
 
     def __init__(self, service: ChatService, request: ChatRequest) -> None:
         self._service, self._request = service, request
-        name = service.settings.model_id
+        name = request.model
         self._base = ChatChunk(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=name, choices=[])
 
     def opening(self) -> Sequence[ChatChunk]:

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 
 from d3llm_ray.serving.answers import CommittedToken, Piece
 from d3llm_ray.serving.choices import Answers
+from d3llm_ray.serving.openapi import DECODES, errors, or_stream
 from d3llm_ray.serving.replies import TextChoice, TextChunk, TextCompletion, TextLogprobs
 from d3llm_ray.serving.routes.answering import respond
 from d3llm_ray.serving.schemas import COMPLETIONS, CompletionRequest
@@ -20,8 +21,9 @@ from d3llm_ray.serving.streams import AnswerStream
 def router(service: ChatService) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post(COMPLETIONS, response_model=TextCompletion)
+    @routes.post(COMPLETIONS, response_model=TextCompletion, responses={**or_stream("TextChunk"), **errors(*DECODES)})
     async def completions(body: CompletionRequest) -> TextCompletion | AnswerStream:
+        """Answer prompts as they are: a text, token ids, or a list of either."""
         echoed = [await _echo(service, prompt) for prompt in body.prompt] if body.echo else [""] * body.prompts
         return await respond(service, body, TextWriter(service, body, echoed))
 
@@ -40,7 +42,7 @@ class TextWriter:
         self._shows_ids = request.return_token_ids or service.llm.tokenizer is None
         self._echoed = [text for text in echoed for _ in range(request.choices)]
         self._offsets = [0] * len(self._echoed)  # characters of an answer's tokens so far
-        name = service.settings.model_id
+        name = request.model
         self._base = TextChunk(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=name, choices=[])
 
     def opening(self) -> Sequence[TextChunk]:
