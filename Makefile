@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test slow chaos soak mutants lint bench results gpu-check clean
+.PHONY: quickstart test slow chaos clients soak browser screenshots mutants lint bench results gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cluster,quickstart,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cluster,quickstart,chat,dev]"
 	touch $(READY)
 
 quickstart: $(READY)
@@ -25,7 +25,12 @@ results: $(READY)
 	@echo "quickstart (make quickstart), the ablation (d3llm-ray ablate) and the rest of docs/results.md"
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow and not chaos and not soak"
+	$(BIN)/python -m pytest -q -m "not (slow or chaos or clients or soak or browser)"
+
+# Clients of the API that others have written: LangChain, LiteLLM, lm-eval.
+clients: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[clients]"
+	$(BIN)/python -m pytest -q -m clients
 
 # Whole runs from the command line: the quickstart, submitted jobs, an interrupted distillation.
 slow: $(READY)
@@ -38,6 +43,22 @@ chaos: $(READY)
 # A replica under a hundred clients for ten minutes, or SOAK_SECONDS: memory, latency, errors.
 soak: $(READY)
 	$(BIN)/python -m pytest -q -s -m soak
+
+# The playground in a real Chromium, by Playwright's Python package.
+CHROMIUM ?= /usr/bin/chromium
+export CHROMIUM
+
+browser: $(VENV)/.browser
+	$(BIN)/python -m pytest -q -m browser
+
+# docs/images/playground-*.png
+screenshots: $(VENV)/.browser
+	$(BIN)/python -m tests.browser.screenshots
+
+$(VENV)/.browser: $(READY)
+	@test -x $(CHROMIUM) || { echo "no Chromium at $(CHROMIUM): apt install chromium, or name one by CHROMIUM=FILE"; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[browser]"
+	touch $@
 
 # Deliberate bugs, one at a time, of which each must make one of its tests fail.
 mutants: $(READY)

@@ -130,6 +130,17 @@ VERBS = {
         "d3llm_ray.serving.server:run",
         "serve a model behind an OpenAI-compatible API (Ray Serve)",
     ),
+    "batch": Verb(
+        "d3llm_ray.clients.settings:BatchSettings",
+        "d3llm_ray.clients.batch:run",
+        "answer a file of requests in OpenAI's batch format",
+        resumes=True,
+    ),
+    "chat": Verb(
+        "d3llm_ray.clients.settings:ChatSettings",
+        "d3llm_ray.clients.chat:run",
+        "talk to a model in the terminal and watch its canvas fill",
+    ),
 }
 
 RENAMED = {"distill benchmark": "benchmark distill", "trajectories benchmark": "benchmark trajectories"}

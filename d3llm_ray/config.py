@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
@@ -110,6 +111,7 @@ class Settings(SettingsGroup, BaseSettings):
     )
     verb: ClassVar[str] = ""
     verbatim: ClassVar[frozenset[str]] = frozenset()  # lists of texts: a flag is an item, commas and brackets included
+    positional: ClassVar[tuple[str, ...]] = ()  # settings that the words before the first flag are taken for, in order
     recipes: ClassVar[Path | None] = None  # folder of shipped YAML files, which `--config` takes by name as well
 
     @classmethod
@@ -222,7 +224,7 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
     text = f"read settings from a YAML file{named}; flags override it"
     parser.add_argument("--config", metavar="FILE.yaml", help=text)
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
-    common, rest = _split_own(parser, [_kebab(word, cls) for word in argv])
+    common, rest = _split_own(parser, [_kebab(word, cls) for word in _name_positional(argv, cls)])
     texts, rest = _split_verbatim(rest, cls)
     source: CliSettingsSource[Any] = CliSettingsSource(cls, root_parser=parser, cli_prog_name=parser.prog)
     try:
@@ -238,6 +240,12 @@ def parse(cls: type[S], argv: list[str], prog: str | None = None) -> tuple[S, bo
         if "" in given and cls.model_fields[name].default != "":  # else the working directory would be meant
             raise InputError(f"{name}: got ''; accepted: a name or a path")
     return build(cls, values), common.print_config
+
+
+def _name_positional(argv: list[str], cls: type[Settings]) -> list[str]:
+    """`batch IN OUT --url X` as `batch --input IN --output OUT --url X`."""
+    words = list(takewhile(lambda word: not word.startswith("-"), argv))[: len(cls.positional)]
+    return [*(f"--{name}={word}" for name, word in zip(cls.positional, words, strict=False)), *argv[len(words) :]]
 
 
 def _kebab(word: str, cls: type[Settings]) -> str:

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "d3llm_ray"
 BASE = {
     *("__init__", "errors", "config", "progress", "report", "output_folder", "device", "paths", "yaml_file"),
     "mathematics",
+    "terminal",
 }
 EDGE_BASE = {"metrics", "cluster"}
 CORE = {"models", "decoding", "tasks"}
@@ -43,6 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "tuning": {"decoding", "evaluation", "models", "tasks", *EDGE_BASE},
     "serving": {"decoding", "models", *EDGE_BASE},
 }
+ROOMS["clients"] = {"serving", *ROOMS["serving"]}
 ROOMS["ablation"] = {*ROOMS["distillation"], "distillation", "evaluation"}
 ROOMS["benchmark"] = {*ROOMS["trajectories"], *ROOMS["serving"], "trajectories", "distillation", "serving"}
 ROOMS["quickstart"] = {*ROOMS, "benchmark"}

@@ -12,6 +12,7 @@ from d3llm_ray.serving.errors import install_handlers
 from d3llm_ray.serving.guards import guard
 from d3llm_ray.serving.limits import BodyLimit, RefusesWhenFull
 from d3llm_ray.serving.openapi import document
+from d3llm_ray.serving.playground import playground
 from d3llm_ray.serving.routes import about, chat, completions, text
 from d3llm_ray.serving.service import ChatService
 
@@ -27,6 +28,7 @@ def create_app(service: ChatService, *, echo_request_id: bool = True) -> FastAPI
     app.add_middleware(EndsWithClient)  # the outer one
     guard(app, service.settings, service.keys, echo_request_id=echo_request_id)
     install_handlers(app)
+    app.include_router(playground())
     for group in (chat, completions, text, about):
         app.include_router(group.router(service))
     app.openapi = partial(document, app, service)  # type: ignore[method-assign]

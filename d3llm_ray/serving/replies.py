@@ -207,6 +207,7 @@ class ModelCard(BaseModel):
     decoder: str
     decoder_settings: dict[str, Any]
     decoders: list[str]  # what a request may name as its `diffusion.decoder`
+    settings_by_decoder: dict[str, dict[str, Any]]  # of each of them, as `decoder_settings` are the server's own
     parent: str | None = None  # an adapter's base
     adapter: str | None = None  # the one that decodes now
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from d3llm_ray.decoding import Decoder, DiffusionLLM, Request
 from d3llm_ray.decoding.request import Reveal
@@ -93,17 +94,22 @@ class ChatService:
 
     def card(self) -> ModelCard:
         """What `GET /v1/models` tells of this model."""
-        decoder = self.decoder
+        usual = self.decoder.name
+        settings = {name: self._settings_of(decoder) for name, decoder in self.decoders.items()}
         return ModelCard(
             id=self.settings.model_id,
             created=self.created,
             max_model_len=self.llm.engine.context,
             max_tokens_limit=self.settings.max_tokens_limit,
-            decoder=decoder.name,
-            decoder_settings={**decoder.settings(), "block_size": decoder.block_size or self.llm.family.block_size},
-            decoders=list(self.decoders),
+            decoder=usual,
+            decoder_settings=settings[usual],
+            decoders=list(settings),
+            settings_by_decoder=settings,
             adapter=self.adapter,
         )
+
+    def _settings_of(self, decoder: Decoder) -> dict[str, Any]:
+        return {**decoder.settings(), "block_size": decoder.block_size or self.llm.family.block_size}
 
     @property
     def decoders(self) -> dict[str, Decoder]:

@@ -21,7 +21,8 @@ from d3llm_ray.models import load_tokenizer, read_configs
 from d3llm_ray.output_folder import check_folder, claim
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import can_plot
-from d3llm_ray.trajectories.play import Unmasking, legible, play
+from d3llm_ray.terminal import legible
+from d3llm_ray.trajectories.play import Unmasking, play
 from d3llm_ray.trajectories.reveals import Histogram, Reveals
 from d3llm_ray.trajectories.schema import ERRORS, check_table, decode_metadata, open_dataset
 from d3llm_ray.trajectories.shards import Totals

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from d3llm_ray.models.chat import control_tokens
+from d3llm_ray.terminal import MASKED, legible
 
-MASKED = "░"
 PRINTED_FRAMES = 8  # where nothing can be drawn in place
 ENTER, LEAVE, HOME = "\x1b[?1049h", "\x1b[?1049l", "\x1b[H\x1b[J"  # the terminal's second screen; its start, cleared
 INVERSE, PLAIN = "\x1b[7m", "\x1b[27m"
@@ -83,13 +83,6 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
         # The first token of a text may lose its space, the second does not.
         texts[token] = legible(alone if token in special else twice[len(alone) :])
     return [texts[token] for token in ids]
-
-
-def legible(text: str) -> str:
-    """`text` with every character that a terminal would obey, newlines aside, replaced."""
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text.replace("\t", "    ")
-    )
 
 
 def play(unmasking: Unmasking, delay_s: float, stream: TextIO) -> None:

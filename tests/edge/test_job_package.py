@@ -35,8 +35,9 @@ NEEDED = {
     "benchmark trajectories": [],
     "benchmark serve": [],
     "tune": ["--space", SPACE],
+    "batch": ["--input", "prompts.jsonl"],
 }
-WITHOUT_OUTPUT = {"serve"}
+WITHOUT_OUTPUT = {"serve", "chat"}
 NO_DEFAULT = {"trajectories import", "distill"}
 
 
@@ -148,6 +149,8 @@ WITH = {
     ("distill", "val_decoder"): {"val_task": "arith", **VALIDATION},
     ("distill", "val_task"): VALIDATION,
     ("trajectories import", "teacher"): {"source": "prompts.jsonl"},
+    ("batch", "api_key_file"): {"url": "http://127.0.0.1:9"},
+    ("chat", "api_key_file"): {"url": "http://127.0.0.1:9"},
     **{("tune", name): {"space": SPACE} for name in ("model", "anchor_model", "task")},
 }
 
@@ -156,7 +159,11 @@ WITH = {
 def test_what_was_not_uploaded_is_named_as_such(
     verb: str, setting: str, package: Path, tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needed = {"generate": {"prompt": "x"}, "distill": {"trajectories": str(rows)}}.get(verb, {})
+    needed = {
+        "generate": {"prompt": "x"},
+        "distill": {"trajectories": str(rows)},
+        "batch": {"input": "prompts.jsonl"},
+    }.get(verb, {})
     fields = settings_class(verb).model_fields
     values = {name: "tiny-llada" for name, field in fields.items() if field.is_required()} | needed
     values |= WITH.get((verb, setting), {}) | ({"output": str(tmp_path / "out")} if "output" in fields else {})

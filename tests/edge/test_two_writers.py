@@ -25,6 +25,7 @@ from d3llm_ray.output_folder import writing
 # What each verb needs to be called.
 NEEDED: dict[str, dict[str, Any]] = {
     "generate": {"prompts": "prompts.jsonl"},
+    "batch": {"input": "requests.jsonl"},
     "evaluate": {"models": ["tiny-llada"]},
     "distill": {"trajectories": "rows"},
     "trajectories import": {"source": "rows.parquet", "teacher": "tiny-llada"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -57,10 +58,33 @@ def test_openai_client_gets_the_same_text_as_json_and_as_stream(client: openai.O
     assert whole.usage.forwards > 0
 
 
+def test_openai_client_in_its_other_ways(url: str, client: openai.OpenAI) -> None:
+    """Async, raw, and an answer sent back as history, through Serve's proxy; without Serve: tests/clients."""
+    raw = client.chat.completions.with_raw_response.create(model="tiny-random", messages=MESSAGES, max_tokens=16)
+    answer = raw.parse().choices[0].message
+    assert raw.status_code == 200 and raw.headers["x-request-id"]
+    history: list[Any] = [*MESSAGES, answer, {"role": "user", "content": "And 2 more?"}]
+
+    async def ask_async() -> Any:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as patient:
+            return await patient.chat.completions.create(model="tiny-random", messages=history, max_tokens=16)
+
+    by_hand = [*MESSAGES, {"role": "assistant", "content": answer.content}, history[-1]]
+    again = client.chat.completions.create(model="tiny-random", messages=by_hand, max_tokens=16)
+    assert asyncio.run(ask_async()).choices[0].message.content == again.choices[0].message.content
+
+
 def test_models_and_health(client: openai.OpenAI, url: str) -> None:
     assert [model.id for model in client.models.list()] == ["tiny-random"]
     with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
         assert json.load(response) == {"status": "ok"}
+
+
+def test_the_page_is_at_the_servers_address(url: str) -> None:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert b"playground/main.js" in response.read()
+        assert "connect-src 'self'" in response.headers["Content-Security-Policy"]
 
 
 def test_errors_have_the_types_that_the_client_knows(client: openai.OpenAI) -> None:

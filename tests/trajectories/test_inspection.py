@@ -14,8 +14,9 @@ from matplotlib.image import imread
 from d3llm_ray.config import parse
 from d3llm_ray.errors import InputError
 from d3llm_ray.models import load_tokenizer, read_configs
+from d3llm_ray.terminal import legible
 from d3llm_ray.trajectories.inspection import InspectSettings, run
-from d3llm_ray.trajectories.play import ENTER, LEAVE, Unmasking, legible, play, token_texts
+from d3llm_ray.trajectories.play import ENTER, LEAVE, Unmasking, play, token_texts
 from d3llm_ray.trajectories.plots import plot_histograms, plot_unmasking
 from d3llm_ray.trajectories.reveals import Reveals, round_up
 from d3llm_ray.trajectories.schema import ERROR_SCHEMA, ERRORS, SCHEMA, build_table, with_metadata
