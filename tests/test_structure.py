@@ -46,7 +46,7 @@ ROOMS: dict[str, set[str]] = {
 }
 ROOMS["clients"] = {"serving", *ROOMS["serving"]}
 ROOMS["ablation"] = {*ROOMS["distillation"], "distillation", "evaluation"}
-ROOMS["benchmark"] = {*ROOMS["trajectories"], *ROOMS["serving"], "trajectories", "distillation", "serving"}
+ROOMS["benchmark"] = {*ROOMS["trajectories"], *ROOMS["serving"], "trajectories", "distillation", "serving", "clients"}
 ROOMS["quickstart"] = {*ROOMS, "benchmark"}
 ROOMS["cli"] = {*ROOMS, "quickstart"}
 

@@ -20,6 +20,7 @@ from d3llm_ray.benchmark.serving_load import Bounds, ClosedLoad, Load
 from d3llm_ray.benchmark.serving_offline import OfflineEngine
 from d3llm_ray.benchmark.serving_rows import COLUMNS, COUNTING, ServingRow, Slo, of_offline, same_tokens, serving_row
 from d3llm_ray.benchmark.serving_settings import ServeBenchmarkSettings
+from d3llm_ray.clients.connection import api_key, base_url
 from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import can_plot
@@ -48,7 +49,7 @@ def run(settings: ServeBenchmarkSettings, progress: Progress | None = None) -> B
     """
     check(settings, settings.output)
     settings.check_loads()
-    key = settings.api_key()
+    key = api_key(settings.api_key_file)
     source = open_source(settings.prompts, (), settings.split, max(settings.requests, settings.compared))
     prompts = [problem.messages for problem in source.problems()]
     progress = progress or Progress()
@@ -71,7 +72,7 @@ def run(settings: ServeBenchmarkSettings, progress: Progress | None = None) -> B
 @contextmanager
 def _server(settings: ServeBenchmarkSettings, progress: Progress) -> Iterator[str]:
     if settings.url is not None:
-        yield settings.url.rstrip("/").removesuffix("/v1")
+        yield base_url(settings.url)
         return
     served = ServeSettings(**{name: getattr(settings, name) for name in ServeSettings.model_fields})
     with serve_in_background(served, progress) as url:
@@ -118,6 +119,7 @@ class ServingBenchmark:
         load = ClosedLoad(max(settings.concurrency, default=1))
         with self._progress.stage("check", settings.compared, "request"):
             passage = asyncio.run(self._events(load))
+            engine.run(settings.max_batch_size, Bounds(settings.compared, float("inf")))  # what is new, as a batch
         same = sum(same_tokens(exchange, engine.answer(exchange.prompt)) for exchange in passage.exchanges)
         return [f"{same} of {len(passage.exchanges)} answers equal the offline ones token for token ({load.name})"]
 

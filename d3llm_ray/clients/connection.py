@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -47,8 +48,8 @@ def check_server(settings: ClientSettings, also: tuple[str, ...] = ()) -> None:
 
         build(ReplicaSettings, settings.of_model()).checked()
         return
-    _base_url(settings.url)
-    _api_key(settings)
+    base_url(settings.url)
+    api_key(settings.api_key_file)
     defaults = type(settings).model_fields
     for name in set(OF_MODEL) - set(also):
         value = getattr(settings, name)
@@ -63,7 +64,7 @@ def connected(settings: ClientSettings, concurrency: int) -> Iterator[Server]:
     Raises `WorkError` when nothing answers at the URL, `InputError` when it wants another key.
     """
     if settings.url is not None:
-        url, key = _base_url(settings.url), _api_key(settings)
+        url, key = base_url(settings.url), api_key(settings.api_key_file)
         yield Server(url, key, _models(url, key, local=False), local=False)
         return
     from d3llm_ray.serving.auth import KEYS_VARIABLE
@@ -77,7 +78,8 @@ def connected(settings: ClientSettings, concurrency: int) -> Iterator[Server]:
         yield Server(url, keys[0] or None, _models(url, keys[0] or None, local=True), local=True)
 
 
-def _base_url(url: str) -> str:
+def base_url(url: str) -> str:
+    """A server's URL without `/v1`; `InputError` for what is no URL of one."""
     parts = urlsplit(url)
     accepted = "http://HOST:PORT or https://HOST; a key belongs into api_key_file"
     require("@" not in parts.netloc, "url", f"{parts.scheme}://...@{parts.hostname}", accepted)
@@ -86,8 +88,8 @@ def _base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def _api_key(settings: ClientSettings) -> str | None:
-    file = settings.api_key_file
+def api_key(file: Path | None) -> str | None:
+    """The key in a file, or that of the environment; `InputError` for a file that does not hold one."""
     if file is None:
         return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
     try:
