@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from d3llm_ray.benchmark.serving_load import Bounds, ClosedLoad, Load, OpenLoad
-from d3llm_ray.errors import InputError, require
-from d3llm_ray.paths import not_uploaded
+from d3llm_ray.errors import require
+from d3llm_ray.serving.client_key import client_key
 from d3llm_ray.serving.settings import ServeSettings
 from d3llm_ray.tasks import Split
-
-KEY_VARIABLES = ("D3LLM_RAY_API_KEY", "OPENAI_API_KEY")
 
 
 class ServeBenchmarkSettings(ServeSettings):
@@ -71,16 +68,7 @@ class ServeBenchmarkSettings(ServeSettings):
 
     def api_key(self) -> str | None:
         """What requests are sent with; `InputError` for a file that does not hold one key."""
-        if self.api_key_file is None:
-            return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-        accepted = f"a file that holds one key{not_uploaded(self.api_key_file)}"
-        try:
-            key = self.api_key_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"api_key_file: cannot read {str(self.api_key_file)!r}; accepted: {accepted}") from error
-        good = key.isascii() and key.isprintable() and key and " " not in key
-        require(bool(good), "api_key_file", str(self.api_key_file), accepted)
-        return key
+        return client_key(self.api_key_file)
 
     def check_loads(self) -> None:
         """`InputError` for settings that do not go together; nothing starts."""
