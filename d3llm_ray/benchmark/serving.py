@@ -20,7 +20,7 @@ from d3llm_ray.benchmark.serving_load import Bounds, ClosedLoad, Load
 from d3llm_ray.benchmark.serving_offline import OfflineEngine
 from d3llm_ray.benchmark.serving_rows import COLUMNS, COUNTING, ServingRow, Slo, of_offline, same_tokens, serving_row
 from d3llm_ray.benchmark.serving_settings import ServeBenchmarkSettings
-from d3llm_ray.clients.connection import api_key, base_url
+from d3llm_ray.clients.connection import base_url
 from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import can_plot
@@ -49,7 +49,7 @@ def run(settings: ServeBenchmarkSettings, progress: Progress | None = None) -> B
     """
     check(settings, settings.output)
     settings.check_loads()
-    key = api_key(settings.api_key_file)
+    key = settings.api_key()
     source = open_source(settings.prompts, (), settings.split, max(settings.requests, settings.compared))
     prompts = [problem.messages for problem in source.problems()]
     progress = progress or Progress()

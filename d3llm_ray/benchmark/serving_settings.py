@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from d3llm_ray.benchmark.serving_load import Bounds, ClosedLoad, Load, OpenLoad
 from d3llm_ray.errors import require
+from d3llm_ray.serving.client_key import client_key
 from d3llm_ray.serving.settings import ServeSettings
 from d3llm_ray.tasks import Split
 
@@ -64,6 +65,10 @@ class ServeBenchmarkSettings(ServeSettings):
     def at_once(self, clients: int) -> int:
         """Requests of so many clients that one engine decodes at a time."""
         return min(clients, self.max_batch_size)
+
+    def api_key(self) -> str | None:
+        """What requests are sent with; `InputError` for a file that does not hold one key."""
+        return client_key(self.api_key_file)
 
     def check_loads(self) -> None:
         """`InputError` for settings that do not go together; nothing starts."""

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,9 +15,8 @@ import httpx2
 from d3llm_ray.clients.settings import OF_MODEL, ClientSettings
 from d3llm_ray.config import build
 from d3llm_ray.errors import InputError, WorkError, one_line, require
-from d3llm_ray.paths import not_uploaded
+from d3llm_ray.serving.client_key import KEY_VARIABLES, client_key
 
-KEY_VARIABLES = ("D3LLM_RAY_API_KEY", "OPENAI_API_KEY")
 ANSWERS_WITHIN_S = 30.0  # the list of models, for which no forward is waited for
 
 
@@ -49,7 +47,7 @@ def check_server(settings: ClientSettings, also: tuple[str, ...] = ()) -> None:
         build(ReplicaSettings, settings.of_model()).checked()
         return
     base_url(settings.url)
-    api_key(settings.api_key_file)
+    client_key(settings.api_key_file)
     defaults = type(settings).model_fields
     for name in set(OF_MODEL) - set(also):
         value = getattr(settings, name)
@@ -64,7 +62,7 @@ def connected(settings: ClientSettings, concurrency: int) -> Iterator[Server]:
     Raises `WorkError` when nothing answers at the URL, `InputError` when it wants another key.
     """
     if settings.url is not None:
-        url, key = base_url(settings.url), api_key(settings.api_key_file)
+        url, key = base_url(settings.url), client_key(settings.api_key_file)
         yield Server(url, key, _models(url, key, local=False), local=False)
         return
     from d3llm_ray.serving.auth import KEYS_VARIABLE
@@ -86,22 +84,6 @@ def base_url(url: str) -> str:
     plain = not (parts.query or parts.fragment)
     require(parts.scheme in ("http", "https") and bool(parts.hostname) and plain, "url", url, accepted)
     return url.rstrip("/").removesuffix("/v1")
-
-
-def api_key(file: Path | None) -> str | None:
-    """The key in a file, or that of the environment; `InputError` for a file that does not hold one."""
-    if file is None:
-        return next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-    try:
-        key = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise InputError(
-            f"api_key_file: cannot read {str(file)!r}: {reason}; accepted: a file with the key{not_uploaded(file)}"
-        ) from error
-    good = bool(key) and key.isascii() and key.isprintable() and " " not in key
-    require(good, "api_key_file", str(file), "a file that holds one key and nothing else")
-    return key
 
 
 def _authorization(key: str | None) -> dict[str, str]:

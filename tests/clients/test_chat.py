@@ -125,14 +125,17 @@ def test_history_is_sent_as_messages_until_it_is_cleared(scripted: Start) -> Non
     with conversation(server, system="be brief") as talk:
         ask(talk, "one")
         ask(talk, "two")
-        talk.clear()
         ask(talk, "three")
+        talk.clear()
+        ask(talk, "four")
     sent = [[(message["role"], message["content"]) for message in body["messages"]] for body in server.asked]
     first = [("system", "be brief"), ("user", "one")]
+    second = [*first, ("assistant", "answer 0"), ("user", "two")]
     assert sent == [
         first,
-        [*first, ("assistant", "answer 0"), ("user", "two")],
-        [("system", "be brief"), ("user", "three")],
+        second,
+        [*second, ("assistant", "answer 1"), ("user", "three")],
+        [("system", "be brief"), ("user", "four")],
     ]
 
 
