@@ -53,6 +53,10 @@ class ServingMetrics:
         """Record a request that ended without an answer: its client left, or the engine failed."""
         self._finished.inc(tags={**self._model, "reason": "abort"})
 
+    def timed_out(self) -> None:
+        """Record a request that missed its deadline."""
+        self._finished.inc(tags={**self._model, "reason": "timeout"})
+
     def finished(self, reason: str, prompt_tokens: int, completion_tokens: int, forwards: int) -> None:
         self._finished.inc(tags={**self._model, "reason": reason})
         for kind, count in (("prompt", prompt_tokens), ("completion", completion_tokens)):

@@ -21,6 +21,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("D3LLM_RAY_API_KEYS", None)
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

@@ -122,9 +122,10 @@ def routes() -> list[str]:
     from unittest.mock import MagicMock
 
     from d3llm_ray.serving.http import create_app
+    from d3llm_ray.serving.settings import ReplicaSettings
 
     service = MagicMock()
-    service.settings.max_body_bytes = 1
+    service.settings = ReplicaSettings()
     documented = create_app(service).openapi()["paths"]
     return sorted(f"{method.upper()} {path}" for path, methods in documented.items() for method in methods)
 

@@ -10,7 +10,9 @@ from d3llm_ray.decoding import Event
 from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.metrics import ServingMetrics
-from d3llm_ray.serving.errors import ApiError
+from d3llm_ray.serving.access_log import note_answer
+from d3llm_ray.serving.deadline import DeadlinePassed
+from d3llm_ray.serving.errors import ApiError, out_of_time
 from d3llm_ray.serving.replies import FinishReason, Usage
 from d3llm_ray.serving.worker import EngineFailure, Submission
 
@@ -53,9 +55,10 @@ class Answer:
         self._closed = False
         self._revealed: dict[int, CommittedToken] = {}  # by position, until it is committed
         self._told = 0  # tokens in pieces
+        self._is_late = False
 
     async def next(self) -> Piece | None:
-        """The next piece, never empty, or None at the end. Raises `ApiError` when the engine fails."""
+        """The next piece, never empty, or None at the end. Raises `ApiError` when the engine fails or time is up."""
         while self.finish_reason is None:
             event = await self._next_event()
             self._note_reveal(event.reveal)
@@ -90,6 +93,9 @@ class Answer:
             event = await self._submission.next_event()
         except EngineFailure as error:
             raise ApiError(500, f"{error}; ask again", code="engine_failed") from error
+        except DeadlinePassed as error:
+            self._is_late = True
+            raise out_of_time(error) from error
         if event.error is not None:
             raise ApiError(500, event.error, code="decoding_failed")
         return event
@@ -100,7 +106,9 @@ class Answer:
             return
         self._closed = True
         self._submission.close()
-        if self.finish_reason is None:
+        if self._is_late:
+            self._metrics.timed_out()
+        elif self.finish_reason is None:
             self._metrics.aborted()
 
     def _note_first(self) -> None:
@@ -112,3 +120,4 @@ class Answer:
         self.finish_reason = reason
         self.usage = Usage.count(len(self._submission.request.prompt_ids), self._text.tokens, forwards)
         self._metrics.finished(reason, self.usage.prompt_tokens, self.usage.completion_tokens, forwards)
+        note_answer(self.usage.prompt_tokens, self.usage.completion_tokens, forwards, reason)

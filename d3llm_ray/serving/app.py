@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 
 from d3llm_ray import config
+from d3llm_ray.serving.access_log import log_through
 from d3llm_ray.serving.front import TellsRoom
 from d3llm_ray.serving.http import create_app
 from d3llm_ray.serving.service import ChatService
@@ -28,12 +29,13 @@ class DecoderReplica:
     """One copy of the model. Requests join the running batch between two forwards; the event loop stays free."""
 
     async def __init__(self, settings: ReplicaSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_through("ray.serve")
         self._service = await asyncio.to_thread(ChatService, settings)
         self._service.start()
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         # Built here and not at import: endpoints pickled by reference lose the signature that FastAPI needs.
-        app, settings = create_app(self._service), self._service.settings
+        app, settings = create_app(self._service, echo_request_id=False), self._service.settings
         name = serve.get_replica_context().app_name
         app.add_middleware(TellsRoom, application=name, model=settings.model_id, room=settings.room)
         return app

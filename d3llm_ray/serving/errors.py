@@ -10,11 +10,19 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d3llm_ray.errors import InputError
+from d3llm_ray.serving.access_log import note_error, request_id
 
 logger = logging.getLogger("d3llm_ray.serving")
-_TYPES = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable"}
+_TYPES = {
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+}
 RETRY_AFTER_S = 1
 _SHOWN_INPUT = 80  # characters of a refused value that are echoed
 
@@ -51,6 +59,11 @@ def queue_full() -> ApiError:
     return ApiError(429, "the queue is full; ask again later", code="queue_full", retry_after_s=RETRY_AFTER_S)
 
 
+def out_of_time(error: Exception) -> ApiError:
+    """The end of a request whose deadline has passed."""
+    return ApiError(408, str(error), code="request_timeout")
+
+
 def bad_input(error: InputError, prefix: str = "") -> ApiError:
     """An `InputError` begins with the field's name; that name, below `prefix`, becomes `param`."""
     field, _, _ = str(error).partition(":")
@@ -59,6 +72,12 @@ def bad_input(error: InputError, prefix: str = "") -> ApiError:
 
 def to_api_error(error: Exception) -> ApiError:
     """Map what a handler raised; anything unforeseen is logged here and not shown to the client."""
+    mapped = _mapped(error)
+    note_error(mapped.code or str(mapped.status))
+    return mapped
+
+
+def _mapped(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
@@ -67,7 +86,7 @@ def to_api_error(error: Exception) -> ApiError:
         return _invalid_body(error.errors())
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail))
-    logger.error("request failed", exc_info=error)
+    logger.error("request %s failed", request_id(), exc_info=error)
     return ApiError(500, "internal error; the server's log has the details", code="internal_error")
 
 
@@ -101,5 +120,31 @@ def install_handlers(app: FastAPI) -> None:
         response.headers.update(getattr(error, "headers", None) or {})  # such as `Allow` of a 405
         return response
 
-    for kind in (ApiError, InputError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, InputError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
+
+
+class AnswersErrors:
+    """ASGI middleware: what was raised before an answer began is answered in OpenAI's shape.
+
+    That is what the guards within it raise, and what no handler foresaw. Starlette's own middleware for the latter
+    stands before all others: its answers would lack an id, a log line and what CORS needs.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = False
+
+        async def noticing(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noticing)
+        except Exception as error:
+            if began or scope["type"] != "http":
+                raise
+            await to_api_error(error).response()(scope, receive, send)

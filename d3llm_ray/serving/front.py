@@ -14,18 +14,20 @@ import asyncio
 import json
 import logging
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 
+import uvicorn.config
 from ray import serve
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.access_log import REQUEST_ID, sane_request_id, with_request_id
 from d3llm_ray.serving.errors import queue_full
+from d3llm_ray.serving.heads import BoundedConnection
 from d3llm_ray.serving.schemas import DECODING, HEALTH
 
 logger = logging.getLogger("d3llm_ray.serving")
@@ -119,6 +121,9 @@ class Front:
         self._shower: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # Serve would make an id as well, but echo and log any that is sent.
+            scope = with_request_id(scope, sane_request_id(scope))
         route = _route(scope)
         if route is None:
             await self._app(scope, receive, _tapped(send))
@@ -192,9 +197,7 @@ def _tapped(send: Send, learn: Callable[[int, str], None] = _nothing, end: Calla
 
 
 async def _refuse(scope: Scope, send: Send) -> None:
-    name = b"x-request-id"
-    request_id = next((value for key, value in scope["headers"] if key == name), None) or uuid.uuid4().hex.encode()
-    headers = [*_REFUSAL.raw_headers, (name, request_id)]
+    headers = [*_REFUSAL.raw_headers, (REQUEST_ID, sane_request_id(scope))]
     await send({"type": "http.response.start", "status": _REFUSAL.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": _REFUSAL.body})
 
@@ -207,5 +210,7 @@ def running_replicas(application: str) -> int:
 
 
 def middlewares() -> list[Middleware]:
-    """Serve's callback: called in the proxy of each node when it starts."""
+    """Serve's callback: called in the proxy of each node when it starts, before its HTTP server."""
+    # Serve lets uvicorn choose how to read connections, and has no option for it.
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{BoundedConnection.__module__}:{BoundedConnection.__name__}"
     return [Middleware(Front, count_replicas=running_replicas)]

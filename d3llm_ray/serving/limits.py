@@ -5,7 +5,6 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from d3llm_ray.serving.errors import ApiError
 from d3llm_ray.serving.schemas import DECODING
 from d3llm_ray.serving.service import ChatService
 
@@ -40,9 +39,5 @@ class RefusesWhenFull:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].endswith(DECODING) and scope["method"] == "POST":
-            try:
-                self._service.check_room()
-            except ApiError as error:
-                await error.response()(scope, receive, send)
-                return
+            self._service.check_room()
         await self._app(scope, receive, send)

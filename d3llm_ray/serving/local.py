@@ -11,13 +11,13 @@ from contextlib import contextmanager
 import uvicorn
 
 from d3llm_ray.errors import WorkError
+from d3llm_ray.serving.heads import BoundedConnection
 from d3llm_ray.serving.http import create_app
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings
 
 HOST = "127.0.0.1"
 STARTED_WITHIN_S = 30.0
-BACKLOG = 2048
 
 
 @contextmanager
@@ -29,8 +29,10 @@ def serve_locally(settings: ReplicaSettings) -> Iterator[str]:
     service = ChatService(settings)
     with socket.socket() as listener:
         listener.bind((HOST, 0))
-        listener.listen(BACKLOG)  # who comes before the server does waits
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", lifespan="off"))
+        listener.listen()  # who connects before the server has started waits
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(service), http=BoundedConnection, log_level="warning", lifespan="off")
+        )
         running = threading.Event()
 
         async def run() -> None:

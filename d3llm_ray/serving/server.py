@@ -142,12 +142,15 @@ def _wait_healthy(url: str) -> None:
 
 def _banner(settings: ServeSettings, url: str) -> str:
     decoder = settings.decoding()
+    asks = settings.checked().api_keys_required or settings.api_keys is not None
+    keys = "asked for on every route but /health and /ready" if asks else "none: whoever reaches the port is answered"
     body = f'{{"model": "{settings.model_id}", "messages": [{{"role": "user", "content": "..."}}]}}'
     return "\n".join(
         (
             f"model    {settings.model} ({settings.dtype}, {settings.device}, {settings.replicas} replica(s))",
             f"decoder  {decoder.name} {decoder.settings()}",
             f"slots    {settings.max_batch_size} a replica, {settings.max_queue} more may wait",
+            f"keys     {keys}",
             f"url      {url}/v1 (Ctrl-C stops)",
             f"try      curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
         )

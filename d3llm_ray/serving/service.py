@@ -14,10 +14,13 @@ from d3llm_ray.decoding.request import Reveal
 from d3llm_ray.decoding.text import CommittedText
 from d3llm_ray.errors import InputError, unknown
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.access_log import note_model
 from d3llm_ray.serving.answers import Answer
+from d3llm_ray.serving.auth import KeyRing
 from d3llm_ray.serving.bounds import check_overrides
 from d3llm_ray.serving.choices import Answers, choice_seed
-from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, queue_full
+from d3llm_ray.serving.deadline import Deadline, DeadlinePassed
+from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError, bad_input, out_of_time, queue_full
 from d3llm_ray.serving.replies import ModelCard, Revealed
 from d3llm_ray.serving.schemas import MAX_SEED, ChatRequest, CompletionRequest, GenerationRequest
 from d3llm_ray.serving.settings import ReplicaSettings
@@ -35,6 +38,8 @@ def _refusals() -> Iterator[None]:
         raise queue_full() from error
     except EngineFailure as error:
         raise ApiError(503, str(error), code="engine_failed", retry_after_s=RETRY_AFTER_S) from error
+    except DeadlinePassed as error:
+        raise out_of_time(error) from error
 
 
 class ChatService:
@@ -42,6 +47,7 @@ class ChatService:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         self.settings = settings
+        self.keys = KeyRing.of(settings)
         self.created = int(time.time())
         self.llm = DiffusionLLM.from_pretrained(
             settings.model, settings.decoding(), settings.dtype, settings.device, settings.max_batch_size
@@ -86,7 +92,9 @@ class ChatService:
 
     async def open(self, request: GenerationRequest) -> Answers:
         """Check a request against the model and queue all that it asks for; `ApiError` when it is refused."""
+        deadline = Deadline(self.settings.request_timeout_s)
         self.check_model(request.model)
+        note_model(request.model)
         self._check_answer_length(request)
         self._check_count(request)
         if request.stop:
@@ -95,7 +103,9 @@ class ChatService:
         count = request.prompts * request.choices
         self.check_room(count)  # before the work of tokenising
         seed = secrets.randbelow(MAX_SEED) if request.seed is None else request.seed
-        prompts = await self._prompts(request)
+        with _refusals():
+            async with deadline:
+                prompts = await self._prompts(request)
         asked: list[Request] = []
         for where, ids in prompts.items():
             first = self._engine_request(request, where, ids, decoder, seed)
@@ -106,7 +116,7 @@ class ChatService:
             asked += [replace(first, seed=choice_seed(seed, choice)) for choice in range(request.choices)]
         self.check_room(count)
         with _refusals():
-            submissions = [self.worker.submit(one) for one in asked]
+            submissions = [self.worker.submit(one, deadline) for one in asked]
         stops = request.stop
         texts = [CommittedText(self.llm.decode, stops) for _ in submissions]
         answers = [Answer(one, text, self._metrics) for one, text in zip(submissions, texts, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -22,6 +22,9 @@ def _fits(preset: Decoder, family: Family) -> bool:
     except InputError:
         return False
     return True
+
+
+ORIGIN = r"^(\*|https?://[^/\s?#@*]+)$"  # as browsers spell it: no path, no slash at the end
 
 
 class ReplicaSettings(Settings):
@@ -49,14 +52,30 @@ class ReplicaSettings(Settings):
     )
     max_body_bytes: int = Field(1_000_000, gt=0, description="largest request body; beyond that a request gets 413")
     step_timeout_s: float = Field(
-        120.0,
+        30.0,
         gt=0,
         allow_inf_nan=False,
-        description="seconds after which a forward that has not ended makes the replica unhealthy",
+        description="seconds after which a forward that has not ended fails all requests; the replica is then replaced",
+    )
+    request_timeout_s: float | None = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that an answer may take, waiting included; then it ends with 408; null: no limit",
     )
     request_decoders: list[str] | None = Field(
         None, description="presets that a request may name besides the decoder; null: all that fit the model's family"
     )
+    api_keys: Path | None = Field(
+        None,
+        description="file of API keys, one a line, that only its owner and group may read; null: those of "
+        "D3LLM_RAY_API_KEYS in the replica's environment, and without any everybody is answered",
+    )
+    api_keys_required: bool = Field(False, description="whether a replica refuses to start without an API key")
+    cors_origins: list[Annotated[str, Field(pattern=ORIGIN)]] = Field(
+        [], description="origins, such as https://chat.example.com, whose pages may ask; '*' for all; none: CORS is off"
+    )
+    log_requests: bool = Field(True, description="log a line of JSON a request, without prompts, answers and keys")
 
     @field_validator("max_tokens_limit")
     @classmethod
@@ -105,10 +124,16 @@ class ReplicaSettings(Settings):
         A replica's working directory is not that of the process that deploys it.
         """
         from d3llm_ray.decoding import is_settings_file
+        from d3llm_ray.serving.auth import KEYS_VARIABLE, KeyRing
 
         self.decoding()
         self.request_presets()
-        paths: dict[str, Any] = {}
+        # The replicas' environment may be another: where keys are meant, a server without any must not start.
+        required = self.api_keys_required or bool(os.environ.get(KEYS_VARIABLE))
+        paths: dict[str, Any] = {"api_keys_required": required}
+        if self.api_keys is not None:
+            KeyRing(self.api_keys, "")
+            paths["api_keys"] = self.api_keys.absolute()
         if os.path.isdir(self.model):
             paths["model"] = os.path.abspath(self.model)
         if self.decoder is not None and is_settings_file(self.decoder):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from d3llm_ray.decoding import Engine, Event, Request
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving.deadline import Deadline
 
 logger = logging.getLogger("d3llm_ray.serving")
 STOP_TIMEOUT_S = 10.0  # a forward that hangs must not keep its process from ending
@@ -38,6 +39,7 @@ class Submission:
     worker: EngineWorker
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     engine_id: int | None = None  # of the engine's thread alone
+    timer: asyncio.TimerHandle | None = None  # until its deadline
 
     async def next_event(self) -> Event:
         """Wait for the next event; raises what ended the request instead."""
@@ -106,11 +108,16 @@ class EngineWorker:
             self._metrics.refused()
             raise Overloaded
 
-    def submit(self, request: Request) -> Submission:
-        """Queue a request that `engine.check` accepts. Raises `Overloaded` or `EngineFailure`."""
+    def submit(self, request: Request, deadline: Deadline | None = None) -> Submission:
+        """Queue a request that `engine.check` accepts. Raises `Overloaded` or `EngineFailure`.
+
+        When the deadline passes its slot is freed, whoever waits for it, and `DeadlinePassed` is its last event.
+        """
         self.check_room()
         submission = Submission(request, self)
         self._open.add(submission)
+        if deadline is not None:
+            submission.timer = deadline.call(lambda: self._expire(submission, deadline))
         self._inbox.put(("submit", submission))
         self._metrics.accepted()
         return submission
@@ -118,8 +125,17 @@ class EngineWorker:
     def release(self, submission: Submission) -> None:
         """Forget a request whose answer nobody waits for; nothing happens if it has ended."""
         if submission in self._open:
-            self._open.remove(submission)
+            self._end(submission)
             self._inbox.put(("cancel", submission))
+
+    def _expire(self, submission: Submission, deadline: Deadline) -> None:
+        self.release(submission)
+        submission.events.put_nowait(deadline.passed())
+
+    def _end(self, submission: Submission) -> None:
+        self._open.discard(submission)
+        if submission.timer is not None:
+            submission.timer.cancel()
 
     def _run(self) -> None:
         failure = EngineFailure("the engine was shut down")
@@ -170,10 +186,10 @@ class EngineWorker:
     def _deliver(self, batch: list[tuple[Submission, Event]]) -> None:
         for submission, event in batch:
             if event.completion is not None or event.error is not None:
-                self._open.discard(submission)
+                self._end(submission)
             submission.events.put_nowait(event)
 
     def _fail(self, failure: EngineFailure) -> None:
-        for submission in self._open:
+        for submission in list(self._open):
+            self._end(submission)
             submission.events.put_nowait(failure)
-        self._open.clear()

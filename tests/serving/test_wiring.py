@@ -27,6 +27,7 @@ from d3llm_ray.serving.schemas import CHAT, ChatRequest
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
 from d3llm_ray.serving.worker import EngineWorker, Overloaded, Submission
+from tests.serving.keys import key_file
 
 QUESTION = [{"role": "user", "content": "2 + 3 ?"}]
 
@@ -36,7 +37,7 @@ def asked(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> list[Request
     """The requests that came to the engine, each answered with the same five tokens in three forwards."""
     requests: list[Request] = []
 
-    def submit(request: Request) -> Submission:
+    def submit(request: Request, deadline: Any) -> Submission:
         requests.append(request)
         submission = Submission(request, service.worker)
         ids = service.llm.encode("3 + 4")[-8:][:5]
@@ -201,6 +202,11 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
         "max_body_bytes": 2_000,
         "step_timeout_s": 33.0,
         "request_decoders": ["vanilla", "d2f"],
+        "api_keys": key_file(tmp_path, "key-1"),
+        "api_keys_required": True,
+        "cors_origins": ["https://chat.example.com"],
+        "log_requests": False,
+        "request_timeout_s": 5.0,  # where it acts: test_deadlines
     }
     assert set(values) == set(ReplicaSettings.model_fields)
     settings = config.build(ReplicaSettings, values)
@@ -215,6 +221,7 @@ def test_settings_of_a_replica_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert made.decoders["dparallel"] is chosen
     asked = ChatRequest(model="mine", messages=[{"role": "user", "content": "a"}])  # type: ignore[list-item]
     assert made._max_tokens(asked, "messages", 10) == 48
+    assert made.keys.asks and made.keys.holds(b"key-1") and not made.keys.holds(b"key-2")
     with pytest.raises(Exception, match="max_tokens: got 97; accepted: 1 to 96"):
         made._check_answer_length(ChatRequest(model="m", messages=QUESTION, max_tokens=97))  # type: ignore[arg-type]
     options = app.application(settings, num_replicas=6)._bound_deployment
@@ -260,7 +267,8 @@ def post_in_chunks(served: ChatService, body: bytes, size: int) -> tuple[int, by
     arriving, sent = iter(messages), []
 
     async def receive() -> Any:
-        return next(arriving, {"type": "http.disconnect"})
+        message = next(arriving, None)
+        return message or await asyncio.Event().wait()  # the client stays
 
     async def send(message: Any) -> None:
         sent.append(message)

@@ -1,0 +1,52 @@
+"""What the tests of a request's life share: a slow engine, what became of requests, bodies of long answers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from d3llm_ray.serving.service import ChatService
+
+# One token a forward to the end of the canvas: as many forwards as tokens.
+ONE_BY_ONE = {"entropy_threshold": 0.0, "early_stop": False}
+
+
+def long_body(content: str = "2 + 3 ?", **fields: Any) -> dict[str, Any]:
+    """A request whose answer takes as many forwards as `max_tokens`, each an event of its stream."""
+    messages = [{"role": "user", "content": content}]
+    diffusion = {**ONE_BY_ONE, **({"events": True} if fields.get("stream") else {})}
+    return {"model": "tiny-random", "messages": messages, "diffusion": diffusion, **fields}
+
+
+def slow_down(service: ChatService, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Make every forward take that much longer."""
+    step = service.llm.engine.step
+
+    def slow() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    monkeypatch.setattr(service.llm.engine, "step", slow)
+
+
+def count_ends(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts, from now on, of the requests that the service's metrics hear of: accepted ones, and ends by reason."""
+    counted: Counter[str] = Counter()
+    metrics = service._metrics
+    for name in ("accepted", "aborted", "timed_out"):
+        monkeypatch.setattr(metrics, name, lambda name=name: counted.update([name]))
+    monkeypatch.setattr(metrics, "finished", lambda *_: counted.update(["finished"]))
+    return counted
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> float:
+    """Seconds until the condition held."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"it did not happen within {seconds:g} s"
+        time.sleep(0.005)
+    return time.monotonic() - began
