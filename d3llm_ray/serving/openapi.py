@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from d3llm_ray.decoding import Decoder
 from d3llm_ray.errors import InputError
+from d3llm_ray.serving.auth import KEYLESS_ROUTES
 from d3llm_ray.serving.bounds import largest
 from d3llm_ray.serving.fields import either
 from d3llm_ray.serving.replies import ChatChunk, ErrorBody, TextChunk
@@ -23,9 +24,11 @@ DESCRIPTION = (
 )
 MEANINGS = {
     400: "The request is not accepted; `param` names the field.",
+    401: "The API key is missing or wrong.",
     404: "No such model.",
-    405: "The route knows no such method.",
+    408: "The deadline of the request has passed.",
     413: "The body is too large.",
+    431: "The headers are too large or too many.",
     429: "There is no room; ask again after `Retry-After` seconds.",
     500: "The engine failed, or the logits of the request were not finite.",
     503: "The engine has failed: this replica is being replaced.",
@@ -62,12 +65,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "DetokenizeRequest": {"tokens": [5, 6, 7]},
 }
 ALL_BODIES = (400, 404, 413)  # of every route that reads a body
-DECODES = (*ALL_BODIES, 429, 500, 503)
+DECODES = (*ALL_BODIES, 408, 429, 500, 503)
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """FastAPI's `responses` for error statuses, all of OpenAI's shape."""
-    return {status: {"model": ErrorBody, "description": MEANINGS[status]} for status in statuses}
+    return {status: {"model": ErrorBody, "description": MEANINGS[status]} for status in (*statuses, 431)}
 
 
 def or_stream(chunk: str) -> dict[int | str, dict[str, Any]]:
@@ -81,13 +84,20 @@ def document(app: FastAPI, service: ChatService) -> dict[str, Any]:
     """The OpenAPI document of the served model, made once."""
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
-        for methods in made["paths"].values():
+        shape = {"schema": {"$ref": "#/components/schemas/ErrorBody"}}
+        refused = {"description": MEANINGS[401], "content": {"application/json": shape}}
+        for path, methods in made["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)  # every refused body is a 400 here
+                if service.keys.asks and path not in KEYLESS_ROUTES:
+                    operation["responses"]["401"] = refused
+                    operation["security"] = [{"key": []}]
+        if service.keys.asks:
+            made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schemas = made["components"]["schemas"]
         for chunk in (ChatChunk, TextChunk):
-            shape = chunk.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
-            schemas |= {**shape.pop("$defs"), chunk.__name__: shape}
+            event = chunk.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+            schemas |= {**event.pop("$defs"), chunk.__name__: event}
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         _of_the_model(schemas, service)

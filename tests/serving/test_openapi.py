@@ -169,9 +169,9 @@ def test_examples_are_answered_and_no_status_is_forgotten(client: TestClient, do
                 name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
                 for example in document["components"]["schemas"][name]["examples"]:
                     assert client.post(route, json=example).status_code == 200
-                assert {"400", "404", "413"} <= operation["responses"].keys()
+                assert {"400", "404", "413", "431"} <= operation["responses"].keys()
     for route in (CHAT, COMPLETIONS):
-        assert {"429", "500", "503"} <= document["paths"][route]["post"]["responses"].keys()
+        assert {"408", "429", "500", "503"} <= document["paths"][route]["post"]["responses"].keys()
 
 
 def test_the_document_names_the_model_its_limits_and_its_decoders(document: Any) -> None:
@@ -183,6 +183,19 @@ def test_the_document_names_the_model_its_limits_and_its_decoders(document: Any)
     assert named == {
         name: set(PRESETS[name].settings()) for name in PRESETS.keys() - {"fast-dllm-v2", "autoregressive"}
     }
+
+
+def test_keys_are_asked_for_where_the_server_asks(
+    make_service: Any, client_of: Any, monkeypatch: pytest.MonkeyPatch, document: Any
+) -> None:
+    assert "securitySchemes" not in document["components"]
+    monkeypatch.setenv("D3LLM_RAY_API_KEYS", "secret")
+    with client_of(make_service()) as guarded:
+        told = guarded.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json()
+        for route, methods in told["paths"].items():
+            for method, operation in methods.items():
+                asks = guarded.request(method, route).status_code == 401
+                assert ("security" in operation) == ("401" in operation["responses"]) == asks
 
 
 def test_another_method_is_told_which_is_allowed(client: TestClient) -> None:

@@ -15,7 +15,7 @@ from d3llm_ray.serving.service import ChatService
 def router(service: ChatService) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/v1/models")
+    @routes.get("/v1/models", responses=errors())
     async def models() -> ModelList:
         """The models that are served."""
         return ModelList(data=service.cards())
@@ -26,7 +26,7 @@ def router(service: ChatService) -> APIRouter:
         service.check_model(name)
         return next(card for card in service.cards() if card.id == name)
 
-    @routes.get("/version")
+    @routes.get("/version", responses=errors())
     async def version() -> Version:
         """The version of d3llm-ray."""
         return Version(version=__version__)
