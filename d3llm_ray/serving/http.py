@@ -22,7 +22,8 @@ def create_app(service: ChatService, *, echo_request_id: bool = True) -> FastAPI
 
     `echo_request_id`: whether answers tell the request's id; behind Ray Serve its proxy adds that.
     """
-    app = FastAPI(title="d3llm-ray", version=__version__)
+    # Without FastAPI's pages of documentation: their scripts come from another host.
+    app = FastAPI(title="d3llm-ray", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
     app.add_middleware(RefusesWhenFull, service=service)
     app.add_middleware(EndsWithClient)  # the outer one

@@ -20,7 +20,7 @@ from d3llm_ray.serving.settings import ReplicaSettings
 
 HOST = "127.0.0.1"
 STARTED_WITHIN_S = 30.0
-BACKLOG = 2048
+BACKLOG = 2048  # connections
 ENDED_WITHIN_S = 5  # however long those who are still connected would stay
 
 

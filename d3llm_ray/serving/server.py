@@ -26,6 +26,7 @@ from d3llm_ray.serving.settings import ServeSettings
 
 APPLICATION = "d3llm"
 HEALTHY_WITHIN_S = 30.0
+PORTS_TRIED = 3
 STOPPED_WITHIN_S = 15.0  # replicas that have nothing left to do
 
 
@@ -98,13 +99,26 @@ def _http(settings: ServeSettings) -> Iterator[int]:
         require(settings.port > 0, "port", settings.port, "the port of the Serve that runs on this cluster")
         yield settings.port
         return
-    port = _free_port(settings)
     try:
-        http_options = {"host": settings.host, "port": port}
-        serve.start(proxy_location="HeadOnly", http_options=http_options, controller_options=PROXY_OPTIONS)
-        yield port
+        yield _started(settings)
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _started(settings: ServeSettings) -> int:
+    """Start Serve; returns its proxy's port. Where any will do, one that was taken meanwhile is let go for another."""
+    attempts = 1 if settings.port else PORTS_TRIED
+    while True:
+        port = _free_port(settings)
+        try:
+            http_options = {"host": settings.host, "port": port}
+            serve.start(proxy_location="HeadOnly", http_options=http_options, controller_options=PROXY_OPTIONS)
+            return port
+        except RuntimeError as error:
+            attempts -= 1
+            if not attempts or "Failed to bind" not in str(error):
+                raise
+            serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _serve_runs() -> bool:

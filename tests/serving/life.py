@@ -37,7 +37,7 @@ def count_ends(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> Counter
     """Counts, from now on, of the requests that the service's metrics hear of: accepted ones, and ends by reason."""
     counted: Counter[str] = Counter()
     metrics = service._metrics
-    for name in ("accepted", "aborted", "timed_out"):
+    for name in ("accepted", "aborted", "timed_out", "failed"):
         monkeypatch.setattr(metrics, name, lambda name=name: counted.update([name]))
     monkeypatch.setattr(metrics, "finished", lambda *_: counted.update(["finished"]))
     return counted

@@ -55,4 +55,4 @@ def test_all_in_flight_get_a_500_and_the_replica_is_to_be_replaced(
         assert response.status_code == 500
         error = {"message": f"{problem}; ask again", "type": "server_error", "param": None, "code": "engine_failed"}
         assert response.json() == {"error": error}
-    assert counted == {"accepted": 4, "aborted": 4}
+    assert counted == {"accepted": 4, "failed": 4}

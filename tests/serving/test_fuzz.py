@@ -1,7 +1,7 @@
 """Requests that nobody would write by hand, to every route of the OpenAPI document: no answer of 500 or above.
 
 schemathesis makes them from the document, half of them within it and half beside it, and headers and queries of any
-kind come on top. `make fuzz` sends 2,000 to each route, the ordinary suite a few.
+kind come on top. `make fuzz` sends 2,000 and more to each route, the ordinary suite a few.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from d3llm_ray.serving.local import serve_locally
 from d3llm_ray.serving.settings import ReplicaSettings
 from tests.test_compatibility import routes
 
-FEW, MANY = 20, 1000  # of each of the two modes
+FEW, MANY = 20, 1000  # at least, of each of the two modes
+SPARE = 1.2  # some cases no client can spell
 WITHIN_S = 10.0
 QUERY = st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3)
 HEADER_VALUE = st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=20).map(str.strip)
@@ -73,7 +74,7 @@ def fuzz(operation: Any, mode: GenerationMode, url: str, count: int, tally: Tall
     session = requests.Session()
 
     @settings(
-        max_examples=count,
+        max_examples=int(SPARE * count),
         deadline=None,
         database=None,
         derandomize=count == FEW,
@@ -109,4 +110,4 @@ def test_no_request_makes_the_server_fail(url: str, operations: dict[str, Any], 
     print(f"{route}: {tally.sent} cases, answers {answers}, slowest {tally.slowest:.2f} s, {grown / 1e6:.0f} MB more")
     assert tally.slowest < WITHIN_S
     assert requests.get(f"{url}/health", timeout=WITHIN_S).status_code == 200
-    assert tally.sent >= 0.9 * 2 * count  # of those that a client can spell
+    assert tally.sent >= 2 * count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import types
 from contextlib import nullcontext
@@ -269,6 +270,24 @@ def test_settings_of_the_verb_arrive(monkeypatch: pytest.MonkeyPatch, tiny_check
         assert bound.num_replicas == 3
         assert bound.init_args == (ReplicaSettings(**values),)
     assert told["ended"] == server.APPLICATION
+
+
+@pytest.mark.parametrize(("port", "lost", "starts"), [(0, 0, 1), (0, 2, 3), (0, 3, 3), (8123, 1, 1)])
+def test_a_port_that_is_lost_meanwhile_is_drawn_again_where_any_will_do(
+    monkeypatch: pytest.MonkeyPatch, port: int, lost: int, starts: int
+) -> None:
+    tried: list[int] = []
+
+    def start(http_options: dict[str, Any], **_: Any) -> None:
+        tried.append(http_options["port"])
+        if len(tried) <= lost:
+            raise RuntimeError(f"Failed to bind to address '127.0.0.1:{tried[-1]}'.")
+
+    monkeypatch.setattr(server, "serve", types.SimpleNamespace(start=start, shutdown=lambda: None))
+    monkeypatch.setattr(server, "_free_port", lambda settings: settings.port or 9000 + len(tried))
+    with contextlib.nullcontext() if lost < starts else pytest.raises(RuntimeError, match="Failed to bind"):
+        assert server._started(ServeSettings(port=port)) == tried[-1]
+    assert len(tried) == len(set(tried)) == starts
 
 
 def post_in_chunks(served: ChatService, body: bytes, size: int) -> tuple[int, bytes]:
