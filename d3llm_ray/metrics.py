@@ -37,6 +37,8 @@ class ServingMetrics:
     def __init__(self, model: str, application: str | None = None) -> None:
         from ray.serve import metrics  # seconds to import, and other rooms need it not
 
+        if _in_replica():  # a router is one, with a front for each model
+            application = None
         of_model: Any = ("model",) if application is None else ("model", "application")  # Serve types it as one string
         self._requests = metrics.Counter("d3llm_requests", "Requests accepted into the engine's queue", of_model)
         self._refused = metrics.Counter("d3llm_refused", "Requests refused because the queue was full", of_model)
@@ -111,6 +113,17 @@ class ServingMetrics:
 
     def _ended(self, reason: str) -> None:
         self._finished.inc(tags={**self._model, "reason": reason})
+
+
+def _in_replica() -> bool:
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
 
 
 class TeacherMetrics:

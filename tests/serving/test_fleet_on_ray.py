@@ -20,6 +20,7 @@ from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.serving.front import running_replicas
 from tests.serving.fleet import CHAT, Clients, ask, eventually, replica_pids, status_of, text_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # processes start, come and go
 CONFIGS = Path(__file__).parents[2] / "serve_configs"
 QUESTION: list[Any] = [{"role": "user", "content": "Tom has 5 apples and buys 7 more. How many now?"}]
 # A token a forward: the longest answer there is.
@@ -137,7 +138,8 @@ def test_a_user_config_changes_the_decoder_and_not_the_process(
 
 def test_the_shipped_tiny_application_answers(deploy: Deploy) -> None:
     (application,) = yaml.safe_load((CONFIGS / "tiny.yaml").read_text())["applications"]
-    assert "12" in text_of(ask(deploy("tiny", application), "tiny-llada"))
+    (expected,) = DiffusionLLM.from_pretrained("tiny-llada", "d3llm").generate([QUESTION], max_tokens=64)
+    assert text_of(ask(deploy("tiny", application), "tiny-llada")) == expected.text
 
 
 def test_two_models_behind_one_url_and_the_one_at_zero_comes_up(deploy: Deploy) -> None:
@@ -184,8 +186,6 @@ def test_a_client_that_leaves_frees_its_slot_behind_the_router(deploy: Deploy, t
     assert min(leave_and_return() for _ in range(3)) < whole / 2
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("several", [False, True])
 def test_redeploys_of_one_replica_lose_no_request(
     deploy: Deploy, random_model: Any, tiny_checkpoint: Path, several: bool
