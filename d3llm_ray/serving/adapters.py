@@ -20,6 +20,7 @@ from d3llm_ray.decoding.request import ActiveRequest
 from d3llm_ray.decoding.runners import run
 from d3llm_ray.errors import InputError, require, unknown
 from d3llm_ray.models import Transformer, read_configs
+from d3llm_ray.paths import not_uploaded
 
 CONFIG = "adapter_config.json"
 
@@ -43,7 +44,8 @@ def check_adapters(model: str, adapters: Mapping[str, str]) -> None:
     projections = read_configs(model)[0].projections if adapters else ()
     for name, folder in adapters.items():
         field, path = f"adapters.{name}", Path(folder) / CONFIG
-        require(path.is_file(), field, folder, f"a folder with {CONFIG} and adapter_model.safetensors")
+        accepted = f"a folder with {CONFIG} and adapter_model.safetensors{not_uploaded(folder)}"
+        require(path.is_file(), field, folder, accepted)
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:

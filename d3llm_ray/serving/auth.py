@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from d3llm_ray.errors import InputError, require
+from d3llm_ray.paths import not_uploaded
 from d3llm_ray.serving.errors import ApiError, to_api_error
 from d3llm_ray.serving.schemas import HEALTH, READY
 from d3llm_ray.serving.settings import ReplicaSettings
@@ -96,7 +97,7 @@ def read_key_file(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not ASCII"
         raise InputError(
-            f"api_keys: cannot read {str(path)!r}: {reason}; accepted: a file with a key a line"
+            f"api_keys: cannot read {str(path)!r}: {reason}; accepted: a file with a key a line{not_uploaded(path)}"
         ) from error
     return _keys_of((line for line in lines if not line.lstrip().startswith("#")), str(path))
 

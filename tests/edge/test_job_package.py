@@ -153,6 +153,9 @@ WITH = {
     ("chat", "api_key_file"): {"url": "http://127.0.0.1:9"},
     **{("tune", name): {"space": SPACE} for name in ("model", "anchor_model", "task")},
 }
+IGNORED = "data/mine/ignored.yaml"
+# How a setting is written that holds more than a path.
+SPELT = {"adapters": f"tuned={IGNORED}", "models": f'[{{"model": "{IGNORED}"}}]'}
 
 
 @pytest.mark.parametrize(("verb", "setting"), path_settings())
@@ -167,7 +170,7 @@ def test_what_was_not_uploaded_is_named_as_such(
     fields = settings_class(verb).model_fields
     values = {name: "tiny-llada" for name, field in fields.items() if field.is_required()} | needed
     values |= WITH.get((verb, setting), {}) | ({"output": str(tmp_path / "out")} if "output" in fields else {})
-    values |= {setting: "data/mine/ignored.yaml"}
+    values |= {setting: SPELT.get(setting, IGNORED)}
     if setting == "prompts":
         values.pop("prompt", None)
     flags = [[value] if name == "path" else [f"--{name}", value] for name, value in values.items()]
