@@ -126,6 +126,7 @@ NO_PATHS = {
     ("quickstart", "trajectories"),  # settings of that stage
     ("benchmark", "decoders"),  # presets alone
     ("benchmark host", "decoder"),
+    ("benchmark serve", "models"),  # it needs `model`, beside which there are none
     ("benchmark distill", "val_task"),  # read by the job
     ("benchmark distill", "val_decoder"),
 }
@@ -155,7 +156,11 @@ WITH = {
 }
 IGNORED = "data/mine/ignored.yaml"
 # How a setting is written that holds more than a path.
-SPELT = {"adapters": f"tuned={IGNORED}", "models": f'[{{"model": "{IGNORED}"}}]'}
+SPELT = {
+    ("serve", "models"): f'[{{"model": "{IGNORED}"}}]',
+    ("serve", "adapters"): f"tuned={IGNORED}",
+    ("benchmark serve", "adapters"): f"tuned={IGNORED}",
+}
 
 
 @pytest.mark.parametrize(("verb", "setting"), path_settings())
@@ -170,7 +175,7 @@ def test_what_was_not_uploaded_is_named_as_such(
     fields = settings_class(verb).model_fields
     values = {name: "tiny-llada" for name, field in fields.items() if field.is_required()} | needed
     values |= WITH.get((verb, setting), {}) | ({"output": str(tmp_path / "out")} if "output" in fields else {})
-    values |= {setting: SPELT.get(setting, IGNORED)}
+    values |= {setting: SPELT.get((verb, setting), IGNORED)}
     if setting == "prompts":
         values.pop("prompt", None)
     flags = [[value] if name == "path" else [f"--{name}", value] for name, value in values.items()]
