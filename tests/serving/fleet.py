@@ -13,12 +13,13 @@ import psutil
 
 CHAT = "/v1/chat/completions"
 PATIENCE_S = 60.0
+CLIENT = httpx.Client(timeout=PATIENCE_S)  # one for all: to make one takes longer than a short answer
 
 
 def ask(url: str, model: str = "tiny-random", **fields: Any) -> httpx.Response:
     """One chat request; a client that fails to connect, or is cut off, raises."""
     messages = [{"role": "user", "content": "Tom has 5 apples and buys 7 more. How many now?"}]
-    return httpx.post(url + CHAT, json={"model": model, "messages": messages, **fields}, timeout=PATIENCE_S)
+    return CLIENT.post(url + CHAT, json={"model": model, "messages": messages, **fields})
 
 
 def text_of(answer: httpx.Response) -> str:
@@ -29,7 +30,7 @@ def text_of(answer: httpx.Response) -> str:
 def status_of(url: str) -> int:
     """The status of a GET; 0 when there is no answer."""
     try:
-        return httpx.get(url, timeout=PATIENCE_S).status_code
+        return CLIENT.get(url).status_code
     except httpx.TransportError:
         return 0
 
