@@ -158,8 +158,12 @@ class Front:
         try:
             await self._lull()
             # Free before a client can know that its answer is complete, and ask again.
-            answer = StandIn(_tapped(send, learn, place.close), _ROOM_HEADER, draining=room.in_flight > 1)
-            await self._app(scope, receive, answer)
+            tapped = _tapped(send, learn, place.close)
+            answer = StandIn(tapped, _ROOM_HEADER, room.in_flight > 1, sane_request_id(scope))
+            try:
+                await self._app(scope, receive, answer)
+            except Exception as error:  # Serve's, for a replica that has died
+                logger.warning("Serve has no answer to a request: %s", error)
             await answer.close()
         finally:
             place.close()

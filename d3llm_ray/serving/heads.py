@@ -69,7 +69,6 @@ class BoundedConnection(HttpToolsProtocol):
         self._expect_head()
 
     def on_headers_complete(self) -> None:
-        self._unread = 0
         self._head_is_there()
         super().on_headers_complete()
 

@@ -1,13 +1,15 @@
 """What clients hear in place of Serve's own answers, which are plain text and call a draining model unknown.
 
 An answer is Serve's own when it lacks the header by which replicas tell their room. Serve gives one for a route that it
-has taken down while answers are still being finished, and for a request whose replica has died.
+has taken down while answers are still being finished, and one, or none at all, for a request whose replica has died.
 """
 
 from __future__ import annotations
 
+from starlette.responses import Response
 from starlette.types import Message, Send
 
+from d3llm_ray.serving.access_log import REQUEST_ID
 from d3llm_ray.serving.errors import RETRY_AFTER_S, ApiError
 from d3llm_ray.serving.sse import sse
 
@@ -22,9 +24,9 @@ LOST = ApiError(
 class StandIn:
     """A `send` that puts an answer of ours in the place of Serve's own, and ends a stream that Serve has left."""
 
-    def __init__(self, send: Send, header: str, draining: bool) -> None:
-        self._send, self._header, self._draining = send, header.encode(), draining
-        self._streams = self._replaced = self._ended = False
+    def __init__(self, send: Send, header: str, draining: bool, request_id: bytes) -> None:
+        self._send, self._header, self._draining, self._id = send, header.encode(), draining, request_id
+        self._begun = self._streams = self._replaced = self._ended = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -34,6 +36,7 @@ class StandIn:
             await self._send(message)
 
     async def _start(self, message: Message) -> None:
+        self._begun = True
         headers = dict(message["headers"])
         status = message["status"]
         self._streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
@@ -41,13 +44,17 @@ class StandIn:
         if not self._replaced:
             await self._send(message)
             return
-        response = DRAINING if status == 404 else LOST.response()
-        kept = [(name, value) for name, value in message["headers"] if name == b"x-request-id"]
-        await self._send({**message, "status": response.status_code, "headers": [*response.raw_headers, *kept]})
+        await self._answer(DRAINING if status == 404 else LOST.response())
+
+    async def _answer(self, response: Response) -> None:
+        headers = [*response.raw_headers, (REQUEST_ID, self._id)]
+        await self._send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         await self._send({"type": "http.response.body", "body": bytes(response.body)})
 
     async def close(self) -> None:
-        """Call it when Serve is done: a stream without its end is told why."""
-        if self._streams and not self._ended:
+        """Call it when Serve is done, or has failed: who has no answer yet, or no end of a stream, is told why."""
+        if not self._begun:
+            await self._answer(LOST.response())
+        elif self._streams and not self._ended:
             self._ended = True
             await self._send({"type": "http.response.body", "body": sse(LOST.body()).encode()})

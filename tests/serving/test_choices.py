@@ -119,6 +119,8 @@ def test_room_is_looked_at_again_when_the_prompts_are_tokens(make_service: Any) 
     """Requests that are tokenised at the same time do not share a place."""
     service: ChatService = make_service(max_batch_size=1, max_queue=2)
     request = json.dumps(body(n=2, max_tokens=8)).encode()
+    accepted: list[int] = []
+    service._metrics.accepted = lambda: accepted.append(1)  # type: ignore[method-assign]
 
     async def ask() -> int:
         sent: list[Any] = []
@@ -145,6 +147,7 @@ def test_room_is_looked_at_again_when_the_prompts_are_tokens(make_service: Any) 
 
     app = create_app(service)
     assert sorted(asyncio.run(main())) == [200, 429, 429]
+    assert len(accepted) == 2  # no part of what was refused
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -172,8 +172,9 @@ def test_engine_exception_fails_all_in_flight(llm: DiffusionLLM, monkeypatch: py
         llm.engine.cancel(request_id)
 
 
+@pytest.mark.parametrize("is_stopped", [True, False])
 def test_a_forward_that_hangs_fails_all_in_flight_and_the_worker(
-    llm: DiffusionLLM, monkeypatch: pytest.MonkeyPatch
+    llm: DiffusionLLM, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
 ) -> None:
     step, release, limit = llm.engine.step, threading.Event(), 0.5
     told = f"a forward has not ended for {limit} s"
@@ -192,7 +193,8 @@ def test_a_forward_that_hangs_fails_all_in_flight_and_the_worker(
                 await submission.next_event()
         assert limit <= time.monotonic() - began < limit + 1
         assert worker.in_flight == 0
-        worker.stop()  # waits for nobody
+        if is_stopped:
+            worker.stop()  # waits for nobody
         assert time.monotonic() - began < limit + 2
         release.set()
         await until(lambda: not worker._thread.is_alive())

@@ -21,7 +21,7 @@ def answered(messages: list[Any], draining: bool = False) -> tuple[int, dict[str
         async def send(message: Any) -> None:
             sent.append(message)
 
-        answer = StandIn(send, HEADER, draining)
+        answer = StandIn(send, HEADER, draining, b"mine")
         for message in messages:
             await answer(message)
         await answer.close()
@@ -59,9 +59,10 @@ def test_an_unknown_route_is_a_503_only_while_answers_are_finished(draining: boo
         assert (error["type"], error["code"]) == ("service_unavailable", "draining")
 
 
-def test_a_request_whose_replica_has_died_may_be_asked_again() -> None:
-    status, headers, text = answered([start(500, content_type="text/plain"), body("Internal Server Error")])
-    assert (status, headers["retry-after"]) == (503, "1")
+@pytest.mark.parametrize("told", [[start(500, content_type="text/plain"), body("Internal Server Error")], []])
+def test_a_request_whose_replica_has_died_may_be_asked_again(told: list[Any]) -> None:
+    status, headers, text = answered(told)
+    assert (status, headers["retry-after"], headers["x-request-id"]) == (503, "1", "mine")
     assert json.loads(text)["error"]["code"] == "replica_lost"
 
 

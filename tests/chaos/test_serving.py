@@ -1,0 +1,186 @@
+"""A server under attack: replicas killed under load, and a server that is stopped while it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from d3llm_ray.decoding import DiffusionLLM
+from d3llm_ray.serving.app import HEALTH_CHECK_PERIOD_S
+from d3llm_ray.serving.front import running_replicas
+from d3llm_ray.serving.schemas import CHAT, HEALTH
+from d3llm_ray.serving.server import APPLICATION, serve_in_background
+from d3llm_ray.serving.settings import ServeSettings
+from tests.chaos.cluster import free_port
+from tests.serving.life import long_body
+from tests.serving.raw_client import RawClient
+
+pytestmark = pytest.mark.chaos
+ROOT = Path(__file__).parents[2]
+STREAMS = 64
+PROMPTS = [f"{count} + {count} ?" for count in range(20)]
+TOKENS = 32
+
+
+def replicas() -> list[psutil.Process]:
+    """The processes of the replicas that this process's cluster runs."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any("ServeReplica:d3llm:" in word for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+class Load:
+    """Clients that ask without a pause. What each hears is counted, and every answer compared with the offline one."""
+
+    def __init__(self, url: str, expected: dict[str, str]) -> None:
+        self._url, self._expected = url, expected
+        self.answered, self.failed, self.wrong = 0, 0, 0
+        self.last_answer = time.monotonic()
+
+    async def ask(self, client: httpx.AsyncClient, content: str) -> None:
+        body = {"model": "tiny-random", "messages": [{"role": "user", "content": content}], "max_tokens": TOKENS}
+        try:
+            response = await client.post(self._url + CHAT, json=body)
+        except httpx.HTTPError:
+            self.failed += 1
+            return
+        if response.status_code == 429:
+            await asyncio.sleep(0.2)
+        elif response.status_code != 200:
+            assert set(response.json()) == {"error"}, response.text
+            self.failed += 1
+        else:
+            self.answered += 1
+            self.last_answer = time.monotonic()
+            self.wrong += response.json()["choices"][0]["message"]["content"] != self._expected[content]
+
+    async def run(self, clients: int, over: asyncio.Event) -> None:
+        async def one(client: httpx.AsyncClient, first: int) -> None:
+            turn = first
+            while not over.is_set():
+                await self.ask(client, PROMPTS[turn % len(PROMPTS)])
+                turn += 1
+
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=clients)) as client:
+            await asyncio.gather(*(one(client, number) for number in range(clients)))
+
+
+@pytest.mark.parametrize(("count", "clients", "kills"), [(2, 50, 5), (1, 20, 2)])
+def test_a_killed_replica_costs_what_it_had_in_hand(
+    ray_cluster: None, tiny_checkpoint: Path, count: int, clients: int, kills: int
+) -> None:
+    outputs = DiffusionLLM.from_pretrained(tiny_checkpoint).generate(PROMPTS, max_tokens=TOKENS)
+    expected = dict(zip(PROMPTS, (output.text for output in outputs), strict=True))
+    settings = ServeSettings(
+        model=str(tiny_checkpoint), port=0, replicas=count, max_batch_size=16, max_queue=16, max_tokens=TOKENS
+    )
+    with serve_in_background(settings) as url:
+        load = Load(url, expected)
+        running: asyncio.Task[None]
+
+        async def until(condition: Any, limit_s: float) -> float:
+            began = time.monotonic()
+            while not condition():
+                if running.done():
+                    running.result()  # what stopped the clients
+                assert time.monotonic() - began < limit_s
+                await asyncio.sleep(0.05)
+            return time.monotonic() - began
+
+        async def main() -> None:
+            nonlocal running
+            over = asyncio.Event()
+            running = asyncio.create_task(load.run(clients, over))
+            for number in range(kills):
+                # Serve has noticed the last one's death, and its successor takes requests.
+                await until(lambda: len(replicas()) == count == running_replicas(APPLICATION), 60)
+                answered = load.answered
+                await until(lambda seen=answered: load.answered > seen + clients, 60)
+                failed, killed = load.failed, time.monotonic()
+                replicas()[number % count].kill()
+                await asyncio.sleep(0.5)  # answers that were on their way
+                back = 0.5 + await until(lambda moment=killed: load.last_answer > moment + 0.5, 60)
+                print(f"{count} replicas, kill {number + 1}: {load.failed - failed} failed, answers after {back:.1f} s")
+                assert load.failed - failed <= settings.replica().room
+                assert back < 10
+                await asyncio.sleep(2 * HEALTH_CHECK_PERIOD_S)
+            over.set()
+            await running
+
+        asyncio.run(asyncio.wait_for(main(), 240))
+    assert load.wrong == 0 < load.answered
+
+
+def test_a_server_that_is_stopped_finishes_what_it_has_begun(tiny_checkpoint: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    words = [
+        "--model",
+        str(tiny_checkpoint),
+        "--port",
+        str(port),
+        "--max-batch-size",
+        str(STREAMS),
+        "--max-tokens-limit",
+        "192",
+    ]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jobs.serve", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+    def refused() -> tuple[int, str]:
+        response = httpx.post(url + CHAT, json=long_body(), timeout=10)
+        return response.status_code, response.headers.get("retry-after", "")
+
+    async def main() -> tuple[list[str], tuple[int, str]]:
+        body = long_body(max_tokens=192, stream=True)
+        clients = [await RawClient.ask(url, body) for _ in range(STREAMS)]
+        for client in clients:
+            await client.reader.readuntil(b'"forward"')
+        server.send_signal(signal.SIGTERM)
+        answers = [asyncio.ensure_future(client.read_all()) for client in clients]
+        late = (200, "")
+        while late[0] == 200 and not all(answer.done() for answer in answers):
+            late = await asyncio.to_thread(refused)
+        return await asyncio.gather(*answers), late
+
+    try:
+        wait_healthy(url, server)
+        answers, late = asyncio.run(asyncio.wait_for(main(), 120))
+        assert sum("data: [DONE]" in answer for answer in answers) == STREAMS
+        assert late == (503, "1")
+        assert server.wait(75) == 0, server.stderr.read() if server.stderr else ""
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def wait_healthy(url: str, server: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        with suppress(OSError), urllib.request.urlopen(url + HEALTH, timeout=5) as response:
+            assert json.load(response)["status"] == "ok"
+            return
+        assert server.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
