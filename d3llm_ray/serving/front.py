@@ -125,7 +125,7 @@ class Front:
         self._app = app
         self._count_replicas = count_replicas
         self._rooms: defaultdict[str, Room] = defaultdict(Room)  # by the path before the application's routes
-        self._arrivals = 0
+        self._arrivals, self._arrived = 0, float("-inf")
         self._shower: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -150,13 +150,15 @@ class Front:
         if room.slow_reader_s is not None:
             send = patient(send, room.slow_reader_s)
         room.recount(self._count_replicas)
-        self._arrivals += 1
+        alone = time.monotonic() - self._arrived > LULL_S
+        self._arrivals, self._arrived = self._arrivals + 1, time.monotonic()
         if room.refuses():
             await _refuse(scope, send)
             return
         place = room.take()
         try:
-            await self._lull()
+            if not alone:
+                await self._lull()
             # Free before a client can know that its answer is complete, and ask again.
             tapped = _tapped(send, learn, place.close)
             answer = StandIn(tapped, _ROOM_HEADER, room.in_flight > 1, sane_request_id(scope))

@@ -147,7 +147,7 @@ class ChatService:
             asked += [replace(first, seed=choice_seed(seed, choice)) for choice in range(request.choices)]
         self.check_room(count)
         with _refusals():
-            submissions = [self.worker.submit(one, deadline) for one in asked]
+            submissions = [self.worker.submit(one, deadline, bool(request.stop) or one.reveals) for one in asked]
         stops = request.stop
         texts = [CommittedText(self.llm.decode, stops) for _ in submissions]
         answers = [Answer(one, text, self._metrics) for one, text in zip(submissions, texts, strict=True)]

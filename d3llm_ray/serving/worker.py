@@ -22,6 +22,9 @@ from d3llm_ray.serving.backlog import Backlog
 from d3llm_ray.serving.deadline import Deadline
 
 logger = logging.getLogger("d3llm_ray.serving")
+# Events gather for so long. Each time that the event loop wakes, the two threads take Python's lock from each other,
+# which costs a small model a good part of a forward; one of an 8B model takes longer than this.
+GATHER_S = 0.02
 STOP_TIMEOUT_S = 10.0  # a forward that hangs must not keep its process from ending
 
 
@@ -42,6 +45,8 @@ class Submission:
     events: Backlog = field(default_factory=Backlog)
     engine_id: int | None = None  # of the engine's thread alone
     timer: asyncio.TimerHandle | None = None  # until its deadline
+    urgent: bool = False  # every event counts at once: what it is may end the decoding, or is to be seen
+    begun: bool = False  # of the engine's thread alone: an event has been told
     arrived: float = field(default_factory=time.monotonic)
 
     async def next_event(self) -> Event:
@@ -74,6 +79,8 @@ class EngineWorker:
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._open: set[Submission] = set()  # of the event loop
         self._decoding: dict[int, Submission] = {}  # of the thread, by engine id, in order of submission
+        self._untold: list[tuple[Submission, Event]] = []  # of the thread
+        self._told_at = float("-inf")
         self._step_began: float | None = None
         self._failure: EngineFailure | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -131,13 +138,13 @@ class EngineWorker:
             self._metrics.refused()
             raise Overloaded
 
-    def submit(self, request: Request, deadline: Deadline | None = None) -> Submission:
+    def submit(self, request: Request, deadline: Deadline | None = None, urgent: bool = False) -> Submission:
         """Queue a request that `engine.check` accepts. Raises `Overloaded` or `EngineFailure`.
 
         When the deadline passes its slot is freed, whoever waits for it, and `DeadlinePassed` is its last event.
         """
         self.check_room()
-        submission = Submission(request, self)
+        submission = Submission(request, self, urgent=urgent)
         self._open.add(submission)
         if deadline is not None:
             submission.timer = deadline.call(lambda: self._expire(submission, deadline))
@@ -192,14 +199,19 @@ class EngineWorker:
         self._step_began = time.monotonic()
         events = self._engine.step()
         self._step_began = None
-        batch = []
+        due = time.monotonic() - self._told_at > GATHER_S
         for event in events:
-            batch.append((self._decoding[event.request_id], event))
-            if event.completion is not None or event.error is not None:
+            submission = self._decoding[event.request_id]
+            self._untold.append((submission, event))
+            is_last = event.completion is not None or event.error is not None
+            due = due or is_last or submission.urgent or not submission.begun
+            submission.begun = True
+            if is_last:
                 del self._decoding[event.request_id]
         self._metrics.stepped(self._engine.active, self._engine.waiting, self._engine.pool)
-        if batch:
-            self._on_loop(self._deliver, batch)
+        if due and self._untold:
+            self._on_loop(self._deliver, self._untold)
+            self._untold, self._told_at = [], time.monotonic()
 
     def _on_loop(self, callback: Callable[[Any], None], argument: object) -> None:
         assert self._loop is not None

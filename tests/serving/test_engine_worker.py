@@ -12,6 +12,7 @@ import pytest
 
 from d3llm_ray.decoding import DiffusionLLM, Request
 from d3llm_ray.metrics import ServingMetrics
+from d3llm_ray.serving import worker as worker_module
 from d3llm_ray.serving.deadline import Deadline, DeadlinePassed
 from d3llm_ray.serving.worker import EngineFailure, EngineWorker, Overloaded, Submission
 
@@ -170,6 +171,26 @@ def test_engine_exception_fails_all_in_flight(llm: DiffusionLLM, monkeypatch: py
     run_worker(llm, test)
     for request_id in range(1000):  # the fixture's engine is shared
         llm.engine.cancel(request_id)
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_events_gather_between_the_first_and_the_last_unless_they_are_urgent(
+    llm: DiffusionLLM, monkeypatch: pytest.MonkeyPatch, urgent: bool
+) -> None:
+    monkeypatch.setattr(worker_module, "GATHER_S", 60.0)
+    slow = llm.decoder(entropy_threshold=0.0)  # a token a forward
+
+    async def test(worker: EngineWorker) -> None:
+        deliver, told = worker._deliver, []
+        monkeypatch.setattr(worker, "_deliver", lambda batch: (told.append(len(batch)), deliver(batch)))
+        _, forwards, _ = await read(
+            worker.submit(Request(llm.encode("1 + 2"), 16, decoder=slow, reveals=True), urgent=urgent)
+        )
+        assert forwards > 10 and sum(told) > 10
+        assert len(told) == (sum(told) if urgent else 2)
+        assert told[0] == 1
+
+    run_worker(llm, test)
 
 
 @pytest.mark.parametrize("is_stopped", [True, False])

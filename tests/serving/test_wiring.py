@@ -39,7 +39,7 @@ def asked(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> list[Request
     """The requests that came to the engine, each answered with the same five tokens in three forwards."""
     requests: list[Request] = []
 
-    def submit(request: Request, deadline: Any) -> Submission:
+    def submit(request: Request, deadline: Any, urgent: bool) -> Submission:
         requests.append(request)
         submission = Submission(request, service.worker)
         ids = service.llm.encode("3 + 4")[-8:][:5]
@@ -120,6 +120,25 @@ def test_messages_arrive_in_their_order_with_their_roles(
     assert tokenizer is not None
     text = "system 1 user 2 assistant 3 "
     assert list(request.prompt_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "urgent"),
+    [
+        ({}, False),
+        ({"stream": True}, False),
+        ({"stop": "####"}, True),
+        ({"logprobs": True}, True),
+        ({"stream": True, "diffusion": {"events": True}}, True),
+    ],
+)
+def test_what_may_end_the_decoding_and_what_is_to_be_seen_is_urgent(
+    client: TestClient, service: ChatService, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], urgent: bool
+) -> None:
+    told, submit = [], service.worker.submit
+    monkeypatch.setattr(service.worker, "submit", lambda *asked: told.append(asked[2]) or submit(*asked))
+    assert client.post(CHAT, json={"model": "tiny-random", "messages": QUESTION, **fields}).status_code == 200
+    assert told == [urgent]
 
 
 def own_value(value: Any) -> Any:
