@@ -202,7 +202,7 @@ class Engine:
         return Sampling(
             np.repeat(np.array([request.temperature for request in requests], dtype=np.float32), counts),
             np.repeat(np.array([request.top_p for request in requests], dtype=np.float32), counts),
-            np.repeat(np.array([request.top_k for request in requests], dtype=np.int64), counts),
+            np.repeat(np.array([min(one.top_k, self.vocabulary_size) for one in requests], dtype=np.int64), counts),
             np.concatenate(keys) if hot else np.zeros(sum(counts), dtype=np.uint64),
         )
 

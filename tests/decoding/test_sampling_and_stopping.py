@@ -70,6 +70,12 @@ def test_bad_fields_are_refused_with_their_range(fields: dict[str, Any], message
 # Filters
 
 
+def test_a_top_k_beyond_any_vocabulary_filters_nothing() -> None:
+    free = _decode("llada", "vanilla", Request([5, 6, 7], 20, temperature=1.5, seed=3))
+    for top_k in (2**31, 2**63, 10**30):
+        assert _decode("llada", "vanilla", Request([5, 6, 7], 20, temperature=1.5, seed=3, top_k=top_k)) == free
+
+
 @pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 1e-6}])
 @pytest.mark.parametrize(
     ("kind", "preset", "options"),

@@ -21,6 +21,7 @@ from d3llm_ray.serving.server import APPLICATION, serve_in_background
 from d3llm_ray.serving.settings import ServeSettings
 from d3llm_ray.tasks import load_task
 
+pytestmark = pytest.mark.slow  # half a minute: Ray exports every ten seconds
 MODEL = "counted"  # no other test's
 ANSWERED, CANCELLED, BURST = 400, 40, 60
 ROOM = 8 + 24

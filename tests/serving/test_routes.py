@@ -119,7 +119,7 @@ def test_settings_go_with_the_decoder_that_is_named(
 ) -> None:
     asked: list[Request] = []
 
-    def submit(request: Request, _: Any) -> Any:
+    def submit(request: Request, *_: Any) -> Any:
         asked.append(request)
         raise RuntimeError
 

@@ -23,6 +23,7 @@ from d3llm_ray.serving.settings import ServeSettings
 from tests.serving.keys import key_file
 from tests.serving.test_limits import IDLE, accept_seconds, send_raw
 
+pytestmark = pytest.mark.slow  # a Serve of its own
 KEY = "key-of-ann.0123456789"
 PROMPT = "Tom has 5 apples and buys 7 more. The launch code is 5 7 9"
 BODY = {"model": "tiny-random", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 8}
