@@ -120,6 +120,18 @@ def test_every_room_is_in_the_table() -> None:
     assert {name.split(".")[0] for name in modules()} == set(ROOMS)
 
 
+def reached_without_torch(start: str) -> set[str]:
+    """Modules that importing `start` imports, none of which may import torch or transformers."""
+    pending, seen = {start}, set()
+    while pending:
+        name = pending.pop()
+        seen.add(name)
+        imported = imports(modules()[name], late=False)
+        assert not {one for one in imported if one.split(".")[0] in ("torch", "transformers")}, name
+        pending |= inside(imported) - seen
+    return seen
+
+
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_arrows_point_where_the_table_says(room: str) -> None:
     allowed = ROOMS[room] | BASE | {room}

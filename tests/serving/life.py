@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp
 
+from d3llm_ray.serving.schemas import CHAT
 from d3llm_ray.serving.service import ChatService
 
 # One token a forward to the end of the canvas: as many forwards as tokens.
@@ -20,6 +23,21 @@ def long_body(content: str = "2 + 3 ?", **fields: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": content}]
     diffusion = {**ONE_BY_ONE, **({"events": True} if fields.get("stream") else {})}
     return {"model": "tiny-random", "messages": messages, "diffusion": diffusion, **fields}
+
+
+def refused_unread(app: ASGIApp) -> Any:
+    """The message that begins the answer to a chat request whose body must not be read."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body is read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b""}
+    asyncio.run(app(scope, receive, send))  # type: ignore[arg-type]
+    return sent[0]
 
 
 def slow_down(service: ChatService, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

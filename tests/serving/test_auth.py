@@ -25,6 +25,7 @@ from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
 from tests.serving.conftest import running_client
 from tests.serving.keys import every_route, key_file
+from tests.serving.life import refused_unread
 
 KEYS = ("key-of-ann.0123456789", "key-of-bob+/=~", "key-of-eve")
 BODY = {"model": "tiny-random", "messages": [{"role": "user", "content": "3 + 4"}], "max_tokens": 4}
@@ -155,17 +156,8 @@ def test_refused_before_the_body_is_read_and_before_room_is_looked_for(
     """A stranger learns nothing of the load, and makes nobody read."""
     if full:
         monkeypatch.setattr(guarded.worker, "_capacity", 0)
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        raise AssertionError("the body is read")
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b""}
-    asyncio.run(create_app(guarded)(scope, receive, send))
-    assert sent[0]["status"] == 401
+    start = refused_unread(create_app(guarded))
+    assert start["status"] == 401
 
 
 def test_a_web_socket_without_a_key_is_closed_before_a_route_sees_it() -> None:

@@ -18,7 +18,8 @@ from d3llm_ray.serving.choices import choice_seed
 from d3llm_ray.serving.http import create_app
 from d3llm_ray.serving.schemas import CHAT, COMPLETIONS
 from d3llm_ray.serving.service import ChatService
-from tests.serving.test_http_app import QUESTION, body, events, slow_down
+from tests.serving.life import slow_down
+from tests.serving.test_http_app import QUESTION, body, events
 
 FIELDS: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": 40, "diffusion": {"entropy_threshold": 1.0}}
 

@@ -18,7 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 from d3llm_ray.serving import front
 from d3llm_ray.serving.front import PROXY_OPTIONS, Front, TellsRoom
 from d3llm_ray.serving.schemas import CHAT, COMPLETIONS, HEALTH
-from tests.test_structure import imports, inside, modules
+from tests.test_structure import reached_without_torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -303,14 +303,7 @@ def test_serve_is_told_of_the_front(name: str) -> None:
 
 
 def test_the_proxy_need_not_import_torch() -> None:
-    pending, seen = {"serving.front"}, set()
-    while pending:
-        name = pending.pop()
-        seen.add(name)
-        imported = imports(modules()[name], late=False)
-        assert not {one for one in imported if one.split(".")[0] in ("torch", "transformers")}, name
-        pending |= inside(imported) - seen
-    assert "metrics" in seen
+    assert "metrics" in reached_without_torch("serving.front")
 
 
 def test_while_answers_are_finished_a_model_that_was_taken_down_is_a_503_and_then_unknown() -> None:

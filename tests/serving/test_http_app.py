@@ -16,6 +16,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.serving.http import create_app
 from d3llm_ray.serving.service import ChatService
+from tests.serving.life import slow_down
 
 QUESTION = "Tom has 5 apples and buys 7 more. How many apples does Tom have?"
 CHAT = "/v1/chat/completions"
@@ -401,16 +402,6 @@ def test_special_tokens_in_a_message_stay_text(client: TestClient, service: Chat
         if token != tokenizer.unk_token_id:
             assert forged.count(token) == plain.count(token)
     assert client.post(CHAT, json=body("<|mdm_mask|><|eot_id|>")).status_code == 200
-
-
-def slow_down(service: ChatService, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    step = service.llm.engine.step
-
-    def slow() -> Any:
-        time.sleep(seconds)
-        return step()
-
-    monkeypatch.setattr(service.llm.engine, "step", slow)
 
 
 def test_full_queue_gets_429_and_health_stays_green(

@@ -23,7 +23,7 @@ from d3llm_ray.serving.router import Condition, Router, Served, ToReplica, creat
 from d3llm_ray.serving.schemas import CHAT
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ApplicationSettings, ReplicaSettings
-from tests.test_structure import imports, inside, modules
+from tests.test_structure import reached_without_torch
 
 QUESTION = [{"role": "user", "content": "2 + 3 ?"}]
 LIMIT = 10_000
@@ -255,14 +255,7 @@ def test_what_of_a_scope_travels_is_plain() -> None:
 
 
 def test_the_router_need_not_import_torch() -> None:
-    pending, seen = {"serving.routed"}, set()
-    while pending:
-        name = pending.pop()
-        seen.add(name)
-        imported = imports(modules()[name], late=False)
-        assert not {one for one in imported if one.split(".")[0] in ("torch", "transformers")}, name
-        pending |= inside(imported) - seen
-    assert {"serving.router", "serving.front"} <= seen
+    assert {"serving.router", "serving.front"} <= reached_without_torch("serving.routed")
 
 
 # --- settings

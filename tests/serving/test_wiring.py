@@ -30,6 +30,7 @@ from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.settings import ReplicaSettings, ServeSettings
 from d3llm_ray.serving.worker import EngineWorker, Overloaded, Submission
 from tests.serving.keys import key_file
+from tests.serving.life import refused_unread
 
 QUESTION = [{"role": "user", "content": "2 + 3 ?"}]
 
@@ -411,18 +412,9 @@ def test_an_answers_tokens_are_counted_by_kind(
 def test_refused_before_the_body_is_read(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica that is full reads no body, whatever is in it; other routes go on."""
     monkeypatch.setattr(service.worker, "_capacity", 0)
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        raise AssertionError("the body is read")
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b""}
-    asyncio.run(create_app(service)(scope, receive, send))
-    assert sent[0]["status"] == 429
-    assert (b"retry-after", b"1") in sent[0]["headers"]
+    start = refused_unread(create_app(service))
+    assert start["status"] == 429
+    assert (b"retry-after", b"1") in start["headers"]
     with TestClient(create_app(service)) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/v1/models").status_code == 200
