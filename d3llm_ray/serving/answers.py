@@ -52,10 +52,9 @@ class Answer:
         self._arrived = time.monotonic()
         self._started = False
         self._closed = False
-        self._failed = False
         self._revealed: dict[int, CommittedToken] = {}  # by position, until it is committed
         self._told = 0  # tokens in pieces
-        self._is_late = False
+        self._unfinished = metrics.aborted  # how an answer that does not end is counted
 
     async def next(self) -> Piece | None:
         """The next piece, never empty, or None at the end. Raises `ApiError` when the engine fails or time is up."""
@@ -92,13 +91,13 @@ class Answer:
         try:
             event = await self._submission.next_event()
         except EngineFailure as error:
-            self._failed = True
+            self._unfinished = self._metrics.failed
             raise ApiError(500, f"{error}; ask again", code="engine_failed") from error
         except DeadlinePassed as error:
-            self._is_late = True
+            self._unfinished = self._metrics.timed_out
             raise out_of_time(error) from error
         if event.error is not None:
-            self._failed = True
+            self._unfinished = self._metrics.failed
             raise ApiError(500, event.error, code="decoding_failed")
         return event
 
@@ -108,12 +107,8 @@ class Answer:
             return
         self._closed = True
         self._submission.close()
-        if self._is_late:
-            self._metrics.timed_out()
-        elif self._failed:
-            self._metrics.failed()
-        elif self.finish_reason is None:
-            self._metrics.aborted()
+        if self.finish_reason is None:
+            self._unfinished()
 
     def _note_first(self) -> None:
         if not self._started:
