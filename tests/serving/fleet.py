@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import psutil
 
 CHAT = "/v1/chat/completions"
