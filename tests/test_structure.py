@@ -25,26 +25,19 @@ ROOMS: dict[str, set[str]] = {
     **{name: set() for name in BASE},
     **{name: set() for name in EDGE_BASE},
     "models": set(),
-    "tasks": set(),
+    "judging": set(),
+    "tasks": {"judging"},
     "decoding": {"models"},
     "generate": {"decoding", "models", "tasks"},
     "trajectories": {"decoding", "models", "tasks", *EDGE_BASE},
     "distillation": {"decoding", "models", "tasks", "trajectories", *EDGE_BASE},
-    "evaluation": {"decoding", "models", "tasks"},
-    "ablation": {
-        "decoder_settings",
-        "decoding",
-        "distillation",
-        "evaluation",
-        "models",
-        "tasks",
-        "trajectories",
-        "cluster",
-    },
-    "tuning": {"decoding", "evaluation", "models", "tasks", *EDGE_BASE},
     "serving": {"decoding", "models", *EDGE_BASE},
 }
 ROOMS["clients"] = {"serving", *ROOMS["serving"]}
+ROOMS["evaluation"] = {"clients", "tasks", "judging", *ROOMS["clients"]}
+ROOMS["harness"] = {"evaluation", *ROOMS["evaluation"]}
+ROOMS["tuning"] = {"evaluation", *ROOMS["evaluation"]}
+ROOMS["leaderboard"] = {"evaluation", "tuning", *ROOMS["tuning"]}
 ROOMS["ablation"] = {*ROOMS["distillation"], "distillation", "evaluation"}
 ROOMS["benchmark"] = {*ROOMS["trajectories"], *ROOMS["serving"], "trajectories", "distillation", "serving", "clients"}
 ROOMS["quickstart"] = {*ROOMS, "benchmark"}
@@ -65,7 +58,8 @@ LATE_CORE_PACKAGES = {"flash_attn", "pyarrow"}  # imported where they are needed
 EDGES_ONLY = {"ray", "deepspeed", "fastapi", "pydantic", "pydantic_settings"}
 VALIDATES = {"distillation.training.validation", "distillation.preparation"}  # decodes, and checks beforehand
 MOST_LINES = 300
-MOST_CORE_LINES = 4000
+MOST_CORE_LINES = 3900
+COLLECTIONS = ("tasks/arith.py", "tasks/code.py", "tasks/published/")  # of problems: they grow, nobody reads them first
 
 
 @cache
@@ -191,7 +185,8 @@ def test_modules_can_be_read_at_one_sitting() -> None:
 
 
 def test_the_core_is_small() -> None:
-    """Lines of `models`, `decoding` and `tasks` that are not blank."""
+    """Lines of `models`, `decoding` and `tasks` that are not blank, but for the collections of problems."""
     files = [path for room in CORE for path in (PACKAGE / room).rglob("*.py")]
-    lines = sum(bool(line.strip()) for path in files for line in path.read_text(encoding="utf-8").splitlines())
+    counted = [path for path in files if not str(path.relative_to(PACKAGE)).startswith(COLLECTIONS)]
+    lines = sum(bool(line.strip()) for path in counted for line in path.read_text(encoding="utf-8").splitlines())
     assert lines <= MOST_CORE_LINES

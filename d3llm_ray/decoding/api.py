@@ -19,8 +19,20 @@ from d3llm_ray.device import check_device
 from d3llm_ray.errors import DecodingError, InputError, require
 from d3llm_ray.models import Family, Transformer, encode_chat, load_model, load_tokenizer, read_configs
 from d3llm_ray.models.attention import choose_attention
+from d3llm_ray.models.chat import check_unicode, encode_text
 
-Prompt = str | Sequence[dict[str, str]] | Sequence[int]
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class WholePrompt:
+    """Chat messages, or a text that goes in without a template; `prefix` is how the answer to it begins."""
+
+    content: str | Messages
+    prefix: str = ""
+
+
+Prompt = str | Messages | Sequence[int] | WholePrompt
 
 
 class ProgressLike(Protocol):
@@ -104,6 +116,10 @@ class DiffusionLLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text becomes one user message, messages go through the chat template, ids stay."""
+        if isinstance(prompt, WholePrompt):
+            text = prompt.content if isinstance(prompt.content, str) else ""
+            start = [] if isinstance(prompt.content, str) else self.encode(prompt.content)
+            return start + self._encode_text(text + prompt.prefix)
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         token_ids = [item for item in prompt if isinstance(item, int)]
@@ -112,9 +128,16 @@ class DiffusionLLM:
             return token_ids
         if len(messages) != len(prompt):
             raise InputError("prompt: mixed content; accepted: text, a list of chat messages, or a list of token ids")
+        return encode_chat(self._known_tokenizer(), messages)
+
+    def _encode_text(self, text: str) -> list[int]:
+        check_unicode(text, "prompt")
+        return encode_text(self._known_tokenizer(), text, control=False)
+
+    def _known_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise InputError("prompt: this checkpoint has no tokenizer; accepted: a list of token ids")
-        return encode_chat(self.tokenizer, messages)
+        return self.tokenizer
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; empty without a tokenizer."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d3llm_ray.decoding import Decoder, DiffusionLLM, Output, decoding_settings
+from d3llm_ray.decoding import Decoder, DiffusionLLM, Output, WholePrompt, decoding_settings
 from d3llm_ray.device import timed
 from d3llm_ray.errors import require
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
@@ -41,9 +41,9 @@ def evaluate(
     check_references(problems)
     chosen = llm.decoder(decoder, **overrides)
     progress = progress or Progress()
-    prompts = [problem.messages for problem in problems]
+    prompts = [prompt_of(problem) for problem in problems]
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "decoder": chosen}
-    options["errors"] = "return"
+    options |= {"errors": "return", "stop": task.stop}
     if warmup:
         llm.generate(prompts[:warmup], **options)
     device = llm.model.embed_tokens.weight.device
@@ -69,6 +69,11 @@ def check_references(problems: Iterable[Problem]) -> None:
     """Raise `InputError` for a problem that no answer can be checked against."""
     for problem in problems:
         require(problem.reference is not None, f"problem {problem.id}: reference", None, "the expected answer")
+
+
+def prompt_of(problem: Problem) -> WholePrompt:
+    """The prompt that `generate` takes for a problem: by the chat template or as it is, with the answer's beginning."""
+    return WholePrompt(problem.messages if problem.text is None else problem.text, problem.prefix)
 
 
 def _sample(task: Task, problem: Problem, output: Output) -> EvaluatedSample:

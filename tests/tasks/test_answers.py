@@ -161,7 +161,7 @@ def test_numbers_are_judged_as_before(solution: str, answer: str, form: str, kno
 
 
 def test_numbers_are_never_computed_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d3llm_ray.tasks.task.same_mathematics", lambda *_: pytest.fail("a number was parsed"))
+    monkeypatch.setattr("d3llm_ray.judging.answers.same_mathematics", lambda *_: pytest.fail("a number was parsed"))
     assert TASK.is_correct("#### 1,042", "1042") and not TASK.is_correct("#### 1042.1", "1042")
     assert not TASK.is_correct(r"\boxed{7}", "70") and not TASK.is_correct("so 7.", "Tom has 8 apples.")
 

@@ -1,0 +1,1 @@
+"""EleutherAI's lm-eval, as it is, on this project's decoders."""

@@ -1,0 +1,21 @@
+"""Whether an answer is right: a final answer compared, a program run in a sandbox."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from d3llm_ray.judging.answers import FinalAnswer
+
+__all__ = ["FinalAnswer", "Judge"]
+
+
+class Judge(Protocol):
+    """What a task needs to judge an answer; it keeps no state and can be sent to any process."""
+
+    def extract(self, text: str) -> str | None:
+        """What of an answer is judged, in the form in which it is kept; None where there is nothing to judge."""
+        ...
+
+    def is_correct(self, text: str, reference: str) -> bool:
+        """Whether the answer `text` is right; `reference` is the problem's, in whatever form this judge reads."""
+        ...

@@ -1,0 +1,1 @@
+"""Programs that others have written, run where they can harm nothing."""

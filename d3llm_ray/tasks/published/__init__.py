@@ -1,0 +1,1 @@
+"""The field's benchmarks: their data, prompts and answers as published."""
