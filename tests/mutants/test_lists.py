@@ -20,11 +20,11 @@ ROOMS = {
     "command_line": ["cli", "config", "yaml_file", "paths", "generate", "report", "output_folder", "progress"],
     "decoding": ["decoding/"],
     "distillation": ["distillation/"],
-    "evaluation": ["evaluation/"],
+    "evaluation": ["evaluation/", "harness/", "leaderboard/"],
     "models": ["models/"],
     "quickstart": ["quickstart/"],
     "serving": ["serving/", "metrics"],
-    "tasks": ["tasks/", "mathematics"],
+    "tasks": ["tasks/", "judging/", "mathematics"],
     "trajectories": ["trajectories/"],
     "tuning": ["tuning/"],
 }
