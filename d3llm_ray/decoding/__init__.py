@@ -1,6 +1,6 @@
 """Decoding: schedules, selections, caches, presets, the engine and the offline API."""
 
-from d3llm_ray.decoding.api import DiffusionLLM, Output, WholePrompt
+from d3llm_ray.decoding.api import DiffusionLLM, Output, Prompt, WholePrompt
 from d3llm_ray.decoding.engine import Engine
 from d3llm_ray.decoding.presets import PRESETS, Decoder, decoder, default_decoder
 from d3llm_ray.decoding.request import Completion, Event, Request, Reveal
@@ -21,6 +21,7 @@ __all__ = [
     "Engine",
     "Event",
     "Output",
+    "Prompt",
     "Request",
     "Reveal",
     "WholePrompt",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d3llm_ray.decoding import Decoder, DiffusionLLM, Output, WholePrompt, decoding_settings
+from d3llm_ray.decoding import Decoder, DiffusionLLM, Output, Prompt, WholePrompt, decoding_settings
 from d3llm_ray.device import timed
 from d3llm_ray.errors import require
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
@@ -71,8 +71,10 @@ def check_references(problems: Iterable[Problem]) -> None:
         require(problem.reference is not None, f"problem {problem.id}: reference", None, "the expected answer")
 
 
-def prompt_of(problem: Problem) -> WholePrompt:
+def prompt_of(problem: Problem) -> Prompt:
     """The prompt that `generate` takes for a problem: by the chat template or as it is, with the answer's beginning."""
+    if problem.text is None and not problem.prefix:
+        return problem.messages
     return WholePrompt(problem.messages if problem.text is None else problem.text, problem.prefix)
 
 

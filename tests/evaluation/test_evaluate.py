@@ -38,6 +38,7 @@ def test_figures_are_those_of_the_outputs_and_warmup_is_not_counted():
             "seed": 3,
             "decoder": decoder("d3llm", entropy_threshold=0.3),
             "errors": "return",
+            "stop": (),
         }
     )
     assert row.settings["decoder"] == "d3llm" and row.settings["entropy_threshold"] == 0.3
