@@ -89,7 +89,7 @@ def test_every_setting_arrives_where_it_acts(
     decoders = [decoder("d3llm", refresh_interval=7, entropy_threshold=value) for value in (0.31, 0.57)]
     engine = {"dtype": "bfloat16", "device": "cuda:3", "max_batch_size": 5}
     assert llm.loads == [((str(tiny_checkpoint),), {"decoder": decoders[0], **engine})]
-    options = {"max_tokens": 48, "temperature": 0.7, "seed": 11, "errors": "return"}
+    options = {"max_tokens": 48, "temperature": 0.7, "seed": 11, "errors": "return", "stop": ()}
     assert llm.calls == [(number, options | {"decoder": each}) for each in decoders for number in (2, 3)]
     assert report.anchors == {"tiny-random": "tiny-random"}
     assert [(row.problems, row.warmup, row.max_tokens, row.temperature, row.seed) for row in report.rows] == [

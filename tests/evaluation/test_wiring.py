@@ -48,7 +48,7 @@ def test_every_argument_of_a_measurement_reaches_the_decoder_and_the_row() -> No
     assert [*given, "overrides"] == list(inspect.signature(evaluate).parameters)
     row = evaluate(**given, entropy_threshold=0.7)
     chosen = decoder("dparallel", entropy_threshold=0.7)
-    options = {"max_tokens": 24, "temperature": 0.3, "seed": 5, "decoder": chosen, "errors": "return"}
+    options = {"max_tokens": 24, "temperature": 0.3, "seed": 5, "decoder": chosen, "errors": "return", "stop": ()}
     messages = [problem.messages for problem in problems()]
     assert given["llm"].calls == [
         (messages[:2], {**options, "progress": None}),

@@ -34,7 +34,8 @@ def test_worked_examples_are_of_the_training_split() -> None:
 
 
 def test_every_column_of_a_row_arrives(tmp_path: Path) -> None:
-    assert [field.name for field in fields(Problem)] == ["id", "messages", "reference", "user_id"]
+    of_a_file = ["id", "messages", "reference", "user_id"]
+    assert [field.name for field in fields(Problem)] == [*of_a_file, "text", "prefix"]  # those of published tasks
     file = tmp_path / "mine.jsonl"
     row = {"prompt": "1 + 1?", "reference": "2", "gt_answer": "3", "answer": "#### 4", "id": "mine"}
     rows = [
