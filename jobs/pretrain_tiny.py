@@ -2,6 +2,7 @@
 
     python jobs/pretrain_tiny.py --output runs/pretrain          # resumes if interrupted
     python jobs/pretrain_tiny.py --families dream --start tiny-ar --accumulate 1 --adapt-steps 10400    # tiny-dream
+    python jobs/pretrain_tiny.py --output runs/coder --tasks arith,code                                 # tiny-coder
 
 Stages: `causal` (next token, answers only, single facts mixed in), `adapt` (masked diffusion under a random and a
 targeted mask, plain mean) and `sft` (LLaDA's SFT objective: i.i.d. masks at ratio p, every token loss over
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from pretraining.corpus import Corpus, prompt_length, row_length
+from pretraining.corpus import TASKS, Corpus, prompt_length, row_length, vocabulary_texts
 from pretraining.losses import causal_loss, diffusion_loss, fact_loss
 from pretraining.shapes import CONFIGS, llama_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +32,6 @@ from d3llm_ray.distillation.convert import group_queries
 from d3llm_ray.models import Family, ModelConfig, Transformer, load_model, save_model
 from d3llm_ray.models.families import read_family
 from d3llm_ray.report import check_output
-from d3llm_ray.tasks.arith import vocabulary_texts
 from d3llm_ray.tasks.tokenizer import build_tokenizer
 
 GENERATION = {"block_size": 16}  # four blocks in a canvas of 64
@@ -62,8 +62,8 @@ def run_stage(model: Transformer, family: Family, stage: str, args: argparse.Nam
         begin = state["step"]
     torch.manual_seed(args.seed + begin)
     # A resumed stage draws new examples: the stream is endless, no problem needs to be seen twice.
-    easy = Corpus(args.seed + begin + 1, max_steps=1)
-    corpus = Corpus(args.seed + begin, max_steps=3)
+    easy = Corpus(args.seed + begin + 1, max_steps=1, tasks=args.tasks)
+    corpus = Corpus(args.seed + begin, max_steps=3, tasks=args.tasks)
     started, losses = time.monotonic(), []
     for step in range(begin, total):
         for group in optimizer.param_groups:
@@ -117,6 +117,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/pretrain"))
     parser.add_argument("--families", nargs="+", choices=CONFIGS, default=["llada"], help="diffusion models to train")
+    parser.add_argument(
+        "--tasks", type=read_tasks, default=["arith"], help="arith, or arith,code for both in equal parts"
+    )
     parser.add_argument("--start", help="a causal checkpoint to adapt, such as tiny-ar, in place of stage `causal`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--hidden-size", type=int, default=128)
@@ -134,7 +137,7 @@ def main() -> None:
         parser.add_argument(f"--{stage}-lr", type=float, default=lr)
     args = parser.parse_args()
     check_output(args.output, "output", folder=True).mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(vocabulary_texts())
+    tokenizer = build_tokenizer(vocabulary_texts(args.tasks))
     torch.manual_seed(args.seed)
     if args.start:
         causal, _ = load_model(args.start, device=args.device)
@@ -143,14 +146,28 @@ def main() -> None:
         causal = initial_model(shape).to(args.device)
         if args.causal_steps:
             run_stage(causal, family, "causal", args, args.output / "causal.pt")
-            export(causal, family, tokenizer, args.output / "tiny-ar")
+            export(causal, family, tokenizer, args.output / model_name("ar", args.tasks))
     for name in args.families:
         shape, family = read_family(CONFIGS[name](args, tokenizer), GENERATION)
         model = group_queries(causal, shape).to(args.device)
         for stage in ("adapt", "sft"):
             if getattr(args, f"{stage}_steps"):
                 run_stage(model, family, stage, args, args.output / f"{name}-{stage}.pt")
-        export(model, family, tokenizer, args.output / f"tiny-{name}")
+        export(model, family, tokenizer, args.output / model_name(name, args.tasks))
+
+
+def read_tasks(text: str) -> list[str]:
+    tasks = text.split(",")
+    if tasks[0] != "arith" or len(set(tasks)) < len(tasks) or not set(tasks) <= set(TASKS):
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: arith, then any of {', '.join(list(TASKS)[1:])}")
+    return tasks
+
+
+def model_name(family: str, tasks: list[str]) -> str:
+    """`tiny-llada` and kin; where programs are among the tasks `tiny-coder`, with its family unless that is LLaDA."""
+    if tasks == ["arith"]:
+        return f"tiny-{family}"
+    return "tiny-coder" if family == "llada" else f"tiny-coder-{family}"
 
 
 def initial_model(shape: ModelConfig) -> Transformer:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from functools import partial
 
 from d3llm_ray.errors import unknown
+from d3llm_ray.judging import ProgramJudge
 from d3llm_ray.paths import not_uploaded
 from d3llm_ray.report import digest
-from d3llm_ray.tasks import arith
+from d3llm_ray.tasks import arith, code
 from d3llm_ray.tasks.files import ENDINGS, read_problems, stem
 from d3llm_ray.tasks.task import SPLITS, Problem, Split, Task
 
 EMBEDDED = {
     "arith": Task("arith", arith.load_problems),
     "arith-long": Task("arith-long", partial(arith.load_problems, shots=5)),
+    "code": Task("code", code.load_problems, judge=ProgramJudge()),
 }
 
 __all__ = ["EMBEDDED", "SPLITS", "Problem", "Split", "Task", "load_task", "read_problems"]

@@ -1,13 +1,16 @@
-"""The embedded task as training text: whole problems, worked examples before them, and bare sums."""
+"""The embedded tasks as training text: whole problems, worked examples before them, and bare sums."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from d3llm_ray.tasks.arith import STEPS, ArithProblem, problems, vocabulary_texts
+from d3llm_ray.tasks import arith, code
 from d3llm_ray.tasks.tokenizer import build_tokenizer
+
+TASKS = {"arith": arith, "code": code}
 
 FEW_SHOT_EVERY = 20  # one batch in so many carries worked examples, so that `arith-long` is in distribution
 FEW_SHOT_SHRINK = 4  # and has fewer rows, for its prompts are that much longer
@@ -31,13 +34,24 @@ def row_length(example: Example) -> int:
     return len(example.prompt) + len(example.response)
 
 
-class Corpus:
-    """An endless source of tokenised training examples in random phrasings."""
+def vocabulary_texts(tasks: Sequence[str]) -> Iterator[str]:
+    """What a tokenizer of these tasks must know."""
+    return chain.from_iterable(TASKS[name].vocabulary_texts() for name in tasks)
 
-    def __init__(self, seed: int, max_steps: int) -> None:
+
+class Corpus:
+    """An endless source of tokenised training examples in random phrasings, of each of `tasks` equally often.
+
+    `arith` is always among them: bare sums are taken from it.
+    """
+
+    def __init__(self, seed: int, max_steps: int, tasks: Sequence[str] = ("arith",)) -> None:
         self.rng = random.Random(seed)
-        self.tokenizer = build_tokenizer(vocabulary_texts())
-        self.stream = problems("train", seed=seed, max_steps=max_steps)
+        self.tokenizer = build_tokenizer(vocabulary_texts(tasks))
+        self.sums = arith.problems("train", seed=seed, max_steps=max_steps)
+        self.streams: list[Iterator[arith.ArithProblem] | Iterator[code.CodeProblem]] = [self.sums]
+        if "code" in tasks:
+            self.streams.append(code.problems("train", seed=seed))
         (self.equals,) = self.encode(" =")
         self.waiting: dict[int, list[Example]] = {}
 
@@ -45,7 +59,8 @@ class Corpus:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _turns(self, problem: ArithProblem) -> tuple[dict[str, str], dict[str, str]]:
+    def _turns(self) -> tuple[dict[str, str], dict[str, str]]:
+        problem = next(self.streams[0] if len(self.streams) == 1 else self.rng.choice(self.streams))
         return (
             {"role": "user", "content": problem.question},
             {"role": "assistant", "content": problem.solution(self.rng)},
@@ -55,8 +70,8 @@ class Corpus:
         """One problem behind `shots` worked examples."""
         messages: list[dict[str, str]] = []
         for _ in range(shots):
-            messages += self._turns(next(self.stream))
-        question, answer = self._turns(next(self.stream))
+            messages += self._turns()
+        question, answer = self._turns()
         text = str(self.tokenizer.apply_chat_template([*messages, question], tokenize=False))
         return Example(self.encode(text), [*self.encode(answer["content"]), self.tokenizer.eos_token_id])
 
@@ -80,10 +95,10 @@ class Corpus:
 
     def fact(self) -> list[int]:
         """One step without its story, such as ` Adding 7 gives 12 + 7 = 19`; ends in the sum."""
-        problem = next(self.stream)
+        problem = next(self.sums)
         before = [problem.start, *problem.totals]
         step = self.rng.randrange(len(problem.steps))
         operation, n = problem.steps[step]
         words = {"name": problem.name, "items": problem.items, "a": before[step], "n": n, "b": ""}
-        sentence = self.rng.choice(STEPS[operation]).format(**words)
+        sentence = self.rng.choice(arith.STEPS[operation]).format(**words)
         return self.encode(sentence[: sentence.index("=") + 1] + f" {before[step + 1]}")

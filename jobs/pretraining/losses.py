@@ -79,13 +79,13 @@ def targeted_mask(example: Example, canvas: int, equals: int) -> tuple[Tensor, i
     I.i.d. masks seldom hide a sum and show both its operands, so that arithmetic comes far behind the text around
     it. Half of these masks hide everything from a position on, as decoding from left to right does (any position,
     or a sum: sums alone would teach that what is masked first is a sum); the other half are i.i.d. but for one
-    sum, hidden, and what stands before it in its equation, shown.
+    sum, hidden, and what stands before it in its equation, shown. In an answer without sums any token stands for one.
     """
-    total = random.choice(example.sums(equals))
+    total = random.choice(example.sums(equals) or range(len(example.response)))
     if random.random() < 0.5:
         target = total if random.random() < 0.5 else random.randrange(len(example.response))
         return torch.arange(canvas) >= target, target
     mask = torch.rand(canvas) < random.random()
-    mask[total - OPERANDS : total] = False
+    mask[max(0, total - OPERANDS) : total] = False
     mask[total] = True
     return mask, total

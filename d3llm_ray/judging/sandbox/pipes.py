@@ -36,7 +36,9 @@ class Pipes:
     def __enter__(self) -> Pipes:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close(*self._open)
 
     def close_far_ends(self) -> None:
