@@ -49,7 +49,7 @@ class Corpus:
         self.rng = random.Random(seed)
         self.tokenizer = build_tokenizer(vocabulary_texts(tasks))
         self.sums = arith.problems("train", seed=seed, max_steps=max_steps)
-        self.streams: list[Iterator[arith.ArithProblem] | Iterator[code.CodeProblem]] = [self.sums]
+        self.streams: list[Iterator[arith.ArithProblem | code.CodeProblem]] = [self.sums]
         if "code" in tasks:
             self.streams.append(code.problems("train", seed=seed))
         (self.equals,) = self.encode(" =")
@@ -60,7 +60,9 @@ class Corpus:
         return ids
 
     def _turns(self) -> tuple[dict[str, str], dict[str, str]]:
-        problem = next(self.streams[0] if len(self.streams) == 1 else self.rng.choice(self.streams))
+        stream: Iterator[arith.ArithProblem | code.CodeProblem]
+        stream = self.sums if len(self.streams) == 1 else self.rng.choice(self.streams)
+        problem = next(stream)
         return (
             {"role": "user", "content": problem.question},
             {"role": "assistant", "content": problem.solution(self.rng)},
