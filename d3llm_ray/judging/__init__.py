@@ -6,11 +6,12 @@ from typing import Protocol
 
 from d3llm_ray.judging.answers import FinalAnswer
 from d3llm_ray.judging.programs import ProgramJudge, judge_all, program_reference
-from d3llm_ray.judging.sandbox.run import require_sandbox, sandbox_reason
+from d3llm_ray.judging.sandbox.run import Limits, require_sandbox, sandbox_reason
 
 __all__ = [
     "FinalAnswer",
     "Judge",
+    "Limits",
     "ProgramJudge",
     "judge_all",
     "program_reference",

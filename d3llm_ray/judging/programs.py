@@ -73,29 +73,29 @@ def sanitise(code: str, before: str, entry_point: str | None) -> str:
     A continuation that lost its indentation gets it back, on its first line or on all. As published evaluations do
     (code_eval behind a sanitiser), the longest beginning that is Python counts; where nothing is, the text as it is.
     """
-    for candidate in _candidates(code, before, entry_point):
-        kept = _longest_program(candidate, len(before.splitlines()))
-        if kept is not None:
-            return kept
+    least = len(before.splitlines())
+    for candidates in _candidates(code, before, entry_point):
+        kept = [text for candidate in candidates if (text := _longest_program(candidate, least)) is not None]
+        if kept:
+            return max(kept, key=len)
     return before + code
 
 
-def _candidates(code: str, before: str, entry_point: str | None) -> Iterator[str]:
-    """Readings of an answer, the likeliest first."""
-    start = _START.search(code)
+def _candidates(code: str, before: str, entry_point: str | None) -> Iterator[list[str]]:
+    """Readings of an answer, the likeliest first; of those that stand together, the one that keeps most of it."""
     is_whole = entry_point is not None and re.search(rf"^(?:async )?def {re.escape(entry_point)}\b", code, re.M)
     if before and not is_whole:
         if code.startswith((" ", "\t", "\n", "\r")):
-            yield before + code
+            yield [before + code]
         first, *rest = code.lstrip().splitlines()
         second = next((line for line in rest if line.strip()), "")
         deep = len(_INDENT) * (2 if first.endswith(":") else 1)
         if len(second) - len(second.lstrip()) < deep:  # every line lost its indentation, not the first alone
             rest = [_INDENT + line for line in rest]
-        yield before + "\n".join([_INDENT + first, *rest])
-    if start:
-        code = code[start.start() :]
-    yield f"{before}\n{code}" if before else code
+        yield [before + "\n".join([_INDENT + first, *rest])]
+    start = _START.search(code)
+    wholes = [code, code[start.start() :]] if start else [code]  # with and without what stands before a first statement
+    yield [f"{before}\n{whole}" if before else whole for whole in wholes]
 
 
 def _longest_program(text: str, least: int) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.judging import ProgramJudge, judge_all, program_reference, sandbox_reason
+from d3llm_ray.judging import Limits, ProgramJudge, judge_all, program_reference, sandbox_reason
 from d3llm_ray.judging.programs import sanitise
 
 BENCHMARKS = Path(__file__).parents[2].parent / "shared" / "benchmarks"
@@ -50,6 +50,7 @@ def test_the_program_in_an_answer(text: str, program: str | None) -> None:
         "if x == 0:\n        return 0\n    return 2 * x",  # on the first
         "if x == 0:\n    return 0\nreturn 2 * x\n\nDone, as you see.",
         "def double(x):\n    return 2 * x",
+        "BY = 2\ndef double(x):\n    return 2 * x * BY // BY",
         "Here is the function:\n\ndef double(x):\n    return 2 * x\n\nIt doubles.",
         "Sure!\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles.",
         "```python\n    return 2 * x\n```",
@@ -143,8 +144,9 @@ def test_a_sample_of_the_benchmarks(problems: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("problems", "count"), [(human_eval, 164), (mbpp, 500)])
 def test_every_canonical_solution_passes_and_none_that_is_hollow(problems: Any, count: int) -> None:
-    every = problems()
+    """Problem 123 of MBPP takes more than 1 s of processor time, the only one."""
+    every, judge = problems(), ProgramJudge(Limits(cpu_s=20, wall_s=120))
     assert len(every) == count
-    assert [number for number, passed in enumerate(judge_all(JUDGE, every)) if not passed] == []
+    assert [number for number, passed in enumerate(judge_all(judge, every)) if not passed] == []
     changed = [(hollow(solution), reference) for solution, reference in every]
     assert [number for number, passed in enumerate(judge_all(JUDGE, changed)) if passed] == []
