@@ -6,13 +6,13 @@ from typing import Protocol
 
 from d3llm_ray.judging.answers import FinalAnswer
 from d3llm_ray.judging.programs import ProgramJudge, judge_all, program_reference
-from d3llm_ray.judging.sandbox.run import Limits, require_sandbox, sandbox_reason
+from d3llm_ray.judging.sandbox.run import ProgramLimits, require_sandbox, sandbox_reason
 
 __all__ = [
     "FinalAnswer",
     "Judge",
-    "Limits",
     "ProgramJudge",
+    "ProgramLimits",
     "judge_all",
     "program_reference",
     "require_ready",

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.judging.sandbox.run import Limits, available_cores, run_program
+from d3llm_ray.judging.sandbox.run import ProgramLimits, available_cores, run_program
 
 LONGEST = 64 * 1024  # characters of an answer that are looked at
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>\w*)[^\n]*\n?", re.M)
@@ -32,7 +32,7 @@ def program_reference(*, before: str, tests: str, entry_point: str | None) -> st
 class ProgramJudge:
     """Judges a program by its tests, in the sandbox: right where the tests run to their end without an exception."""
 
-    limits: Limits = field(default_factory=Limits)
+    limits: ProgramLimits = field(default_factory=ProgramLimits)
 
     def extract(self, text: str) -> str | None:
         """The program in an answer: its first fenced block, else the whole text; None where that is blank.

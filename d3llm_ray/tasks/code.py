@@ -32,7 +32,7 @@ ANSWERS = (
 
 
 @dataclass(frozen=True)
-class Family:
+class FunctionKind:
     """One kind of function: its parameters, what it is asked to do, and bodies that do it.
 
     `{n}`, `{m}` and `{word}` stand for what a problem is made of; a family without one of them ignores it.
@@ -45,47 +45,53 @@ class Family:
 
 
 FAMILIES = {
-    "add": Family("x", ("adds {n} to x", "returns x plus {n}"), ("x + {n}", "{n} + x")),
-    "subtract": Family("x", ("subtracts {n} from x", "returns x minus {n}"), ("x - {n}",)),
-    "multiply": Family("x", ("multiplies x by {n}", "returns {n} times x"), ("x * {n}", "{n} * x")),
-    "linear": Family(
+    "add": FunctionKind("x", ("adds {n} to x", "returns x plus {n}"), ("x + {n}", "{n} + x")),
+    "subtract": FunctionKind("x", ("subtracts {n} from x", "returns x minus {n}"), ("x - {n}",)),
+    "multiply": FunctionKind("x", ("multiplies x by {n}", "returns {n} times x"), ("x * {n}", "{n} * x")),
+    "linear": FunctionKind(
         "x",
         ("multiplies x by {m} and then adds {n}", "returns {n} plus {m} times x"),
         ("x * {m} + {n}", "{n} + {m} * x"),
     ),
-    "two": Family("x, y", ("returns the sum of x and y minus {n}", "adds x and y and subtracts {n}"), ("x + y - {n}",)),
-    "product": Family("x, y", ("returns the product of x and y plus {n}",), ("x * y + {n}", "{n} + x * y")),
-    "each-add": Family(
+    "two": FunctionKind(
+        "x, y", ("returns the sum of x and y minus {n}", "adds x and y and subtracts {n}"), ("x + y - {n}",)
+    ),
+    "product": FunctionKind("x, y", ("returns the product of x and y plus {n}",), ("x * y + {n}", "{n} + x * y")),
+    "each-add": FunctionKind(
         "items",
         ("adds {n} to each of the items", "returns a list of all items plus {n}"),
         ("[item + {n} for item in items]", "[{n} + item for item in items]"),
     ),
-    "each-times": Family(
+    "each-times": FunctionKind(
         "items",
         ("multiplies each of the items by {n}", "returns a list of all items times {n}"),
         ("[item * {n} for item in items]", "[{n} * item for item in items]"),
     ),
-    "larger": Family(
+    "larger": FunctionKind(
         "items",
         ("keeps the items that are larger than {n}", "returns a list of the items above {n}"),
         ("[item for item in items if item > {n}]",),
     ),
-    "sum": Family("items", ("returns the sum of the items plus {n}",), ("sum(items) + {n}", "{n} + sum(items)")),
-    "largest": Family("items", ("returns the largest of the items minus {n}",), ("max(items) - {n}",)),
-    "drop": Family(
+    "sum": FunctionKind("items", ("returns the sum of the items plus {n}",), ("sum(items) + {n}", "{n} + sum(items)")),
+    "largest": FunctionKind("items", ("returns the largest of the items minus {n}",), ("max(items) - {n}",)),
+    "drop": FunctionKind(
         "items", ("leaves out the first {n} items", "returns the items after the first {n}"), ("items[{n}:]",), 5
     ),
-    "repeat": Family("text", ("repeats the text {n} times",), ("text * {n}", "{n} * text"), 12),
-    "after": Family(
+    "repeat": FunctionKind("text", ("repeats the text {n} times",), ("text * {n}", "{n} * text"), 12),
+    "after": FunctionKind(
         "text",
         ("puts {word} after the text {m} times", "repeats {word} {m} times behind the text"),
         ("text + '{word}' * {m}", "text + {m} * '{word}'"),
     ),
-    "before": Family(
+    "before": FunctionKind(
         "text", ("puts {word} before the text without its first {m} letters",), ("'{word}' + text[{m}:]",)
     ),
-    "upper": Family("text", ("returns the text in upper case, followed by {word}",), ("text.upper() + '{word}'",)),
-    "length": Family("text", ("returns the length of the text plus {n}",), ("len(text) + {n}", "{n} + len(text)")),
+    "upper": FunctionKind(
+        "text", ("returns the text in upper case, followed by {word}",), ("text.upper() + '{word}'",)
+    ),
+    "length": FunctionKind(
+        "text", ("returns the length of the text plus {n}",), ("len(text) + {n}", "{n} + len(text)")
+    ),
 }
 
 

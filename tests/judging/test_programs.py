@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.judging import Limits, ProgramJudge, judge_all, program_reference, sandbox_reason
+from d3llm_ray.judging import ProgramJudge, ProgramLimits, judge_all, program_reference, sandbox_reason
 from d3llm_ray.judging.programs import sanitise
 
 BENCHMARKS = Path(__file__).parents[2].parent / "shared" / "benchmarks"
@@ -145,7 +145,7 @@ def test_a_sample_of_the_benchmarks(problems: Any) -> None:
 @pytest.mark.parametrize(("problems", "count"), [(human_eval, 164), (mbpp, 500)])
 def test_every_canonical_solution_passes_and_none_that_is_hollow(problems: Any, count: int) -> None:
     """Problem 123 of MBPP takes more than 1 s of processor time, the only one."""
-    every, judge = problems(), ProgramJudge(Limits(cpu_s=20, wall_s=120))
+    every, judge = problems(), ProgramJudge(ProgramLimits(cpu_s=20, wall_s=120))
     assert len(every) == count
     assert [number for number, passed in enumerate(judge_all(judge, every)) if not passed] == []
     changed = [(hollow(solution), reference) for solution, reference in every]

@@ -17,7 +17,7 @@ import pytest
 from d3llm_ray.errors import InputError
 from d3llm_ray.judging import FinalAnswer, ProgramJudge, require_ready
 from d3llm_ray.judging.sandbox import run as sandbox
-from d3llm_ray.judging.sandbox.run import Limits, ProgramRun, run_program, sandbox_reason
+from d3llm_ray.judging.sandbox.run import ProgramLimits, ProgramRun, run_program, sandbox_reason
 from d3llm_ray.judging.sandbox.system_calls import REFUSED, system_call_filter
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def refused(call, *arguments, **named):
 """
 
 
-def holds(program: str, limits: Limits | None = None) -> ProgramRun:
+def holds(program: str, limits: ProgramLimits | None = None) -> ProgramRun:
     """A program that checks from inside that it can do no harm."""
     run = run_program(REFUSED_CALL + program, "", limits)
     assert run.passed, run.output.decode()
@@ -74,8 +74,8 @@ except RuntimeError:
 
 def test_a_grandchild_ends_with_its_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it would be without a limit of processes: the namespace's process 1 takes all others with it."""
-    resources = Limits().resources()
-    monkeypatch.setattr(Limits, "resources", lambda self: {**resources, "RLIMIT_NPROC": 64})
+    resources = ProgramLimits().resources()
+    monkeypatch.setattr(ProgramLimits, "resources", lambda self: {**resources, "RLIMIT_NPROC": 64})
     name = f"left{os.getpid()}"
     run = holds(f"""
 import ctypes, os, signal, time
@@ -147,7 +147,7 @@ while made < 5000 and not refused(os.mkdir, f"folder{made}"):
     made += 1
 assert made < 300, made
 """,
-        Limits(scratch_mb=4, cpu_s=5),
+        ProgramLimits(scratch_mb=4, cpu_s=5),
     )
 
 
@@ -206,7 +206,7 @@ def test_too_much_processor_time_ends_it() -> None:
     run = run_program(
         "import signal\nfor number in (15, 24, 2): signal.signal(number, signal.SIG_IGN)\nwhile True: pass",
         "",
-        Limits(wall_s=60),
+        ProgramLimits(wall_s=60),
     )
     assert not run.passed and run.exit_code == 128 + 24
     assert not processes_with(f'"parent": {os.getpid()},'.encode())
@@ -214,7 +214,7 @@ def test_too_much_processor_time_ends_it() -> None:
 
 def test_too_much_time_ends_it() -> None:
     program = "import signal, time\nsignal.pthread_sigmask(0, range(1, 32))\ntime.sleep(20)"
-    run = run_program(program, "", Limits(wall_s=0.5))
+    run = run_program(program, "", ProgramLimits(wall_s=0.5))
     assert not run.passed and run.exit_code is None and run.seconds < 10
     assert not processes_with(f'"parent": {os.getpid()},'.encode())
 
@@ -235,9 +235,9 @@ except OSError:
 
 
 def test_output_is_bounded() -> None:
-    run = run_program("print('x' * 100_000)", "assert True", Limits(output_bytes=1000))
+    run = run_program("print('x' * 100_000)", "assert True", ProgramLimits(output_bytes=1000))
     assert run.passed and run.output == b"x" * 1000 and run.dropped_bytes == 99_001
-    run = run_program("import os\nfor _ in range(10_000): os.write(1, b'x' * 65536)", "", Limits(cpu_s=5))
+    run = run_program("import os\nfor _ in range(10_000): os.write(1, b'x' * 65536)", "", ProgramLimits(cpu_s=5))
     assert not run.passed and run.exit_code is None and run.dropped_bytes < 100e6
 
 
@@ -336,7 +336,7 @@ def test_without_a_sandbox_nothing_runs_unless_the_user_says_so(monkeypatch: pyt
     run = run_program("import os\nassert not os.environ\nprint(os.getcwd())", "assert True")
     assert run.passed and not Path(run.output.decode().strip()).exists()
     assert not run_program("import sys\nsys.exit(0)", "").passed
-    assert run_program("import time\ntime.sleep(20)", "", Limits(wall_s=0.5)).exit_code is None
+    assert run_program("import time\ntime.sleep(20)", "", ProgramLimits(wall_s=0.5)).exit_code is None
 
 
 def test_a_machine_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_a_machine_that_cannot_says_why(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_limits_are_checked() -> None:
     with pytest.raises(InputError, match="wall_s: got 0"):
-        Limits(wall_s=0)
+        ProgramLimits(wall_s=0)
 
 
 def test_the_filter_knows_both_machines() -> None:

@@ -1,7 +1,7 @@
 """What starts a program: makes the namespaces, the jail and the limits, then becomes the interpreter.
 
 A script of its own, run by a bare `python -I -S`: it imports nothing of the package. Its one argument is JSON, a
-`run.Job`. Its process makes the namespaces and waits for its parent to write the user map; its child is process 1 of
+`run.Launch`. Its process makes the namespaces and waits for its parent to write the user map; its child is process 1 of
 the new process namespace, whose end is the end of everything in there; that one's child becomes the program. A failure
 is written to the file descriptor `setup`, which the program does not inherit.
 """

@@ -48,7 +48,7 @@ except OSError:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProgramLimits:
     """What a program may use. Seconds of processor time (whole ones) and of the clock; megabytes of address space and
     of files; files; bytes of output that are kept, the rest is dropped."""
 
@@ -93,7 +93,7 @@ class ProgramRun:
 
 
 @dataclass(frozen=True)
-class Job:
+class Launch:
     """What the launcher is told."""
 
     argv: list[str]
@@ -113,13 +113,13 @@ class Job:
     pivot_root: int = field(default_factory=lambda: _call_number("pivot_root"))
 
 
-def run_program(program: str, tests: str, limits: Limits | None = None) -> ProgramRun:
+def run_program(program: str, tests: str, limits: ProgramLimits | None = None) -> ProgramRun:
     """Run `program`, then `tests` in its namespace; passed where both came to their end.
 
     `InputError` where this machine has no sandbox and the user has not allowed to go without (`require_sandbox`).
     """
     require_sandbox()
-    return _run(program, tests, limits or Limits(), is_protected=sandbox_reason() is None)
+    return _run(program, tests, limits or ProgramLimits(), is_protected=sandbox_reason() is None)
 
 
 def require_sandbox() -> None:
@@ -142,7 +142,7 @@ def sandbox_reason() -> str | None:
         return f"no filter of system calls for {platform.machine()}"
     try:
         test = SELF_TEST.format(checkout=str(Path(__file__).parent))
-        run = _run(test, "", Limits(cpu_s=10, wall_s=SETUP_S), is_protected=True)
+        run = _run(test, "", ProgramLimits(cpu_s=10, wall_s=SETUP_S), is_protected=True)
     except (OSError, WorkError) as error:
         return str(error)
     return None if run.passed else run.output.decode(errors="replace").strip() or f"exit code {run.exit_code}"
@@ -152,12 +152,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _run(program: str, tests: str, limits: Limits, *, is_protected: bool) -> ProgramRun:
+def _run(program: str, tests: str, limits: ProgramLimits, *, is_protected: bool) -> ProgramRun:
     token = secrets.token_hex(16).encode()
     python = interpreter()
     with contextlib.ExitStack() as stack:
         pipes = stack.enter_context(Pipes(limits.output_bytes))
-        job = Job(
+        job = Launch(
             argv=[python, "-s", "-S", "-P", "-B", "-c", HARNESS.read_text(encoding="utf-8"), str(pipes.report_end)],
             report=pipes.report_end,
             setup=pipes.setup_end,
@@ -177,6 +177,7 @@ def _run(program: str, tests: str, limits: Limits, *, is_protected: bool) -> Pro
             cwd="/",
             start_new_session=True,
         )
+        ended = False
         try:
             pipes.close_far_ends()
             if is_protected:
@@ -192,7 +193,7 @@ def _run(program: str, tests: str, limits: Limits, *, is_protected: bool) -> Pro
             seconds = time.monotonic() - started
         finally:
             with contextlib.suppress(ProcessLookupError):
-                if "ended" not in locals() or not ended:
+                if not ended:
                     os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
         return ProgramRun(
