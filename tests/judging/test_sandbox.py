@@ -260,6 +260,7 @@ def test_a_deep_recursion_is_no_success() -> None:
         "__builtins__ = {'f': 1}\ndef f(): return 2",
         "import sys, os\nsys.excepthook = lambda *a: os._exit(0)\ndef f(): return 2",
         "import os\nfor n in range(3, 32):\n  try: os.write(n, b'+' + b'0' * 32)\n  except OSError: pass\n"
+        "import builtins\nbuiltins.abs = lambda x: 1\ndef f(): return 2",
         "def f(): return 2",
         "import os\nfor n in range(3, 32):\n  try: os.close(n)\n  except OSError: pass\ndef f(): return 1",
         "import sys\ndef skip(frame, event, arg):\n  if event == 'line':\n    try: frame.f_lineno += 1\n"
@@ -269,8 +270,8 @@ def test_a_deep_recursion_is_no_success() -> None:
     ],
 )
 def test_only_the_end_of_the_tests_is_success(program: str) -> None:
-    assert not run_program(program, "assert f() == 1\nlast = 1").passed
-    assert run_program("def f(): return 1", "assert f() == 1\nlast = 1").passed
+    assert not run_program(program, "assert abs(f()) == 1\nlast = 1").passed
+    assert run_program("def f(): return 1", "assert abs(f()) == 1\nlast = 1").passed
 
 
 def test_tests_cannot_be_read_before_they_run() -> None:
