@@ -1,1 +1,34 @@
-"""The field's benchmarks: their data, prompts and answers as published."""
+"""The field's benchmarks by name: their data, prompts, stop strings and judges as published (docs/tasks.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from d3llm_ray.judging import FinalAnswer, Judge
+from d3llm_ray.tasks.published import reasoning
+from d3llm_ray.tasks.published.data import Folder
+from d3llm_ray.tasks.task import Problem, Task
+
+_COT_STOP = ("Q:", "</s>", "<|im_end|>")
+_QUESTION_STOP = ("Question:", "</s>", "<|im_end|>")
+_MATH_STOP = ("Problem:",)
+
+PUBLISHED: dict[str, tuple[Callable[..., list[Problem]], Judge, tuple[str, ...]]] = {
+    "gsm8k": (partial(reasoning.gsm8k, "chat"), FinalAnswer(), _COT_STOP),
+    "gsm8k-raw": (partial(reasoning.gsm8k, "raw"), FinalAnswer(), _COT_STOP),
+    "gsm8k-1shot": (reasoning.gsm8k_one_shot, FinalAnswer(), _COT_STOP),
+    "long-gsm8k": (partial(reasoning.long_gsm8k, "chat"), FinalAnswer(), _QUESTION_STOP),
+    "long-gsm8k-raw": (partial(reasoning.long_gsm8k, "raw"), FinalAnswer(), _QUESTION_STOP),
+    "math500": (partial(reasoning.math500, "chat", 0), reasoning.StatedAnswer(), _MATH_STOP),
+    "math500-raw": (partial(reasoning.math500, "raw", 4), reasoning.StatedAnswer(), _MATH_STOP),
+}
+
+
+def published_task(name: str, folder: Folder) -> Task:
+    """One of `PUBLISHED`, with its data in `folder`, in the folder of `D3LLM_RAY_DATA`, or at the Hub.
+
+    The data are read when problems are asked for; `InputError` then if they cannot be had.
+    """
+    load, judge, stop = PUBLISHED[name]
+    return Task(name, partial(load, folder=folder), judge, stop)
