@@ -99,13 +99,16 @@ def _download(hub: tuple[str, str | None], part: Part) -> list[Any]:
         from huggingface_hub import constants
     except ImportError as error:
         raise InputError(f"{missing} by the package datasets, which is not installed; accepted: {accepted}") from error
-    if offline := constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
-        constants.HF_HUB_OFFLINE = True  # or it is asked again and again, 20 s and more
+    told = constants.HF_HUB_OFFLINE
+    offline = told or not _reachable(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = offline  # else it is asked again and again, for 20 s and more
     try:
         loaded = datasets.load_dataset(path, configuration, split=part.hub_split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = "which cannot be reached" if offline else one_line(error)
-        raise InputError(f"{missing}: {why}; accepted: {accepted}") from error
+        raise InputError(f"{missing}, {why}; accepted: {accepted}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = told
     return list(loaded)
 
 
