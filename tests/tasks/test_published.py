@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.tasks import PUBLISHED, Problem, load_task
+from d3llm_ray.tasks import PUBLISHED, Problem, Split, load_task
 from d3llm_ray.tasks.published import data
 from d3llm_ray.tasks.published.reasoning import StatedAnswer
 
@@ -154,6 +154,14 @@ def test_examples_of_a_tuning_problem_are_neither_held_out_nor_itself(folder: Pa
             assert (asked in held) == (split == "validation")
 
 
+def test_a_training_problem_is_not_shown_its_own_solution(tmp_path: Path) -> None:
+    rows = [row for row in ROWS["gsm8k_train.jsonl"] if not data.is_held_out(row["question"])][:8]
+    (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for problem in load_task("long-gsm8k", tmp_path).problems("train", 8):  # six of eight are drawn for each
+        *shots, asked = [part.partition("\n")[0] for part in problem.messages[0]["content"].split("\n\n")]
+        assert len(shots) == 5 and asked not in shots
+
+
 def _gsm8k(split: Any, folder: Path) -> list[Problem]:
     return load_task("gsm8k", folder).problems(split, 5000)
 
@@ -176,11 +184,8 @@ def test_references_and_names_come_back(folder: Path) -> None:
     reference = json.loads(first("mbpp-instruct", folder).reference or "")
     assert (reference["before"], reference["entry_point"]) == ("", None)
     assert reference["tests"] == "\nassert f11 == 1\nassert f11 == 2\nassert f11 == 3"
-    ids = {
-        split: {p.user_id for p in load_task("mbpp", folder).problems(split, 999)}
-        for split in data.MBPP.parts
-        if split != "examples"
-    }
+    splits: tuple[Split, ...] = ("test", "validation", "train")
+    ids = {split: {p.user_id for p in load_task("mbpp", folder).problems(split, 999)} for split in splits}
     numbers = {"test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
     assert ids == {split: {f"MBPP/{n}" for n in numbers[split]} for split in numbers}
     every = [first(name, folder).id for name in PUBLISHED]
