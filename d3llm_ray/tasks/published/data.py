@@ -26,7 +26,7 @@ def is_held_out(question: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Part:
+class DataPart:
     """One split: the local file and the Hub's split that hold it, and which of their rows are of it."""
 
     file: str
@@ -40,7 +40,7 @@ class PublishedData:
 
     hub: tuple[str, str | None]
     columns: Mapping[str, type]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, DataPart]
 
     def rows(self, part: str, folder: Folder) -> list[Row]:
         """The rows of one split, in the order of the file.
@@ -89,7 +89,7 @@ def _read_jsonl(name: str, hub: str) -> list[Any]:
     return rows
 
 
-def _download(hub: tuple[str, str | None], part: Part) -> list[Any]:
+def _download(hub: tuple[str, str | None], part: DataPart) -> list[Any]:
     """The rows from the Hub, or from what `datasets` keeps of it, as always where the Hub cannot be reached."""
     path, configuration = hub
     accepted = f"--data-dir or {VARIABLE}: a folder with {part.file!r}; or a connection to the Hub"
@@ -136,29 +136,29 @@ GSM8K = PublishedData(
     ("openai/gsm8k", "main"),
     dict.fromkeys(_TEXTS, str),
     {
-        "test": Part("gsm8k_test.jsonl", "test"),
-        "train": Part("gsm8k_train.jsonl", "train", lambda row: not is_held_out(row["question"])),
-        "validation": Part("gsm8k_train.jsonl", "train", lambda row: is_held_out(row["question"])),
-        "examples": Part("gsm8k_train.jsonl", "train"),
+        "test": DataPart("gsm8k_test.jsonl", "test"),
+        "train": DataPart("gsm8k_train.jsonl", "train", lambda row: not is_held_out(row["question"])),
+        "validation": DataPart("gsm8k_train.jsonl", "train", lambda row: is_held_out(row["question"])),
+        "examples": DataPart("gsm8k_train.jsonl", "train"),
     },
 )
 MATH500 = PublishedData(
     ("HuggingFaceH4/MATH-500", None),
     dict.fromkeys(("problem", "answer"), str),
-    {"test": Part("math500.jsonl", "test")},
+    {"test": DataPart("math500.jsonl", "test")},
 )
 HUMANEVAL = PublishedData(
     ("openai/openai_humaneval", None),
     dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str),
-    {"test": Part("humaneval.jsonl", "test")},
+    {"test": DataPart("humaneval.jsonl", "test")},
 )
 MBPP = PublishedData(
     ("google-research-datasets/mbpp", "full"),
     {"task_id": int, "text": str, "code": str, "test_setup_code": str, "test_list": list},
     {
-        "test": Part("mbpp.jsonl", "test", _numbered(11, 510)),
-        "validation": Part("mbpp.jsonl", "validation", _numbered(511, 600)),
-        "train": Part("mbpp.jsonl", "train", _numbered(601, 974)),
-        "examples": Part("mbpp.jsonl", "prompt", _numbered(2, 4)),
+        "test": DataPart("mbpp.jsonl", "test", _numbered(11, 510)),
+        "validation": DataPart("mbpp.jsonl", "validation", _numbered(511, 600)),
+        "train": DataPart("mbpp.jsonl", "train", _numbered(601, 974)),
+        "examples": DataPart("mbpp.jsonl", "prompt", _numbered(2, 4)),
     },
 )
