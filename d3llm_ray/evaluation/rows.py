@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from d3llm_ray.errors import IncompleteError, first_failures, require
 
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+
+# Fields of a row that follow from its samples, and the samples.
+COMPUTED = {"accuracy", "accuracy_low", "accuracy_high", "correct", "problems", "tokens", "forwards", "tpf", "tps"}
+COMPUTED |= {"seconds", "errors", "aup", "samples"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ def summarise(samples: Sequence[EvaluatedSample], seconds: float, **labels: Any)
         samples=tuple(samples),
         **labels,
     )
+
+
+def labels_of(row: EvaluationRow) -> dict[str, Any]:
+    """What `summarise` takes beside samples and seconds to make such a row again."""
+    return {item.name: getattr(row, item.name) for item in fields(row) if item.name not in COMPUTED}
 
 
 def unanswered(samples: Iterable[EvaluatedSample]) -> list[str]:
