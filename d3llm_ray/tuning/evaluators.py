@@ -28,7 +28,7 @@ class Evaluator:
         if settings.device == "cpu":
             torch.set_num_threads(max(1, settings.cpus_per_actor))
         self._settings = settings
-        self._task = load_task(settings.task)
+        self._task = load_task(settings.task, settings.data_dir)
         self._problems = self._task.problems(settings.split, settings.count)[part :: settings.actors]
         self._llm = DiffusionLLM.from_pretrained(
             settings.model, dtype=settings.dtype, device=settings.device, max_batch_size=settings.max_batch_size
@@ -48,6 +48,7 @@ class Evaluator:
             settings.temperature,
             settings.seed,
             Progress(quiet=True),
+            top_p=settings.top_p,
             warmup=1 if settings.metric == "tps" else 0,  # nothing else depends on time
             **decoding_settings,
         )

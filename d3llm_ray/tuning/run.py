@@ -55,7 +55,7 @@ def run(settings: TuneSettings, progress: Progress | None = None, errors: Litera
     check_device_name(settings.device)
     space.base().check(read_configs(settings.model)[1])
     plain = plain_decoder(read_configs(settings.anchor_model or settings.model)[1])
-    problems = load_task(settings.task).problems(settings.split, settings.count)
+    problems = load_task(settings.task, settings.data_dir).problems(settings.split, settings.count)
     if len(problems) < settings.actors:
         raise InputError(f"actors: got {settings.actors} for {len(problems)} problems; accepted: at most one a problem")
     check_references(problems)

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from d3llm_ray.config import DecodingOptions
+from d3llm_ray.config import TaskOptions
 
 
-class TuneSettings(DecodingOptions):
+class TuneSettings(TaskOptions):
     """Search decoding settings for a model on a task's validation problems."""
 
     verb: ClassVar[str] = "tune"
@@ -18,7 +18,7 @@ class TuneSettings(DecodingOptions):
 
     model: str = Field("tiny-llada", description="zoo name or checkpoint folder")
     space: Path = Field(Path("tune_spaces/tiny.yaml"), description="search space (YAML)")
-    task: str = Field("arith", description="embedded task or task file")
+    task: str = Field("arith", description="embedded or published task, or task file")
     split: Literal["validation", "train"] = Field("validation", description="which problems; never those of the test")
     count: int = Field(100, gt=0, description="problems each trial is measured on")
     trials: int = Field(8, gt=0, description="settings tried, the preset's own among them")

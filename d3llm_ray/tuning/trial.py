@@ -17,7 +17,18 @@ from d3llm_ray.tuning.objective import SearchObjective
 
 Pool = Sequence[ActorHandle[Any]]
 FIGURES = ("accuracy", "tpf", "tps", "tokens", "forwards", "seconds", "errors")
-_LABELS = ("model", "decoder", "task", "settings", "max_tokens", "temperature", "seed", "warmup", "max_batch_size")
+_LABELS = (
+    "model",
+    "decoder",
+    "task",
+    "settings",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "warmup",
+    "max_batch_size",
+)
 
 
 def measure(pool: Pool, decoding_settings: dict[str, Any]) -> EvaluationRow:

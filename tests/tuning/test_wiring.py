@@ -78,6 +78,8 @@ def settings(tiny_checkpoint: Path, tmp_path: Path) -> TuneSettings:
         resource_timeout_s=17.0,
         max_tokens=48,
         temperature=0.7,
+        top_p=0.6,
+        data_dir=tmp_path / "data",
         seed=11,
         max_batch_size=6,
         dtype="bfloat16",
@@ -102,7 +104,7 @@ def test_settings_arrive_in_an_evaluator(
         asked.update(split=split, count=count)
         return problems
 
-    monkeypatch.setattr(evaluators, "load_task", lambda name: asked.update(task=name) or Task("t", load))
+    monkeypatch.setattr(evaluators, "load_task", lambda *words: asked.update(task=words) or Task("t", load))
     monkeypatch.setattr(evaluators.torch, "set_num_threads", asked["threads"].append)
     from_pretrained = lambda *words, **named: asked.update(model=(words, named)) or "the model"  # noqa: E731
     monkeypatch.setattr(evaluators.DiffusionLLM, "from_pretrained", from_pretrained)
@@ -112,7 +114,7 @@ def test_settings_arrive_in_an_evaluator(
     words, named = plain(settings, 1).measure({"decoder": "vanilla", "steps": 5})
     assert asked == {
         "threads": threads,
-        "task": settings.task,
+        "task": (settings.task, settings.data_dir),
         "split": "train",
         "count": 7,
         "model": ((settings.model,), {"dtype": "bfloat16", "device": device, "max_batch_size": 6}),
@@ -120,9 +122,9 @@ def test_settings_arrive_in_an_evaluator(
     assert words[0] == "the model" and words[1].name == "t"
     assert [item.id for item in words[2]] == ["1", "4"]  # every third from the second on
     assert words[3:6] == (48, 0.7, 11)
-    assert named == {"warmup": 1, "decoder": "vanilla", "steps": 5}
+    assert named == {"top_p": 0.6, "warmup": 1, "decoder": "vanilla", "steps": 5}
     tpf = plain(settings.model_copy(update={"metric": "tpf"}), 0).measure({})
-    assert tpf[1] == {"warmup": 0} and [item.id for item in tpf[0][2]] == ["0", "3", "6"]
+    assert tpf[1] == {"top_p": 0.6, "warmup": 0} and [item.id for item in tpf[0][2]] == ["0", "3", "6"]
 
 
 def test_settings_arrive_in_the_pool(settings: TuneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
