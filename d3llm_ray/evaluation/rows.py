@@ -9,7 +9,7 @@ from typing import Any
 
 from d3llm_ray.errors import IncompleteError, first_failures, require
 
-_Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 # Fields of a row that follow from its samples, and the samples.
 COMPUTED = {"accuracy", "accuracy_low", "accuracy_high", "correct", "problems", "tokens", "forwards", "tpf", "tps"}
@@ -137,8 +137,8 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     Unlike the normal approximation it stays within 0 to 1 and is not empty when all or none are correct.
     """
     require(count > 0 and 0 <= correct <= count, "correct", f"{correct} of {count}", "0 to all of at least one problem")
-    share, spread = correct / count, _Z95**2 / count
+    share, spread = correct / count, Z95**2 / count
     centre = share + spread / 2
-    half = _Z95 * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    half = Z95 * math.sqrt(share * (1 - share) / count + spread / (4 * count))
     low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
     return (0.0 if correct == 0 else low), (1.0 if correct == count else high)

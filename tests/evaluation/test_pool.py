@@ -142,6 +142,7 @@ def _end_process(_actor: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_actors_answer_as_one_process_does_and_come_back(ray_cluster: None, tiny_checkpoint: Path) -> None:
     decoding = {"decoder": "d3llm", "entropy_threshold": 3.0}
     work = Measurement("arith", "test", 9, decoding, {"max_tokens": 24, "temperature": 0.8, "seed": 3}, warmup=1)
