@@ -10,8 +10,6 @@ from itertools import combinations
 from d3llm_ray.errors import require
 from d3llm_ray.evaluation.rows import Z95, EvaluationRow, wilson_interval
 
-SIGNIFICANT = 0.05
-
 
 @dataclass(frozen=True)
 class PairedComparison:
@@ -83,5 +81,5 @@ def paired_interval(both_right: int, only_a: int, only_b: int, both_wrong: int) 
 
 
 def problems_for(half_width: float) -> int:
-    """Problems that make a 95 % interval of an accuracy of 50 %, the widest, at most `half_width` points to each side."""
+    """Problems with which a 95 % interval is at most `half_width` points to each side, at the widest: at 50 %."""
     return math.ceil((Z95 * 50.0 / half_width) ** 2)
