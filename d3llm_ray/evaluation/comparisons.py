@@ -43,10 +43,13 @@ def _comparisons(rows: Sequence[EvaluationRow]) -> Iterator[PairedComparison]:
         if rows[a].task != rows[b].task or not ids[a] or ids[a] != ids[b]:
             continue
         pairs = list(zip(right[a], right[b], strict=True))
-        cells = tuple(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False)))
-        low, high = paired_interval(*cells)
-        difference = (cells[2] - cells[1]) / len(pairs)
-        yield PairedComparison(a, b, *cells, 100.0 * difference, 100.0 * low, 100.0 * high, mcnemar(cells[1], cells[2]))
+        both, only_a, only_b, neither = (
+            pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))
+        )
+        low, high = paired_interval(both, only_a, only_b, neither)
+        difference = (only_b - only_a) / len(pairs)
+        points = (100.0 * difference, 100.0 * low, 100.0 * high)
+        yield PairedComparison(a, b, both, only_a, only_b, neither, *points, mcnemar(only_a, only_b))
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -54,7 +57,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     require(only_a >= 0 and only_b >= 0, "discordant problems", (only_a, only_b), "0 or more of each")
     discordant, fewer = only_a + only_b, min(only_a, only_b)
     tail = sum(math.comb(discordant, count) for count in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    return min(1.0, 2 * tail / (1 << discordant))
 
 
 def paired_interval(both_right: int, only_a: int, only_b: int, both_wrong: int) -> tuple[float, float]:
@@ -67,9 +70,9 @@ def paired_interval(both_right: int, only_a: int, only_b: int, both_wrong: int) 
     share_a, share_b = right_a / count, right_b / count
     (low_a, high_a), (low_b, high_b) = wilson_interval(right_a, count), wilson_interval(right_b, count)
     margins = right_a * (count - right_a) * right_b * (count - right_b)
-    determinant = both_right * both_wrong - only_a * only_b
+    determinant = float(both_right * both_wrong - only_a * only_b)
     if determinant > 0:
-        determinant = max(determinant - count / 2, 0)
+        determinant = max(determinant - count / 2, 0.0)
     correlation = determinant / math.sqrt(margins) if margins else 0.0
 
     def half(of_a: float, of_b: float) -> float:

@@ -60,7 +60,7 @@ class EvaluationReport(WrittenReport):
         return table(header, cells, left=len(left)) + self._compared() + self._too_few()
 
     def _compared(self) -> str:
-        first = {}
+        first: dict[tuple[str, str], int] = {}
         for number, row in enumerate(self.rows):
             first.setdefault(_home(row), number)
         chosen = [each for each in compare(self.rows) if first[_home(self.rows[each.b])] == each.a]
