@@ -170,7 +170,7 @@ def _on_actors(
     if not missing:
         return
     from d3llm_ray.evaluation.pool import Measurement  # here, as they import Ray
-    from d3llm_ray.evaluation.spread import Cell, measure_cells
+    from d3llm_ray.evaluation.spread import ReportCell, measure_cells
 
     cells = []
     for item in missing:
@@ -184,7 +184,7 @@ def _on_actors(
             warmup=settings.warmup,
             task_options={"data_dir": settings.data_dir},
         )
-        cells.append(Cell(item.key, item.model, work, [problem.id for problem in task.problems]))
+        cells.append(ReportCell(item.key, item.model, work, [problem.id for problem in task.problems]))
     yield from measure_cells(settings, cells, progress)
 
 

@@ -22,7 +22,7 @@ from d3llm_ray.progress import Progress
 
 
 @dataclass(frozen=True)
-class Cell:
+class ReportCell:
     """One row to measure. `key`: its name on disk; `problem_ids`: those of all its problems, in their order."""
 
     key: str
@@ -63,7 +63,7 @@ def slowest(timed: Sequence[tuple[int, float]]) -> float:
 class KeptShards:
     """The finished shards of a cell, one file each, which names the actor for the sake of its seconds."""
 
-    def __init__(self, folder: Path, cell: Cell, shards: Sequence[range], progress: Progress) -> None:
+    def __init__(self, folder: Path, cell: ReportCell, shards: Sequence[range], progress: Progress) -> None:
         self._folder, self._cell = folder, cell
         self._rows: dict[int, tuple[int, EvaluationRow]] = {}  # start -> actor and row
         starts = {shard.start: shard for shard in shards}
@@ -104,7 +104,7 @@ class KeptShards:
 
 
 def measure_cells(
-    settings: EvaluateSettings, cells: Sequence[Cell], progress: Progress
+    settings: EvaluateSettings, cells: Sequence[ReportCell], progress: Progress
 ) -> Iterator[tuple[str, EvaluationRow]]:
     """Key and row of every cell as it is finished; its shards are removed when the next one is asked for.
 
