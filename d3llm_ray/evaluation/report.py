@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from d3llm_ray.evaluation.aup import ALPHA, OFFSET, Point, aup
+from d3llm_ray.evaluation.comparisons import PairedComparison, compare, problems_for
 from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.report import WrittenReport, machine, table, versions
 
 ANCHOR_DECODER = "vanilla"
+WIDEST = 5.0  # points to a side of an accuracy's interval; with a wider one, its problems are said to be too few
 
 # How every figure is counted, in every report: a number without its rule cannot be compared.
 COUNTING = {
     "accuracy": "percent of all problems; accuracy_low and accuracy_high are the 95 % Wilson interval",
+    "comparisons": "rows a and b, numbered from 0, on the same problems: exact McNemar test, two-sided; difference "
+    "b - a in points with Newcombe's 95 % interval of paired proportions",
     "errors": "problems without an answer (refused by the chat template, too long, logits that are not finite); they "
     "count as wrong",
     "tokens": "tokens before the first stop token, summed over all problems",
@@ -38,18 +42,55 @@ class EvaluationReport(WrittenReport):
         return {
             "rows": [row.to_dict() for row in self.rows],
             "anchors": dict(self.anchors),
+            "comparisons": [asdict(each) for each in compare(self.rows)],
             "machine": machine(),
             "versions": versions(),
             "counting": COUNTING,
         }
 
     def to_markdown(self) -> str:
-        """A table with one line a row; a task column where there are several tasks, errors where there are any."""
+        """A table with one line a row; a task column where there are several tasks, errors where there are any.
+
+        Below it: each row against the first of its model and task on the same problems, and rows with too few problems.
+        """
         tasks, errors = len({row.task for row in self.rows}) > 1, any(row.errors for row in self.rows)
         left = ["model", "decoder", *(["task"] if tasks else [])]
         header = [*left, "accuracy", *(["errors"] if errors else []), "TPF", "TPS", "AUP"]
         cells = (_cells(row, _decoder_cell(row, self.rows), tasks, errors) for row in self.rows)
-        return table(header, cells, left=len(left))
+        return table(header, cells, left=len(left)) + self._compared() + self._too_few()
+
+    def _compared(self) -> str:
+        first: dict[tuple[str, str], int] = {}
+        for number, row in enumerate(self.rows):
+            first.setdefault(_home(row), number)
+        chosen = [each for each in compare(self.rows) if first[_home(self.rows[each.b])] == each.a]
+        if not chosen:
+            return ""
+        header = ["model", "task", "decoder", "against", "only it", "only the other", "difference", "p"]
+        return "\n" + table(header, [_comparison_cells(each, self.rows) for each in chosen], left=4)
+
+    def _too_few(self) -> str:
+        wide = [
+            row for row in self.rows if max(row.accuracy - row.accuracy_low, row.accuracy_high - row.accuracy) > WIDEST
+        ]
+        named = "; ".join(f"{row.model}, {row.decoder}, {row.task}: {row.problems}" for row in wide)
+        if not wide:
+            return ""
+        return (
+            f"\nToo few problems, as the 95 % interval reaches more than {WIDEST:g} points to a side "
+            f"({problems_for(WIDEST)} are always enough): {named}\n"
+        )
+
+
+def _home(row: EvaluationRow) -> tuple[str, str]:
+    return row.model, row.task
+
+
+def _comparison_cells(each: PairedComparison, rows: Sequence[EvaluationRow]) -> list[str]:
+    a, b = rows[each.a], rows[each.b]
+    difference = f"{each.difference:+.1f} ({each.difference_low:+.1f} to {each.difference_high:+.1f})"
+    names = [b.model, b.task, _decoder_cell(b, rows), _decoder_cell(a, rows)]
+    return [*names, str(each.only_b), str(each.only_a), difference, f"{each.p_value:.2g}"]
 
 
 def _decoder_cell(row: EvaluationRow, rows: Sequence[EvaluationRow]) -> str:

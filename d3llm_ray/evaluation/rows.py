@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from d3llm_ray.errors import IncompleteError, first_failures, require
 
-_Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+
+# Fields of a row that follow from its samples, and the samples.
+COMPUTED = {"accuracy", "accuracy_low", "accuracy_high", "correct", "problems", "tokens", "forwards", "tpf", "tps"}
+COMPUTED |= {"seconds", "errors", "aup", "samples"}
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,11 @@ def summarise(samples: Sequence[EvaluatedSample], seconds: float, **labels: Any)
     )
 
 
+def labels_of(row: EvaluationRow) -> dict[str, Any]:
+    """What `summarise` takes beside samples and seconds to make such a row again."""
+    return {item.name: getattr(row, item.name) for item in fields(row) if item.name not in COMPUTED}
+
+
 def unanswered(samples: Iterable[EvaluatedSample]) -> list[str]:
     """The problems without an answer: their place in the task (from 1), the user's name for them, and the reason."""
     places = ((place, sample) for place, sample in enumerate(samples, start=1) if sample.error is not None)
@@ -128,8 +137,8 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     Unlike the normal approximation it stays within 0 to 1 and is not empty when all or none are correct.
     """
     require(count > 0 and 0 <= correct <= count, "correct", f"{correct} of {count}", "0 to all of at least one problem")
-    share, spread = correct / count, _Z95**2 / count
+    share, spread = correct / count, Z95**2 / count
     centre = share + spread / 2
-    half = _Z95 * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    half = Z95 * math.sqrt(share * (1 - share) / count + spread / (4 * count))
     low, high = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
     return (0.0 if correct == 0 else low), (1.0 if correct == count else high)

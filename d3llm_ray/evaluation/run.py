@@ -13,7 +13,7 @@ from typing import Literal
 
 from d3llm_ray.config import DecodingOptions
 from d3llm_ray.decoding import Decoder, DiffusionLLM, decoding_settings, override_known, read_decoder
-from d3llm_ray.device import check_device
+from d3llm_ray.device import check_device, check_device_name
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.decoders import decoder_label, distinct, sweep_decoder
 from d3llm_ray.evaluation.evaluate import check_references, evaluate
@@ -67,7 +67,7 @@ def run(
             `errors="return"`: there they are counted only.
     """
     progress = progress or Progress()
-    check_device(settings.device)
+    (check_device_name if settings.actors else check_device)(settings.device)
     tasks = _plan_tasks(settings)
     measurements = _plan(settings, tasks)
     claim(settings.output, "evaluate.yaml", settings)
@@ -109,6 +109,8 @@ def _plan(settings: EvaluateSettings, tasks: dict[str, _PlannedTask]) -> list[_P
     whole = [f"{preset} ({chosen})" for chosen, preset in names]
     decoder_labels = distinct([decoder_label(*name) for name in names], whole)
     options = settings.model_dump(mode="json", include={*DecodingOptions.model_fields, "warmup"})
+    if settings.actors:  # seconds depend on them
+        options |= settings.model_dump(mode="json", include={"actors", "cpus_per_actor", "gpus_per_actor"})
     for pair, base, own_label in zip(pairs, bases, decoder_labels, strict=True):
         folder = resolve_model(pair.model)
         checkpoint = [str(folder.resolve()), fingerprint(folder)]
@@ -139,18 +141,61 @@ def _check_labels(settings: EvaluateSettings, planned: list[_PlannedRow]) -> Non
 def _measure_all(
     settings: EvaluateSettings, measurements: list[_PlannedRow], tasks: dict[str, _PlannedTask], progress: Progress
 ) -> Iterator[tuple[str, EvaluationRow]]:
-    """Key and row of every measurement, read back where it was made before; one model in memory at a time."""
+    """Key and row of every measurement, read back where it was made before."""
+    missing = []
+    for item in sorted(measurements, key=lambda item: item.model):
+        path, task = _file(settings, item), tasks[item.place]
+        kept = read_row(path, [problem.id for problem in task.problems]) if path.is_file() else None
+        if isinstance(kept, EvaluationRow):
+            yield item.key, replace(kept, task=task.label)
+            continue
+        if kept is not None:
+            progress.note(f"measured again, as {path} cannot be used: {kept}")
+        missing.append(item)
+    by_key = {item.key: item for item in missing}
+    for key, row in (_on_actors if settings.actors else _in_this_process)(settings, missing, tasks, progress):
+        item = by_key[key]
+        row = replace(row, model=item.labels[0], decoder=item.labels[1], task=tasks[item.place].label)
+        write_row(_file(settings, item), row)
+        yield key, row
+
+
+def _file(settings: EvaluateSettings, item: _PlannedRow) -> Path:
+    return settings.output / "samples" / f"{item.key}.jsonl"
+
+
+def _on_actors(
+    settings: EvaluateSettings, missing: list[_PlannedRow], tasks: dict[str, _PlannedTask], progress: Progress
+) -> Iterator[tuple[str, EvaluationRow]]:
+    if not missing:
+        return
+    from d3llm_ray.evaluation.pool import Measurement  # here, as they import Ray
+    from d3llm_ray.evaluation.spread import ReportCell, measure_cells
+
+    cells = []
+    for item in missing:
+        task = tasks[item.place]
+        work = Measurement(
+            task=item.place,
+            split=settings.split,
+            count=settings.count,
+            decoding_settings=decoding_settings(item.decoder),
+            sampling=settings.model_dump(include={"max_tokens", "temperature", "top_p", "seed"}),
+            warmup=settings.warmup,
+            task_options={"data_dir": settings.data_dir},
+        )
+        cells.append(ReportCell(item.key, item.model, work, [problem.id for problem in task.problems]))
+    yield from measure_cells(settings, cells, progress)
+
+
+def _in_this_process(
+    settings: EvaluateSettings, missing: list[_PlannedRow], tasks: dict[str, _PlannedTask], progress: Progress
+) -> Iterator[tuple[str, EvaluationRow]]:
+    """One model in memory at a time."""
     llm: DiffusionLLM | None = None
     loaded = ""
-    for item in sorted(measurements, key=lambda item: item.model):
-        path = settings.output / "samples" / f"{item.key}.jsonl"
+    for item in missing:
         task = tasks[item.place]
-        if path.is_file():
-            kept = read_row(path, [problem.id for problem in task.problems])
-            if not isinstance(kept, str):
-                yield item.key, replace(kept, task=task.label)
-                continue
-            progress.note(f"measured again, as {path} cannot be used: {kept}")
         if loaded != item.model:
             llm = None  # let the previous model go before the next one is read
             llm = DiffusionLLM.from_pretrained(
@@ -174,6 +219,4 @@ def _measure_all(
             item.decoder,
             top_p=settings.top_p,
         )
-        row = replace(row, model=item.labels[0], decoder=item.labels[1], task=task.label)
-        write_row(path, row)
         yield item.key, row

@@ -50,6 +50,13 @@ class EvaluateSettings(TaskOptions):
     anchors: dict[str, str] = Field(
         {}, description="model label -> label of the model whose vanilla run anchors its AUP; default: its own"
     )
+    actors: int = Field(0, ge=0, description="engine actors on Ray that share the problems; 0: this process, no Ray")
+    cpus_per_actor: int = Field(1, ge=0, description="CPUs, and threads, of each engine actor")
+    gpus_per_actor: float = Field(0.0, ge=0.0, description="GPUs of each engine actor")
+    shard_size: int = Field(
+        128, gt=0, description="problems that an actor decodes at a time, which an interrupted run decodes again"
+    )
+    resource_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the actors to load the model")
     output: Path = Field(Path("runs/evaluate"), description="folder of the report")
 
     def all_pairs(self) -> list[Pair]:

@@ -85,7 +85,9 @@ def test_every_setting_arrives_where_it_acts(
         output=tmp_path / "report",
     )
     defaults = {name: field.get_default() for name, field in EvaluateSettings.model_fields.items()}
-    assert [name for name, value in defaults.items() if getattr(settings, name) == value] == ["pairs"]
+    assert [name for name, value in defaults.items() if getattr(settings, name) == value] == [
+        *("pairs", "actors", "cpus_per_actor", "gpus_per_actor", "shard_size", "resource_timeout_s")  # in test_spread
+    ]
     report = verb.run(settings, Notes())
     assert asked == ["cuda:3", ("task of its own", tmp_path / "data"), ("validation", 3)]
     decoders = [decoder("d3llm", refresh_interval=7, entropy_threshold=value) for value in (0.31, 0.57)]

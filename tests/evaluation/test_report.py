@@ -132,7 +132,7 @@ def test_the_json_has_the_promised_fields_on_one_line(tmp_path):
     assert text.count("\n") == 1
     assert str(report).splitlines()[-1] == text.rstrip("\n")
     content = json.loads(text)
-    assert content.keys() == {"rows", "anchors", "machine", "versions", "counting"}
+    assert content.keys() == {"rows", "anchors", "comparisons", "machine", "versions", "counting"}
     assert all(row.keys() >= REQUIRED and "samples" not in row for row in content["rows"])
     assert content["rows"][0].keys() == {field.name for field in fields(EvaluationRow)} - {"samples"}
     assert content["versions"]["torch"] and content["machine"]["cores"] >= 1
