@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -103,12 +103,15 @@ def summarise(samples: Sequence[EvaluatedSample], seconds: float, **labels: Any)
     )
 
 
-def unanswered(samples: Iterable[EvaluatedSample]) -> list[str]:
-    """The problems without an answer: their place in the task (from 1), the user's name for them, and the reason."""
-    places = ((place, sample) for place, sample in enumerate(samples, start=1) if sample.error is not None)
+def unanswered(samples: Sequence[EvaluatedSample], places: Sequence[int] | None = None) -> list[str]:
+    """The problems without an answer: their place in the task (from 1), the user's name for them, and the reason.
+
+    `places`: those of the samples, where these are not the task's first ones in its order.
+    """
     return [
         f"problem {place}{'' if sample.user_id is None else f' ({sample.user_id!r})'}: {sample.error}"
-        for place, sample in places
+        for place, sample in zip(places or range(1, len(samples) + 1), samples, strict=True)
+        if sample.error is not None
     ]
 
 

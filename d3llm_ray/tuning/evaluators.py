@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,14 +22,14 @@ from d3llm_ray.tuning.trial import Pool
 
 @ray.remote(max_restarts=3, max_task_retries=3)
 class Evaluator:
-    """Every `actors`-th problem from `part` on, ready to be decoded with any settings."""
+    """All problems of the search and those held out, any of which it decodes with any settings."""
 
-    def __init__(self, settings: TuneSettings, part: int) -> None:
+    def __init__(self, settings: TuneSettings) -> None:
         if settings.device == "cpu":
             torch.set_num_threads(max(1, settings.cpus_per_actor))
         self._settings = settings
         self._task = load_task(settings.task)
-        self._problems = self._task.problems(settings.split, settings.count)[part :: settings.actors]
+        self._problems = self._task.problems(settings.split, settings.count + settings.held_out)
         self._llm = DiffusionLLM.from_pretrained(
             settings.model, dtype=settings.dtype, device=settings.device, max_batch_size=settings.max_batch_size
         )
@@ -37,18 +37,18 @@ class Evaluator:
     def ready(self) -> bool:
         return True
 
-    def measure(self, decoding_settings: dict[str, Any]) -> EvaluationRow:
-        """Decode this actor's problems; safe to repeat."""
+    def measure(self, decoding_settings: dict[str, Any], numbers: Sequence[int], first: bool = True) -> EvaluationRow:
+        """Decode the problems of these numbers; safe to repeat. `first`: the first call with these settings."""
         settings = self._settings
         return evaluate(
             self._llm,
             self._task,
-            self._problems,
+            [self._problems[number] for number in numbers],
             settings.max_tokens,
             settings.temperature,
             settings.seed,
             Progress(quiet=True),
-            warmup=1 if settings.metric == "tps" else 0,  # nothing else depends on time
+            warmup=1 if first and settings.metric.endswith("tps") else 0,  # nothing else depends on time
             **decoding_settings,
         )
 
@@ -61,7 +61,7 @@ def evaluator_pool(settings: TuneSettings) -> Iterator[Pool]:
         InputError: they did not start in time; the line compares what they ask for with what the cluster has.
     """
     options = {"num_cpus": settings.cpus_per_actor, "num_gpus": settings.gpus_per_actor}
-    pool = [Evaluator.options(**options).remote(settings, part) for part in range(settings.actors)]  # type: ignore[attr-defined]
+    pool = [Evaluator.options(**options).remote(settings) for _ in range(settings.actors)]  # type: ignore[attr-defined]
     try:
         try:
             ray.get([actor.ready.remote() for actor in pool], timeout=settings.resource_timeout_s)
