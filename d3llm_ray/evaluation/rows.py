@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from d3llm_ray.errors import IncompleteError, first_failures, require
 
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+
+# Fields of a row that follow from its samples, and the samples.
+COMPUTED = {"accuracy", "accuracy_low", "accuracy_high", "correct", "problems", "tokens", "forwards", "tpf", "tps"}
+COMPUTED |= {"seconds", "errors", "aup", "samples"}
 
 
 @dataclass(frozen=True)
@@ -103,15 +107,17 @@ def summarise(samples: Sequence[EvaluatedSample], seconds: float, **labels: Any)
     )
 
 
-def unanswered(samples: Sequence[EvaluatedSample], places: Sequence[int] | None = None) -> list[str]:
-    """The problems without an answer: their place in the task (from 1), the user's name for them, and the reason.
+def labels_of(row: EvaluationRow) -> dict[str, Any]:
+    """What `summarise` takes beside samples and seconds to make such a row again."""
+    return {item.name: getattr(row, item.name) for item in fields(row) if item.name not in COMPUTED}
 
-    `places`: those of the samples, where these are not the task's first ones in its order.
-    """
+
+def unanswered(samples: Iterable[EvaluatedSample]) -> list[str]:
+    """The problems without an answer: their place in the task (from 1), the user's name for them, and the reason."""
+    places = ((place, sample) for place, sample in enumerate(samples, start=1) if sample.error is not None)
     return [
         f"problem {place}{'' if sample.user_id is None else f' ({sample.user_id!r})'}: {sample.error}"
-        for place, sample in zip(places or range(1, len(samples) + 1), samples, strict=True)
-        if sample.error is not None
+        for place, sample in places
     ]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from d3llm_ray.evaluation.rows import EvaluatedSample
+from d3llm_ray.evaluation.rows import EvaluatedSample, unanswered
 
 Outcomes = npt.NDArray[np.int64]  # (problems, 3): right or not, tokens, forwards
 
@@ -17,6 +18,13 @@ Outcomes = npt.NDArray[np.int64]  # (problems, 3): right or not, tokens, forward
 def outcomes_of(samples: Iterable[EvaluatedSample]) -> Outcomes:
     rows = [(int(sample.correct), sample.tokens, sample.forwards) for sample in samples]
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def unanswered_at(samples: Sequence[EvaluatedSample], numbers: Sequence[int]) -> list[str]:
+    """`unanswered` of samples of the problems of these numbers, which need not be a task's first ones nor in order."""
+    known = dict(zip(numbers, samples, strict=True))
+    other = replace(samples[0], error=None)
+    return unanswered(known.get(number, other) for number in range(max(numbers) + 1))
 
 
 def write_outcomes(outcomes: Outcomes) -> str:

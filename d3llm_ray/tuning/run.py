@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,9 @@ from d3llm_ray.config import to_yaml
 from d3llm_ray.decoding import Decoder, decoding_settings, is_settings_file, written_settings
 from d3llm_ray.decoding.presets import plain_decoder
 from d3llm_ray.device import check_device_name
-from d3llm_ray.errors import InputError, require
+from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import check_references
+from d3llm_ray.evaluation.pool import EnginePool, Measurement, engine_pool
 from d3llm_ray.evaluation.rows import check_answered, unanswered
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
@@ -24,20 +25,17 @@ from d3llm_ray.progress import Progress
 from d3llm_ray.report import digest, versions, write_text
 from d3llm_ray.tasks import Problem, load_task
 from d3llm_ray.tuning.anchor import Anchor, known_anchor, read_anchor, write_anchor
-from d3llm_ray.tuning.evaluators import evaluator_pool
 from d3llm_ray.tuning.held_out import HeldOut, HeldOutRun, compare
-from d3llm_ray.tuning.objective import SearchObjective, TuneTrial, best_trial
-from d3llm_ray.tuning.outcomes import outcomes_of, read_outcomes, write_outcomes
+from d3llm_ray.tuning.objective import SearchObjective, best_trial
+from d3llm_ray.tuning.outcomes import outcomes_of, read_outcomes, unanswered_at, write_outcomes
 from d3llm_ray.tuning.published import published_settings
 from d3llm_ray.tuning.records import CHOSEN, read_unanswered, write_records
 from d3llm_ray.tuning.search import SEARCH_FOLDER, search
 from d3llm_ray.tuning.settings import TuneSettings
 from d3llm_ray.tuning.space import SearchSpace, read_space
-from d3llm_ray.tuning.trial import Pool, measure
 
 ANCHOR_FILE = "anchor.yaml"
 MARKER = "tune.yaml"
-_ONE_EACH = "at most one a problem"
 
 
 @sole_writer
@@ -77,22 +75,26 @@ def run(settings: TuneSettings, progress: Progress | None = None, errors: Litera
             if errors == "raise":
                 check_answered(named, settings.output / "trials.json")
             return settings.output / CHOSEN
+    if len(unseen) < settings.held_out:
+        progress.note(f"held_out: {len(unseen)} problems instead of {settings.held_out}: {settings.task} has no others")
     settings = settings.model_copy(update={"count": min(settings.count, len(problems))})  # a file may have fewer
+    work = _work(settings, len(problems), space.decoding_settings({}))
     connect()
     anchor_file = settings.output / ANCHOR_FILE
     key = digest([asked, decoding_settings(plain), versions()])
     anchor = Anchor(*settings.anchor, key) if settings.anchor else known_anchor(anchor_file, key, progress)
     if anchor is None and settings.anchor_model is not None:  # before the model's own evaluators take the room
-        with evaluator_pool(settings.model_copy(update={"model": settings.anchor_model})) as pool:
-            anchor = _measure_anchor(settings, pool, plain, unseen, key, progress)
-    with evaluator_pool(settings) as pool:
+        with engine_pool(settings.model_copy(update={"model": settings.anchor_model})) as pool:
+            anchor = _measure_anchor(settings, pool, work, plain, unseen, key, progress)
+    with engine_pool(settings) as pool:
         if anchor is None:
-            anchor = _measure_anchor(settings, pool, plain, unseen, key, progress)
+            anchor = _measure_anchor(settings, pool, work, plain, unseen, key, progress)
         objective = SearchObjective(settings.metric, (anchor.tpf, anchor.accuracy), settings.max_accuracy_drop)
         most = math.ceil(settings.trials / 2)  # the others are for the sampler
         points = space.first_points(published_settings(family.name, space.base().name), most)
-        trials = search(settings, space, points, objective, pool, progress)
-        held_out = _compare(settings, space, objective, anchor, trials, pool, unseen, progress) if unseen else None
+        trials = search(settings, space, points, objective, pool, work, progress)
+        chosen = space.decoding_settings(best_trial(trials).values)
+        held_out = _compare(objective, anchor, chosen, pool, work, unseen, progress) if unseen else None
     path = write_records(settings.output, space, objective, trials, held_out)
     if held_out is not None:
         progress.note(held_out.verdict)
@@ -105,16 +107,13 @@ def held_out_numbers(problems: Sequence[Problem], settings: TuneSettings) -> lis
     """The numbers of the problems behind those of the search, without those that ask the same as one of these.
 
     Raises:
-        InputError: too few problems for the evaluators, or none to hold out.
+        InputError: too few problems for the evaluators.
     """
     searched, behind = problems[: settings.count], problems[settings.count :]
-    require(len(searched) >= settings.actors, "actors", f"{settings.actors} for {len(searched)} problems", _ONE_EACH)
-    accepted = f"at most what {settings.task} has in its split {settings.split} beside count, or 0 for no comparison"
-    require(len(behind) == settings.held_out, "held_out", f"{settings.held_out} with {len(behind)} problems", accepted)
+    if len(searched) < settings.actors:
+        raise InputError(f"actors: got {settings.actors} for {len(searched)} problems; accepted: at most one a problem")
     seen = {_question(problem) for problem in searched}
-    unseen = [settings.count + number for number, problem in enumerate(behind) if _question(problem) not in seen]
-    require(bool(unseen) or not behind, "held_out", "only problems of the search once more", "other problems")
-    return unseen
+    return [settings.count + number for number, problem in enumerate(behind) if _question(problem) not in seen]
 
 
 def _question(problem: Problem) -> str:
@@ -156,15 +155,29 @@ def _claim(output: Path, asked: dict[str, str]) -> None:
             )
 
 
+def _work(settings: TuneSettings, count: int, decoding: dict[str, Any]) -> Measurement:
+    """The problems of the search and those behind them, with the settings that are not searched."""
+    sampling = {name: getattr(settings, name) for name in ("max_tokens", "temperature", "seed")}
+    warmup = 1 if settings.metric.endswith("tps") else 0  # nothing else depends on time
+    return Measurement(settings.task, settings.split, count, decoding, sampling, warmup)
+
+
 def _measure_anchor(
-    settings: TuneSettings, pool: Pool, plain: Decoder, unseen: list[int], key: str, progress: Progress
+    settings: TuneSettings,
+    pool: EnginePool,
+    work: Measurement,
+    plain: Decoder,
+    unseen: list[int],
+    key: str,
+    progress: Progress,
 ) -> Anchor:
+    decoding = decoding_settings(plain)
     with progress.stage("anchor", settings.count + len(unseen), "problem"):
-        row = measure(pool, decoding_settings(plain), range(settings.count))
+        row = pool.measure(replace(work, decoding_settings=decoding), range(settings.count))
         progress.update(settings.count, accuracy=row.accuracy, tpf=row.tpf)
         anchor = Anchor(row.tpf, row.accuracy, key, tuple(unanswered(row.samples)))
         if unseen:
-            run = _held_out_run("vanilla", pool, decoding_settings(plain), unseen)
+            run = _held_out_run("vanilla", pool, work, decoding, unseen)
             progress.update(settings.count + len(unseen))
             anchor = replace(
                 anchor,
@@ -177,27 +190,28 @@ def _measure_anchor(
 
 
 def _compare(
-    settings: TuneSettings,
-    space: SearchSpace,
     objective: SearchObjective,
     anchor: Anchor,
-    trials: Sequence[TuneTrial],
-    pool: Pool,
+    decoding: dict[str, Any],
+    pool: EnginePool,
+    work: Measurement,
     unseen: list[int],
     progress: Progress,
 ) -> HeldOut:
     with progress.stage("held out", 2 * len(unseen), "problem"):
-        own = _held_out_run("own", pool, space.decoding_settings({}), unseen)
+        own = _held_out_run("own", pool, work, work.decoding_settings, unseen)
         progress.update(len(unseen))
-        chosen = _held_out_run("chosen", pool, space.decoding_settings(best_trial(trials).values), unseen)
+        chosen = _held_out_run("chosen", pool, work, decoding, unseen)
         progress.update(2 * len(unseen))
     plain = None
     if anchor.held_out:
         plain = HeldOutRun("vanilla", {}, read_outcomes(anchor.held_out), anchor.held_out_tps)
-    return compare(chosen, own, plain, objective, settings.seed)
+    return compare(chosen, own, plain, objective, int(work.sampling["seed"]))
 
 
-def _held_out_run(name: str, pool: Pool, decoding: dict[str, Any], unseen: list[int]) -> HeldOutRun:
-    row = measure(pool, decoding, unseen)
-    named = tuple(unanswered(row.samples, [number + 1 for number in unseen]))
+def _held_out_run(
+    name: str, pool: EnginePool, work: Measurement, decoding: Mapping[str, Any], unseen: list[int]
+) -> HeldOutRun:
+    row = pool.measure(replace(work, decoding_settings=decoding), unseen)
+    named = tuple(unanswered_at(row.samples, unseen))
     return HeldOutRun(name, row.settings, outcomes_of(row.samples), row.tps, named)

@@ -16,6 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from d3llm_ray.errors import WorkError, one_line
+from d3llm_ray.evaluation.pool import EnginePool, Measurement
 from d3llm_ray.progress import Progress
 from d3llm_ray.tuning.domains import domains
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial
@@ -23,7 +24,7 @@ from d3llm_ray.tuning.outcomes import deal
 from d3llm_ray.tuning.racing import ExpectedFigures, Racing
 from d3llm_ray.tuning.settings import TuneSettings
 from d3llm_ray.tuning.space import SearchSpace
-from d3llm_ray.tuning.trial import FIGURES, Pool, run_trial
+from d3llm_ray.tuning.trial import FIGURES, run_trial
 
 SEARCH_FOLDER = "search"
 _TRIAL_CPUS = 0.1  # a trial only waits for the evaluators
@@ -51,22 +52,23 @@ def search(
     space: SearchSpace,
     points: Sequence[dict[str, Any]],
     objective: SearchObjective,
-    pool: Pool,
+    pool: EnginePool,
+    work: Measurement,
     progress: Progress,
 ) -> list[TuneTrial]:
     """Run the trials that are missing in `settings.output / "search"`; returns all of them, in order of completion.
 
-    `points` are tried first. An interrupted search goes on where it stopped: finished and stopped trials are kept,
-    failed and unfinished ones run again. One whose state is torn or another version's begins anew, and this is said.
+    `work` says what is measured of each; `points` are tried first. An interrupted search goes on where it stopped:
+    finished and stopped trials are kept, failed and unfinished ones run again. One whose state is torn or another
+    version's begins anew, and this is said.
 
     Raises:
         RuntimeError: trials failed, or none was finished within `time_budget_s`.
         KeyboardInterrupt: the search was stopped before its end.
     """
     shards = deal(settings.count, _shards(settings), settings.seed)
-    base = space.decoding_settings({})
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, pool=pool, objective=objective, base=base, shards=shards), {"cpu": _TRIAL_CPUS}
+        tune.with_parameters(run_trial, pool=pool, work=work, objective=objective, shards=shards), {"cpu": _TRIAL_CPUS}
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress display says what matters
     folder = settings.output.resolve() / SEARCH_FOLDER

@@ -23,7 +23,10 @@ class TuneSettings(DecodingOptions):
     split: Literal["validation", "train"] = Field("validation", description="which problems; never those of the test")
     count: int = Field(100, gt=0, description="problems each trial is measured on")
     held_out: int = Field(
-        100, ge=0, description="problems behind those, on which the chosen settings and the decoder's own are compared"
+        100,
+        ge=0,
+        description="problems behind those, as many as there are, on which the chosen settings and the decoder's own "
+        "are compared",
     )
     trials: int = Field(8, gt=0, description="settings tried, the preset's own and published ones among them")
     metric: Metric = Field(
@@ -33,7 +36,7 @@ class TuneSettings(DecodingOptions):
     )
     racing: Literal["bound", "asha", "none"] = Field(
         "bound",
-        description="stop trials that cannot win any more, with 99 % confidence (bound), or that are not among the best "
+        description="stop trials that cannot win any more, with 99 % confidence (bound), or are not among the best "
         "third after a shard (asha), or none",
     )
     shards: int = Field(4, gt=0, description="parts of the problems, after each of which a trial may be stopped")

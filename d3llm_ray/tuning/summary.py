@@ -72,7 +72,7 @@ def _short(value: float) -> str:
 
 def _held_out(held_out: HeldOut | None, best: TuneTrial) -> list[str]:
     if held_out is None:
-        return ["None were kept apart (`held_out: 0`): whether the choice holds elsewhere is not known.", ""]
+        return ["None were kept apart (`held_out`): whether the choice holds elsewhere is not known.", ""]
     names = list(held_out.rows[0].figures)
     rows = [[row.name, *(_interval(row.figures[name]) for name in names), _short(row.tps)] for row in held_out.rows]
     differences = ["chosen - own", *(_interval(held_out.differences[name]) for name in names), ""]

@@ -84,13 +84,11 @@ def test_problems_that_are_held_out_were_not_searched() -> None:
     assert held_out_numbers([*map(problem, range(9))], settings) == [6, 7, 8]
     again = [*map(problem, range(6)), problem(2), problem(7), problem(0)]
     assert held_out_numbers(again, settings) == [7]
-    with pytest.raises(InputError, match="held_out: got 'only problems of the search once more'"):
-        held_out_numbers([*map(problem, (0, 1, 2, 3, 4, 5, 1, 2, 3))], settings)
-    with pytest.raises(InputError, match=r"held_out: got '3 with 1 problems'.*split validation beside count, or 0"):
-        held_out_numbers([*map(problem, range(7))], settings)
+    assert held_out_numbers([*map(problem, (0, 1, 2, 3, 4, 5, 1, 2, 3))], settings) == []
+    assert held_out_numbers([*map(problem, range(7))], settings) == [6]
     none = settings.model_copy(update={"held_out": 0})
     assert held_out_numbers([*map(problem, range(4))], none) == []
-    with pytest.raises(InputError, match="actors: got '2 for 1 problems'"):
+    with pytest.raises(InputError, match="actors: got 2 for 1 problems"):
         held_out_numbers([problem(0)], none)
 
 
