@@ -69,6 +69,14 @@ def test_the_verdict_is_plain(chosen: HeldOutRun, own: HeldOutRun, metric: Any, 
     assert found.to_dict()["verdict"] == found.verdict
 
 
+def test_what_chance_may_do_is_no_win() -> None:
+    """Ahead by three problems of a hundred, but solved by chance: the interval of the difference includes 0."""
+    chosen, own, plain = run("chosen", 80, 4.0, 1), run("own", 77, 4.0, 2), run("vanilla", 80, 1.0, 3)
+    found = compare(chosen, own, plain, SearchObjective("smooth-aup", (1.0, 80.0), 2.0), 0)
+    assert found.differences["score"].value > 0 > found.differences["score"].low
+    assert "ahead on held-out problems, but within chance (smooth-aup +" in found.verdict
+
+
 def test_an_anchor_that_solves_nothing_ranks_nothing() -> None:
     found = compare(run("c", 0, 4.0), run("o", 0, 3.0), run("v", 0, 1.0), SearchObjective("tpf", (1.0, 0.0), 2.0), 0)
     assert list(found.rows[0].figures) == ["accuracy", "tpf", "score"]
