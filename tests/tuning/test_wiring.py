@@ -304,7 +304,7 @@ def test_the_anchor_is_one_token_a_forward_of_its_own_family(
     "left",
     [
         "tpf: 9.0\naccuracy: 99.0\n",  # another version's
-        "tpf: 9.0\naccuracy: 99.0\nkey: of other settings\nunanswered: []\n",
+        "tpf: 9.0\naccuracy: 99.0\nkey: of other settings\nunanswered: []\nheld_out: ''\nheld_out_tps: 0\n",
         "tpf: 9.0\naccuracy: 99.0\nkey: of other settings\nunanswered: []\nheld_out: '[[1,'\nheld_out_tps: 2\n",
         "tpf: 9.0\naccu",
         "tpf: [\n",
