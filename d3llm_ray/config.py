@@ -54,6 +54,7 @@ DecoderSettings = Annotated[dict[str, Any], BeforeValidator(_as_in_yaml)]  # set
 # Settings that are, or may be, a path; one name means the same in every verb. Those of type `Path` are paths anyway.
 PATHS = {"model", "models", "teacher", "anchor_model", "anchors", "decoder", "decoders", "val_decoder", "task", "tasks"}
 PATHS |= {"val_task", "prompts", "source", "trajectories", "reference_trajectories", "path", "output", "adapters"}
+PATHS |= {"data_dir"}
 PATHS_BY_NAME = {"anchors", "adapters"}  # mappings to paths
 
 
@@ -131,10 +132,19 @@ class DecodingOptions(Settings):
 
     max_tokens: int = Field(64, gt=0, description="canvas in tokens: what an answer may have at most")
     temperature: float = Field(0.0, ge=0.0, description="0 decodes greedily")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample from the likeliest tokens of this mass; 1: all")
     seed: int = Field(0, ge=0, description="seed of sampling")
     max_batch_size: int = Field(32, gt=0, description="requests decoded together")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("float32", description="precision of the weights")
     device: str = Field("cpu", description="cpu, cuda or cuda:N")
+
+
+class TaskOptions(DecodingOptions):
+    """What every verb that decodes the problems of named tasks is told."""
+
+    data_dir: Path | None = Field(
+        None, description="folder with the files of published tasks; null: that of D3LLM_RAY_DATA, else the Hub"
+    )
 
 
 def to_yaml(settings: Settings) -> str:

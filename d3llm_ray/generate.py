@@ -67,6 +67,7 @@ def _answer(settings: GenerateSettings, progress: Progress | None) -> str:
     options: dict[str, Any] = {
         "max_tokens": settings.max_tokens,
         "temperature": settings.temperature,
+        "top_p": settings.top_p,
         "seed": settings.seed,
     }
     if settings.prompt is not None:

@@ -24,6 +24,7 @@ def evaluate(
     progress: Progress | None = None,
     warmup: int = 1,
     decoder: str | Path | Decoder | None = None,
+    top_p: float = 1.0,
     **overrides: Any,
 ) -> EvaluationRow:
     """Measure `llm` on `problems` of `task`; no Ray, no files.
@@ -43,7 +44,7 @@ def evaluate(
     progress = progress or Progress()
     prompts = [prompt_of(problem) for problem in problems]
     options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "decoder": chosen}
-    options |= {"errors": "return", "stop": task.stop}
+    options |= {"top_p": top_p, "errors": "return", "stop": task.stop}
     if warmup:
         llm.generate(prompts[:warmup], **options)
     device = llm.model.embed_tokens.weight.device
@@ -60,6 +61,7 @@ def evaluate(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
+        top_p=top_p,
         warmup=min(warmup, len(prompts)),
         max_batch_size=llm.engine.max_batch_size,
     )

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from d3llm_ray.errors import one_line, require
-from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
+from d3llm_ray.evaluation.rows import COMPUTED, EvaluatedSample, EvaluationRow, summarise
 from d3llm_ray.report import digest, json_line, machine, versions, write_text
 
 MOST_LETTERS = 50  # of the readable part of a name, of which a file system takes 255 bytes
-COMPUTED = {"accuracy", "accuracy_low", "accuracy_high", "correct", "problems", "tokens", "forwards", "tpf", "tps"}
-COMPUTED |= {"seconds", "errors", "aup"}
 
 
 def measurement_key(names: Sequence[str], content: Any) -> str:

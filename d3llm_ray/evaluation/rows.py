@@ -68,6 +68,7 @@ class EvaluationRow:
     seed: int
     warmup: int
     max_batch_size: int
+    top_p: float = 1.0
     errors: int = 0
     aup: float | None = None
     samples: tuple[EvaluatedSample, ...] = field(default=(), repr=False, compare=False)

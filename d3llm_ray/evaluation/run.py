@@ -26,7 +26,7 @@ from d3llm_ray.models.checkpoint import fingerprint
 from d3llm_ray.output_folder import claim, sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import can_plot, digest
-from d3llm_ray.tasks import EMBEDDED, Problem, Task, load_task
+from d3llm_ray.tasks import EMBEDDED, PUBLISHED, Problem, Task, load_task
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _plan_tasks(settings: EvaluateSettings) -> dict[str, _PlannedTask]:
     """Every task by its place; a file under two names is one task, two files of one name are told apart."""
     names: dict[str, str] = {}
     for name in settings.tasks:
-        names.setdefault(name if name in EMBEDDED else str(Path(name).resolve()), name)
-    loaded = [load_task(name) for name in names.values()]
+        names.setdefault(name if name in {**EMBEDDED, **PUBLISHED} else str(Path(name).resolve()), name)
+    loaded = [load_task(name, settings.data_dir) for name in names.values()]
     labels = distinct([task.name for task in loaded], list(names.values()))
     tasks = {}
     for place, task, label in zip(names, loaded, labels, strict=True):
@@ -172,6 +172,7 @@ def _measure_all(
             progress,
             settings.warmup,
             item.decoder,
+            top_p=settings.top_p,
         )
         row = replace(row, model=item.labels[0], decoder=item.labels[1], task=task.label)
         write_row(path, row)

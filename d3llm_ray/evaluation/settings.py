@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from d3llm_ray.config import DecoderSettings, DecodingOptions, SettingsGroup
+from d3llm_ray.config import DecoderSettings, SettingsGroup, TaskOptions
 
 Value = bool | int | float | str | None
 
@@ -26,10 +26,11 @@ class Pair(SettingsGroup):
     )
 
 
-class EvaluateSettings(DecodingOptions):
+class EvaluateSettings(TaskOptions):
     """Measure accuracy, tokens per forward, tokens per second and AUP of models with decoders on tasks."""
 
     verb: ClassVar[str] = "evaluate"
+    recipes: ClassVar[Path | None] = Path(__file__).with_name("presets")
 
     models: list[str] = Field(["tiny-llada"], min_length=1, description="zoo names or checkpoint folders")
     decoders: list[str] = Field(
@@ -42,7 +43,7 @@ class EvaluateSettings(DecodingOptions):
     sweep: dict[str, list[Value]] = Field(
         {}, description="decoder settings and the values to measure each at, for decoders that have them all"
     )
-    tasks: list[str] = Field(["arith"], min_length=1, description="embedded tasks or task files")
+    tasks: list[str] = Field(["arith"], min_length=1, description="embedded or published tasks, or task files")
     split: Literal["test", "validation"] = Field("test", description="which problems")
     count: int = Field(500, gt=0, description="problems per task")
     warmup: int = Field(1, ge=0, description="problems decoded once before the clock of each measurement starts")

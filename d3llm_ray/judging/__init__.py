@@ -5,8 +5,19 @@ from __future__ import annotations
 from typing import Protocol
 
 from d3llm_ray.judging.answers import FinalAnswer
+from d3llm_ray.judging.programs import ProgramJudge, judge_all, program_reference
+from d3llm_ray.judging.sandbox.run import require_sandbox, sandbox_reason
 
-__all__ = ["FinalAnswer", "Judge"]
+__all__ = [
+    "FinalAnswer",
+    "Judge",
+    "ProgramJudge",
+    "judge_all",
+    "program_reference",
+    "require_ready",
+    "require_sandbox",
+    "sandbox_reason",
+]
 
 
 class Judge(Protocol):
@@ -19,3 +30,9 @@ class Judge(Protocol):
     def is_correct(self, text: str, reference: str) -> bool:
         """Whether the answer `text` is right; `reference` is the problem's, in whatever form this judge reads."""
         ...
+
+
+def require_ready(judge: Judge) -> None:
+    """`InputError`, before any work starts, where this machine cannot judge: programs need the sandbox."""
+    if isinstance(judge, ProgramJudge):
+        require_sandbox()

@@ -1,4 +1,4 @@
-"""Prompts and checked answers: the embedded tasks, and tasks from files."""
+"""Prompts and checked answers: the embedded tasks, the field's benchmarks, and tasks from files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from d3llm_ray.paths import not_uploaded
 from d3llm_ray.report import digest
 from d3llm_ray.tasks import arith
 from d3llm_ray.tasks.files import ENDINGS, read_problems, stem
+from d3llm_ray.tasks.published import PUBLISHED, published_task
+from d3llm_ray.tasks.published.data import Folder
 from d3llm_ray.tasks.task import SPLITS, Problem, Split, Task
 
 EMBEDDED = {
@@ -16,20 +18,23 @@ EMBEDDED = {
     "arith-long": Task("arith-long", partial(arith.load_problems, shots=5)),
 }
 
-__all__ = ["EMBEDDED", "SPLITS", "Problem", "Split", "Task", "load_task", "read_problems"]
+__all__ = ["EMBEDDED", "PUBLISHED", "SPLITS", "Problem", "Split", "Task", "load_task", "read_problems"]
 
 
-def load_task(name_or_file: str) -> Task:
-    """An embedded task, or a prompts file as a task (it has no splits: every split is the whole file).
+def load_task(name_or_file: str, data_dir: Folder = None) -> Task:
+    """An embedded task, a published benchmark, or a prompts file as a task (without splits: each is the whole file).
 
-    A file's task is called by its stem and a digest of its problems, so that no two tasks share a name. Raises
-    `InputError` for an unknown name and for an unreadable file.
+    A benchmark's data are in the folder `data_dir`, else in that of `D3LLM_RAY_DATA`, else at the Hub; they are read
+    when its problems are asked for. A file's task is called by its stem and a digest of its problems, so that no two
+    tasks share a name. Raises `InputError` for an unknown name and for an unreadable file.
     """
     if name_or_file in EMBEDDED:
         return EMBEDDED[name_or_file]
+    if name_or_file in PUBLISHED:
+        return published_task(name_or_file, data_dir)
     if not name_or_file.endswith(ENDINGS):
         accepted = f"a .jsonl, .jsonl.gz or .parquet file of prompts{not_uploaded(name_or_file)}"
-        raise unknown("task", name_or_file, [*EMBEDDED, accepted])
+        raise unknown("task", name_or_file, [*EMBEDDED, *PUBLISHED, accepted])
     problems = read_problems(name_or_file)
     name = f"{stem(name_or_file)}-{digest([problem.id for problem in problems])}"
     return Task(name, lambda _split, count: problems[:count])

@@ -60,7 +60,7 @@ def run(settings: TuneSettings, progress: Progress | None = None, errors: Litera
     family = read_configs(settings.model)[1]
     space.base().check(family)
     plain = plain_decoder(read_configs(settings.anchor_model or settings.model)[1])
-    problems = load_task(settings.task).problems(settings.split, settings.count + settings.held_out)
+    problems = load_task(settings.task, settings.data_dir).problems(settings.split, settings.count + settings.held_out)
     unseen = held_out_numbers(problems, settings)
     check_references(problems)
     check_folder(settings.output, MARKER, TuneSettings).mkdir(parents=True, exist_ok=True)
@@ -157,9 +157,10 @@ def _claim(output: Path, asked: dict[str, str]) -> None:
 
 def _work(settings: TuneSettings, count: int, decoding: dict[str, Any]) -> Measurement:
     """The problems of the search and those behind them, with the settings that are not searched."""
-    sampling = {name: getattr(settings, name) for name in ("max_tokens", "temperature", "seed")}
+    sampling = {name: getattr(settings, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
     warmup = 1 if settings.metric.endswith("tps") else 0  # nothing else depends on time
-    return Measurement(settings.task, settings.split, count, decoding, sampling, warmup)
+    options = {"data_dir": settings.data_dir}
+    return Measurement(settings.task, settings.split, count, decoding, sampling, warmup, options)
 
 
 def _measure_anchor(

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from d3llm_ray.config import DecodingOptions
+from d3llm_ray.config import TaskOptions
 from d3llm_ray.tuning.objective import Metric
 
 
-class TuneSettings(DecodingOptions):
+class TuneSettings(TaskOptions):
     """Search decoding settings for a model on a task's validation problems."""
 
     verb: ClassVar[str] = "tune"
@@ -19,7 +19,7 @@ class TuneSettings(DecodingOptions):
 
     model: str = Field("tiny-llada", description="zoo name or checkpoint folder")
     space: Path = Field(Path("tune_spaces/tiny.yaml"), description="search space (YAML)")
-    task: str = Field("arith", description="embedded task or task file")
+    task: str = Field("arith", description="embedded or published task, or task file")
     split: Literal["validation", "train"] = Field("validation", description="which problems; never those of the test")
     count: int = Field(100, gt=0, description="problems each trial is measured on")
     held_out: int = Field(

@@ -259,6 +259,16 @@ class Screen:
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
+    def interrupt_prompt(self, until: str) -> None:
+        """Ctrl-C at a prompt, and again: one that comes between readline's prompt and its reading is seen with
+        the next key only."""
+        for _ in range(5):
+            self.type("\x03")
+            with suppress(AssertionError):
+                self.until(until, seconds=6)
+                return
+        pytest.fail(f"no {until!r}: {self.unread!r}")
+
     def exit_code(self) -> int:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -296,8 +306,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(words: tuple[str, ...], scr
     screen.type("\x03")
     screen.until("(stopped)")
     screen.until("> ")
-    screen.type("\x03")  # at the prompt as well
-    screen.until("/quit or Ctrl-D ends")
+    screen.interrupt_prompt(until="/quit or Ctrl-D ends")  # there it ends nothing either
     screen.until("> ")
     screen.type("short\n")
     shown = screen.until("> ")

@@ -146,7 +146,8 @@ def test_every_setting_of_generate_arrives(tmp_path: Path, monkeypatch: pytest.M
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "one", "id": 11}\n{"prompt": "two"}\n{"prompt": "three", "id": "c"}\n')
     given: dict[str, Any] = {
-        "max_tokens": 24, "temperature": 0.3, "seed": 5, "max_batch_size": 7, "dtype": "bfloat16", "device": "cuda:1",
+        "max_tokens": 24, "temperature": 0.3, "top_p": 0.8, "seed": 5, "max_batch_size": 7, "dtype": "bfloat16",
+        "device": "cuda:1",
         "model": "tiny-dream", "prompt": None, "prompts": prompts, "output": tmp_path / "out" / "answers.jsonl",
         "decoder": "dparallel", "decoder_settings": {"entropy_threshold": 0.7},
     }  # fmt: skip
@@ -160,7 +161,7 @@ def test_every_setting_of_generate_arrives(tmp_path: Path, monkeypatch: pytest.M
         generate.run(settings, QUIET)
     chosen = decoder("dparallel", entropy_threshold=0.7)
     assert loaded == [(("tiny-dream", chosen, "bfloat16", "cuda:1"), {"max_batch_size": 7})]
-    options = {"max_tokens": 24, "temperature": 0.3, "seed": 5}
+    options = {"max_tokens": 24, "temperature": 0.3, "top_p": 0.8, "seed": 5}
     messages = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
     assert llm.calls == [(messages, {**options, "progress": QUIET, "errors": "return"})]
     lines = [json.loads(line) for line in settings.output.read_text().splitlines()]

@@ -35,6 +35,7 @@ def test_figures_are_those_of_the_outputs_and_warmup_is_not_counted():
         == {
             "max_tokens": 64,
             "temperature": 0.0,
+            "top_p": 1.0,
             "seed": 3,
             "decoder": decoder("d3llm", entropy_threshold=0.3),
             "errors": "return",
@@ -123,7 +124,7 @@ def test_the_verb_writes_a_complete_report(settings):
 def test_what_was_measured_is_not_measured_again(settings, monkeypatch):
     first = verb.run(settings, QUIET)
     calls = []
-    monkeypatch.setattr(verb, "evaluate", lambda llm, *rest: calls.append(rest[-1].name) or evaluate(llm, *rest))
+    monkeypatch.setattr(verb, "evaluate", lambda *rest, **more: calls.append(rest[-1].name) or evaluate(*rest, **more))
     wider = settings.model_copy(update={"decoders": ["dparallel", "d3llm", "vanilla"]})
     report = verb.run(wider, QUIET)
     assert calls == ["dparallel"]

@@ -62,7 +62,7 @@ def test_every_setting_arrives_where_it_acts(
         asked.append((split, count))
         return [problem(f"{split} {number}", "5") for number in range(count)]
 
-    monkeypatch.setattr(verb, "load_task", lambda name: asked.append(name) or Task("own", load))
+    monkeypatch.setattr(verb, "load_task", lambda *words: asked.append(words) or Task("own", load))
     monkeypatch.setattr(verb, "check_device", asked.append)
     settings = EvaluateSettings(
         models=[str(tiny_checkpoint)],
@@ -76,6 +76,8 @@ def test_every_setting_arrives_where_it_acts(
         anchors={"tiny-random": "tiny-random"},
         max_tokens=48,
         temperature=0.7,
+        top_p=0.6,
+        data_dir=tmp_path / "data",
         seed=11,
         max_batch_size=5,
         dtype="bfloat16",
@@ -85,16 +87,16 @@ def test_every_setting_arrives_where_it_acts(
     defaults = {name: field.get_default() for name, field in EvaluateSettings.model_fields.items()}
     assert [name for name, value in defaults.items() if getattr(settings, name) == value] == ["pairs"]
     report = verb.run(settings, Notes())
-    assert asked == ["cuda:3", "task of its own", ("validation", 3)]
+    assert asked == ["cuda:3", ("task of its own", tmp_path / "data"), ("validation", 3)]
     decoders = [decoder("d3llm", refresh_interval=7, entropy_threshold=value) for value in (0.31, 0.57)]
     engine = {"dtype": "bfloat16", "device": "cuda:3", "max_batch_size": 5}
     assert llm.loads == [((str(tiny_checkpoint),), {"decoder": decoders[0], **engine})]
-    options = {"max_tokens": 48, "temperature": 0.7, "seed": 11, "errors": "return", "stop": ()}
+    options = {"max_tokens": 48, "temperature": 0.7, "top_p": 0.6, "seed": 11, "errors": "return", "stop": ()}
     assert llm.calls == [(number, options | {"decoder": each}) for each in decoders for number in (2, 3)]
     assert report.anchors == {"tiny-random": "tiny-random"}
-    assert [(row.problems, row.warmup, row.max_tokens, row.temperature, row.seed) for row in report.rows] == [
-        (3, 2, 48, 0.7, 11)
-    ] * 2
+    assert [
+        (row.problems, row.warmup, row.max_tokens, row.temperature, row.top_p, row.seed) for row in report.rows
+    ] == [(3, 2, 48, 0.7, 0.6, 11)] * 2
     assert {path.name for path in settings.output.iterdir()} >= {"evaluate.yaml", "report.json", "samples"}
 
 
@@ -138,6 +140,7 @@ def test_a_measurement_is_kept_for_what_it_was_made_for_only(
     for change in (
         {"max_tokens": 32},
         {"temperature": 0.5},
+        {"top_p": 0.5},
         {"seed": 1},
         {"max_batch_size": 2},
         {"dtype": "bfloat16"},

@@ -44,11 +44,13 @@ def test_every_argument_of_a_measurement_reaches_the_decoder_and_the_row() -> No
     given: dict[str, Any] = {
         "llm": Recorder(), "task": load_task("arith"), "problems": list(problems()), "max_tokens": 24,
         "temperature": 0.3, "seed": 5, "progress": QUIET, "warmup": 2, "decoder": "dparallel",
+        "top_p": 0.8,
     }  # fmt: skip
     assert [*given, "overrides"] == list(inspect.signature(evaluate).parameters)
     row = evaluate(**given, entropy_threshold=0.7)
     chosen = decoder("dparallel", entropy_threshold=0.7)
     options = {"max_tokens": 24, "temperature": 0.3, "seed": 5, "decoder": chosen, "errors": "return", "stop": ()}
+    options["top_p"] = 0.8
     messages = [problem.messages for problem in problems()]
     assert given["llm"].calls == [
         (messages[:2], {**options, "progress": None}),
@@ -61,7 +63,7 @@ def test_every_argument_of_a_measurement_reaches_the_decoder_and_the_row() -> No
         ],
         row.seconds,
         model="family", decoder="dparallel", task="arith", settings=decoding_settings(chosen), max_tokens=24,
-        temperature=0.3, seed=5, warmup=2, max_batch_size=9,
+        temperature=0.3, top_p=0.8, seed=5, warmup=2, max_batch_size=9,
     )  # fmt: skip
     assert row == expected and row.samples == expected.samples
     assert (row.correct, row.problems, row.tokens, row.forwards, row.tpf) == (1, 4, 24, 12, 2.0)

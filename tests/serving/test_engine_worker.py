@@ -206,9 +206,9 @@ def test_a_forward_that_hangs_fails_all_in_flight_and_the_worker(
 
     async def test(worker: EngineWorker) -> None:
         monkeypatch.setattr(llm.engine, "step", hanging)
+        began = time.monotonic()  # before the worker can have begun its forward
         submissions = [worker.submit(Request(llm.encode("1"), 8)) for _ in range(3)]
         assert worker.problem() is None
-        began = time.monotonic()
         for submission in submissions:
             with pytest.raises(EngineFailure, match=told):
                 await submission.next_event()

@@ -83,6 +83,8 @@ def settings(tiny_checkpoint: Path, tmp_path: Path) -> TuneSettings:
         resource_timeout_s=17.0,
         max_tokens=48,
         temperature=0.7,
+        top_p=0.6,
+        data_dir=tmp_path / "data",
         seed=11,
         max_batch_size=6,
         dtype="bfloat16",
@@ -228,9 +230,9 @@ def test_settings_arrive_in_the_objective(settings: TuneSettings, search: Simple
     given, space, points, pool, work, _ = search.searched
     assert given == settings and pool.model == settings.model and space.decoder_settings == {"cache_delay": 2}
     assert points[:3] == [{"entropy_threshold": threshold} for threshold in (0.45, 0.5, 0.4)]  # own, then published
-    sampling = {"max_tokens": 48, "temperature": 0.7, "seed": 11}
+    sampling = {"max_tokens": 48, "temperature": 0.7, "top_p": 0.6, "seed": 11}
     own = {"decoder": "d3llm", "cache_delay": 2}
-    assert work == Measurement(settings.task, "train", 12, own, sampling, warmup=1)
+    assert work == Measurement(settings.task, "train", 12, own, sampling, 1, {"data_dir": settings.data_dir})
     chosen = own | {"entropy_threshold": 0.3}
     behind = [7, 8, 9, 10, 11]
     assert search.asked == [  # the anchor is given
