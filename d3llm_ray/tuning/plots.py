@@ -30,7 +30,7 @@ def plot_trials(path: Path, space: SearchSpace, objective: SearchObjective, tria
     stopped = [trial for trial in trials if trial.stopped]
     if stopped:
         places = [getattr(trial, speed) for trial in stopped], [trial.accuracy for trial in stopped]
-        axes.scatter(*places, color="C7", marker="x", label="stopped, as expected")
+        axes.scatter(*places, color="C7", marker="x", label="stopped: what is expected")
     axes.scatter([getattr(t, speed) for t in whole], [t.accuracy for t in whole], color="C0", label="trials")
     steps = [getattr(t, speed) for t in front], [t.accuracy for t in front]
     axes.step(*steps, where="pre", color="C0", alpha=0.5, label="Pareto front")
