@@ -41,7 +41,7 @@ _student = _any(
 )
 _tuning = _any(
     *map(re.escape, ("tune.yaml", "space.yaml", "model.json", "decoder.json", "anchor.yaml", "settings.yaml")),
-    *map(re.escape, ("trials.csv", "trials.json", "pareto.png")),
+    *map(re.escape, ("trials.csv", "trials.json", "pareto.json", "pareto.png", "heat_map.png", "report.md")),
     "search/.*",  # Ray Tune's own
 )
 _top = (MARKER, "quickstart.json", "settings.yaml", "evaluate.yaml", "report.md", "report.json", "accuracy_vs_tpf.png")

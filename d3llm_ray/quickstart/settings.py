@@ -87,6 +87,7 @@ class QuickstartSettings(Settings):
             "task": self.task,
             "trials": self.trials,
             "count": 200,
+            "held_out": 0,  # the final table is of the test's problems
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "output": self.output / "tuning",

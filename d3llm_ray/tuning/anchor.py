@@ -9,17 +9,24 @@ from d3llm_ray.config import read_yaml
 from d3llm_ray.errors import InputError, require
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import write_text
+from d3llm_ray.tuning.outcomes import read_outcomes
 from d3llm_ray.yaml_file import dump_yaml
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """Tokens per forward and accuracy (percent) of the plain decoder; `unanswered` counted as wrong."""
+    """Tokens per forward and accuracy (percent) of the plain decoder; `unanswered` counted as wrong.
+
+    `held_out`: its outcomes on the held-out problems as `write_outcomes` has them, empty where there are none, with
+    `held_out_tps`.
+    """
 
     tpf: float
     accuracy: float
     key: str  # of the model, problems and settings that it was measured with
     unanswered: tuple[str, ...] = ()
+    held_out: str = ""
+    held_out_tps: float = 0.0
 
 
 def write_anchor(path: Path, anchor: Anchor) -> None:
@@ -31,7 +38,9 @@ def read_anchor(path: Path) -> Anchor:
     values = read_yaml(path, "anchor")
     try:
         figures = float(values["tpf"]), float(values["accuracy"])
-        return Anchor(*figures, str(values["key"]), tuple(map(str, values["unanswered"])))
+        held_out = str(values["held_out"]), float(values["held_out_tps"])
+        read_outcomes(held_out[0] or "[]")
+        return Anchor(*figures, str(values["key"]), tuple(map(str, values["unanswered"])), *held_out)
     except (ValueError, TypeError, LookupError) as error:
         raise InputError(f"anchor: {path} is damaged or another version's: {type(error).__name__}: {error}") from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,14 +12,19 @@ from typing import Any, ClassVar
 import optuna
 from ray import cloudpickle, tune
 from ray.tune import ResultGrid
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from d3llm_ray.errors import WorkError, one_line
+from d3llm_ray.evaluation.pool import EnginePool, Measurement
 from d3llm_ray.progress import Progress
+from d3llm_ray.tuning.domains import domains
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial
+from d3llm_ray.tuning.outcomes import deal
+from d3llm_ray.tuning.racing import ExpectedFigures, Racing
 from d3llm_ray.tuning.settings import TuneSettings
-from d3llm_ray.tuning.space import Range, SearchSpace, ValueChoice
-from d3llm_ray.tuning.trial import FIGURES, Pool, run_trial
+from d3llm_ray.tuning.space import SearchSpace
+from d3llm_ray.tuning.trial import FIGURES, run_trial
 
 SEARCH_FOLDER = "search"
 _TRIAL_CPUS = 0.1  # a trial only waits for the evaluators
@@ -33,40 +40,63 @@ class _ShowTrials(tune.Callback):
     display: ClassVar[Progress | None] = None
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.display is None:
-            return
-        scores = [item.last_result["score"] for item in trials if "score" in (item.last_result or {})]
-        self.display.update(len(scores), best=max(scores))
+        results = [item.last_result for item in trials if "score" in (item.last_result or {})]
+        whole = [result["score"] for result in results if not result["shards_left"]]
+        if self.display is not None and whole:
+            ended = sum(result["done"] for result in results)
+            self.display.update(ended, best=max(whole), stopped=ended - len(whole))
 
 
 def search(
-    settings: TuneSettings, space: SearchSpace, objective: SearchObjective, pool: Pool, progress: Progress
+    settings: TuneSettings,
+    space: SearchSpace,
+    points: Sequence[dict[str, Any]],
+    objective: SearchObjective,
+    pool: EnginePool,
+    work: Measurement,
+    progress: Progress,
 ) -> list[TuneTrial]:
     """Run the trials that are missing in `settings.output / "search"`; returns all of them, in order of completion.
 
-    An interrupted search goes on where it stopped: finished trials are kept, failed and unfinished ones run again. One
-    whose state is torn or another version's begins anew, and this is said.
+    `work` says what is measured of each; `points` are tried first. An interrupted search goes on where it stopped:
+    finished and stopped trials are kept, failed and unfinished ones run again. One whose state is torn or another
+    version's begins anew, and this is said.
 
     Raises:
-        RuntimeError: trials failed.
+        RuntimeError: trials failed, or none was finished within `time_budget_s`.
         KeyboardInterrupt: the search was stopped before its end.
     """
+    shards = deal(settings.count, _shards(settings), settings.seed)
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, pool=pool, objective=objective, base=space.decoding_settings({})),
-        {"cpu": _TRIAL_CPUS},
+        tune.with_parameters(run_trial, pool=pool, work=work, objective=objective, shards=shards), {"cpu": _TRIAL_CPUS}
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress display says what matters
     folder = settings.output.resolve() / SEARCH_FOLDER
-    tuner = _restored_tuner(trainable, folder, progress) or _new_tuner(settings, space, trainable, folder)
+    tuner = _restored_tuner(trainable, folder, progress)
+    tuner = tuner or _new_tuner(settings, space, points, objective, trainable, folder)
     with progress.stage("tune", settings.trials, "trial"):
         _ShowTrials.display = progress
+        begun = time.monotonic()
         try:
             grid = tuner.fit()
         finally:
             _ShowTrials.display = None
-    trials = _trials(grid, settings.trials)
+    spent = settings.time_budget_s is not None and time.monotonic() - begun >= settings.time_budget_s
+    trials = _trials(grid, settings.trials, spent)
+    if len(trials) < settings.trials:
+        progress.note(f"time_budget_s: {len(trials)} of {settings.trials} trials in {settings.time_budget_s:g} s")
     # Of a restored search too: what was measured holds, whatever anchor it was scored by.
-    return [replace(trial, score=objective.score(trial.tpf, trial.accuracy, trial.tps)) for trial in trials]
+    return [_rescored(trial, objective) for trial in trials]
+
+
+def _rescored(trial: TuneTrial, objective: SearchObjective) -> TuneTrial:
+    score = objective.score(trial.tpf, trial.accuracy, trial.tps)
+    return replace(trial, score=score, aup=objective.aup(trial.tpf, trial.accuracy))
+
+
+def _shards(settings: TuneSettings) -> int:
+    """Without a race there is nothing to stop for; and every evaluator has a problem of each shard."""
+    return 1 if settings.racing == "none" else max(1, min(settings.shards, settings.count // settings.actors))
 
 
 def _restored_tuner(trainable: Any, folder: Path, progress: Progress) -> tune.Tuner | None:
@@ -96,51 +126,71 @@ def read_state(folder: Path) -> None:
         cloudpickle.loads(file.read_bytes())
 
 
-def _new_tuner(settings: TuneSettings, space: SearchSpace, trainable: Any, folder: Path) -> tune.Tuner:
-    default = space.default_point()
-    # TPE learns from random trials first; with its own default of 10 a short search would be random throughout.
-    sampler = optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=max(2, min(10, settings.trials // 3)))
+def _new_tuner(
+    settings: TuneSettings,
+    space: SearchSpace,
+    points: Sequence[dict[str, Any]],
+    objective: SearchObjective,
+    trainable: Any,
+    folder: Path,
+) -> tune.Tuner:
+    several = len(objective.goals) > 1
     algorithm = OptunaSearch(
-        metric="score", mode="max", sampler=sampler, points_to_evaluate=[default] if default else None
+        metric=list(objective.goals) if several else objective.goals[0],
+        mode=["max"] * len(objective.goals) if several else "max",
+        sampler=_sampler(settings, several),
+        points_to_evaluate=list(points) or None,
     )
     return tune.Tuner(
         trainable,
-        param_space={name: _domain(parameter) for name, parameter in space.parameters.items()},
+        param_space=domains(space),
         tune_config=tune.TuneConfig(
             search_alg=algorithm,
+            scheduler=_scheduler(settings, objective),
             num_samples=settings.trials,
             max_concurrent_trials=settings.concurrent_trials,
-            metric="score",
-            mode="max",
+            time_budget_s=settings.time_budget_s,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,  # the default spells out every value
         ),
         run_config=tune.RunConfig(
-            name=folder.name, storage_path=str(folder.parent), callbacks=[_ShowTrials()], verbose=0
+            name=folder.name,
+            storage_path=str(folder.parent),
+            callbacks=[ExpectedFigures(objective), _ShowTrials()],  # the former before the loggers, which come last
+            verbose=0,
         ),
     )
 
 
-def _domain(parameter: Range | ValueChoice) -> Any:
-    if isinstance(parameter, ValueChoice):
-        return tune.choice(list(parameter.values))
-    if parameter.type == "int":
-        return tune.randint(int(parameter.low), int(parameter.high) + 1)
-    return (tune.loguniform if parameter.type == "log_float" else tune.uniform)(parameter.low, parameter.high)
+def _sampler(settings: TuneSettings, several: bool) -> optuna.samplers.BaseSampler:
+    """Both learn from random trials first; by their own defaults, of 10 and 50, a short search would be random."""
+    if several:
+        return optuna.samplers.NSGAIISampler(seed=settings.seed, population_size=max(4, min(50, settings.trials // 5)))
+    return optuna.samplers.TPESampler(seed=settings.seed, n_startup_trials=max(2, min(10, settings.trials // 3)))
 
 
-def _trials(grid: ResultGrid, expected: int) -> list[TuneTrial]:
+def _scheduler(settings: TuneSettings, objective: SearchObjective) -> TrialScheduler | None:
+    if settings.racing == "bound":
+        return Racing(objective)
+    if settings.racing == "none":
+        return None
+    return ASHAScheduler(metric="score", mode="max", max_t=_shards(settings), grace_period=1, reduction_factor=3)
+
+
+def _trials(grid: ResultGrid, expected: int, spent: bool) -> list[TuneTrial]:
+    """The trials that have ended, by themselves or in a race; fewer than `expected` only where the time is `spent`."""
     if grid.num_errors:
         reason = str(grid.errors[0]).strip().splitlines()[-1]  # below its traceback
         raise WorkError(f"{grid.num_errors} of {expected} trials failed, the first with: {reason}")
-    finished = [
-        result for result in (grid[index] for index in range(len(grid))) if result.metrics and "score" in result.metrics
-    ]
-    if len(finished) < expected:
+    results = [grid[index] for index in range(len(grid))]
+    ended = [result for result in results if "score" in (found := result.metrics or {}) and found["done"]]
+    if len(ended) < expected and not spent:
         # Tune turns Ctrl-C into an orderly end of its own; for the caller it still is one.
-        raise KeyboardInterrupt(f"search stopped after {len(finished)} of {expected} trials; run it again to go on")
-    finished.sort(key=lambda result: float((result.metrics or {})["finished"]))  # a restored grid has another order
-    return [_trial(number, result.config or {}, result.metrics or {}) for number, result in enumerate(finished)]
+        raise KeyboardInterrupt(f"search stopped after {len(ended)} of {expected} trials; run it again to go on")
+    if not any((result.metrics or {})["shards_left"] == 0 for result in ended):
+        raise WorkError("time_budget_s: no trial was finished in this time; run it again to go on")
+    ended.sort(key=lambda result: float((result.metrics or {})["finished"]))  # a restored grid has another order
+    return [_trial(number, result.config or {}, result.metrics or {}) for number, result in enumerate(ended)]
 
 
 def _trial(number: int, values: dict[str, Any], metrics: dict[str, Any]) -> TuneTrial:
@@ -150,4 +200,6 @@ def _trial(number: int, values: dict[str, Any], metrics: dict[str, Any]) -> Tune
         score=metrics["score"],
         **{name: metrics[name] for name in FIGURES},
         unanswered=tuple(json.loads(metrics["unanswered"])),
+        stopped=metrics["shards_left"] > 0,
+        aup=metrics["aup"],
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from d3llm_ray.config import TaskOptions
+from d3llm_ray.tuning.objective import Metric
 
 
 class TuneSettings(TaskOptions):
@@ -21,9 +22,26 @@ class TuneSettings(TaskOptions):
     task: str = Field("arith", description="embedded or published task, or task file")
     split: Literal["validation", "train"] = Field("validation", description="which problems; never those of the test")
     count: int = Field(100, gt=0, description="problems each trial is measured on")
-    trials: int = Field(8, gt=0, description="settings tried, the preset's own among them")
-    metric: Literal["aup", "tpf", "tps"] = Field(
-        "aup", description="what is maximised; tpf and tps only count within max_accuracy_drop of the anchor's accuracy"
+    held_out: int = Field(
+        100,
+        ge=0,
+        description="problems behind those, as many as there are, on which the chosen settings and the decoder's own "
+        "are compared",
+    )
+    trials: int = Field(8, gt=0, description="settings tried, the preset's own and published ones among them")
+    metric: Metric = Field(
+        "aup",
+        description="what is maximised, or both of two; tpf and tps only count within max_accuracy_drop of the "
+        "anchor's accuracy",
+    )
+    racing: Literal["bound", "asha", "none"] = Field(
+        "bound",
+        description="stop trials that cannot win any more, with 99 % confidence (bound), or are not among the best "
+        "third after a shard (asha), or none",
+    )
+    shards: int = Field(4, gt=0, description="parts of the problems, after each of which a trial may be stopped")
+    time_budget_s: float | None = Field(
+        None, gt=0, description="seconds after which no more trials are tried, each time the search is started"
     )
     max_accuracy_drop: float = Field(2.0, ge=0.0, le=100.0, description="points of accuracy that tpf and tps may cost")
     anchor: tuple[float, float] | None = Field(
@@ -41,3 +59,9 @@ class TuneSettings(TaskOptions):
     )
     resource_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the evaluators to load the model")
     output: Path = Field(Path("runs/tune"), description="folder of settings.yaml and of the search's records")
+
+    @model_validator(mode="after")
+    def _race_has_one_figure(self) -> Self:
+        if self.racing == "asha" and self.metric.startswith("accuracy-"):
+            raise ValueError(f"racing: got 'asha' with metric {self.metric}; accepted: bound or none, as it has two")
+        return self

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import yaml
+from tensorboardX.proto import event_pb2
 
 from d3llm_ray.config import build
 from d3llm_ray.decoding import DiffusionLLM, decoder
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.rows import EvaluationRow
+from d3llm_ray.evaluation.pool import EnginePool, Measurement
+from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import load_task
 from d3llm_ray.tuning import run as verb
-from d3llm_ray.tuning.objective import SearchObjective, best_trial
+from d3llm_ray.tuning.objective import SearchObjective, TuneTrial, best_trial, pareto_front
+from d3llm_ray.tuning.published import published_settings
 from d3llm_ray.tuning.search import search
 from d3llm_ray.tuning.settings import TuneSettings
 from d3llm_ray.tuning.space import SearchSpace
+from tests.wiring import Notes
 
 QUIET = Progress(quiet=True)
 SPACE = SearchSpace(
@@ -43,65 +52,141 @@ def tpf_of(threshold: float, refresh_interval: int) -> float:
     return 2.0 + 4.0 * threshold + (1.0 if refresh_interval == 4 else 0.0)
 
 
-@ray.remote
-class SyntheticEvaluator:
-    """Stands for a model whose best settings are known: a threshold just above 0.8, a refresh every 4 forwards."""
+PROBLEMS = 400
+
+
+@ray.remote(num_cpus=0)
+class SyntheticEngine:
+    """Stands for a model whose best settings are known: a threshold just above 0.8, a refresh every 4 forwards.
+
+    Problem k is solved where k is below accuracy in percent of all problems.
+    """
 
     def __init__(self, fails_after: int = 10**9) -> None:
-        self.calls, self.fails_after = 0, fails_after
+        self.calls, self.fails_after, self.decoded = 0, fails_after, 0
 
-    def measure(self, settings: dict) -> EvaluationRow:
+    def measure(self, work: Measurement, numbers: list[int]) -> EvaluationRow:
         self.calls += 1
         if self.calls > self.fails_after:
             raise RuntimeError("the evaluator broke")
+        self.decoded += len(numbers)
+        settings = work.decoding_settings
         threshold, refresh = settings["entropy_threshold"], settings["refresh_interval"]
-        return _row(settings, accuracy_of(threshold), tpf_of(threshold, refresh))
+        right, tokens = PROBLEMS * accuracy_of(threshold) / 100, round(1000 * tpf_of(threshold, refresh))
+        samples = [EvaluatedSample("id", "", None, "1", k < right, tokens, 1000, 1, "stop") for k in numbers]
+        labels = {"model": "m", "decoder": "d3llm", "task": "t", "settings": dict(settings), "max_tokens": 64}
+        return summarise(samples, 1.0, temperature=0.0, seed=0, warmup=0, max_batch_size=1, **labels)
+
+    def count(self) -> int:
+        return self.decoded
 
 
-def _row(settings: dict, accuracy: float, tpf: float) -> EvaluationRow:
-    from d3llm_ray.evaluation.rows import EvaluatedSample, summarise
-
-    right = round(accuracy * 100)
-    samples = [
-        EvaluatedSample("id", "", None, "1", k < right, round(tpf * 1000), 1000, 1, "stop") for k in range(10_000)
-    ]
-    labels = {"model": "m", "decoder": "d3llm", "task": "t", "settings": settings, "max_tokens": 64}
-    return summarise(samples, 1.0, temperature=0.0, seed=0, warmup=0, max_batch_size=1, **labels)
+def run_search(
+    settings: TuneSettings, metric: Any = "aup", fails_after: int = 10**9, progress: Progress = QUIET
+) -> tuple[list[TuneTrial], int]:
+    """The trials, and how many problems were decoded for them."""
+    settings = settings.model_copy(update={"count": PROBLEMS, "metric": metric, "actors": 1})
+    engine = SyntheticEngine.remote(fails_after)
+    work = Measurement("t", "validation", PROBLEMS, {"decoder": "d3llm"}, warmup=0)
+    objective = SearchObjective(metric, ANCHOR, 2.0)
+    points = SPACE.first_points(published_settings("llada", "d3llm"), 2)
+    trials = search(settings, SPACE, points, objective, EnginePool((engine,)), work, progress)
+    return trials, ray.get(engine.count.remote())
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_known_optimum_is_found_and_the_search_repeats_itself(tmp_path):
-    runs = []
-    for name in ("first", "second"):
-        settings = TuneSettings(trials=14, output=tmp_path / name)
-        pool = [SyntheticEvaluator.options(num_cpus=0).remote()]
-        runs.append(search(settings, SPACE, SearchObjective("aup", ANCHOR, 2.0), pool, QUIET))
-    first, second = runs
-    assert [trial.values for trial in first] == [trial.values for trial in second]
-    assert len(first) == 14
-    assert first[0].values == {"entropy_threshold": 0.45, "refresh_interval": 10000}  # the preset's own come first
-    assert first[0].accuracy == 90.0 and first[0].tpf == pytest.approx(3.8)
-    best = best_trial(first)
+def test_the_known_optimum_is_found_and_every_trial_is_on_the_board(tmp_path):
+    trials, _ = run_search(TuneSettings(trials=14, output=tmp_path / "first"))
+    assert len(trials) == 14
+    assert trials[0].values == {"entropy_threshold": 0.45, "refresh_interval": 10000}  # the preset's own come first
+    assert trials[1].values == {"entropy_threshold": 0.5, "refresh_interval": 10000}  # then the published ones
+    assert trials[0].accuracy == 90.0 and trials[0].tpf == pytest.approx(3.8)
+    best = best_trial(trials)
     assert best.values["refresh_interval"] == 4
     assert 0.6 < best.values["entropy_threshold"] <= 0.93  # beyond, more than five points are lost
     # independently of the package: anchor (1, 90), W = min(exp(-3 (1 - y/90)), 1)
     area = 90 + (best.tpf - 1) * (90 + best.accuracy * math.exp(-3 * (1 - best.accuracy / 90))) / 2
-    assert best.score == pytest.approx(area) and best.score == max(trial.score for trial in first)
+    assert best.score == pytest.approx(area) and best.score == max(trial.score for trial in trials)
+    whole = [trial for trial in trials if not trial.stopped]
+    assert {trial.problems for trial in whole} == {PROBLEMS}
+    assert all(trial.problems < PROBLEMS and trial.score < best.score for trial in trials if trial.stopped)
+
+    boards = [read_board(path) for path in sorted((tmp_path / "first/search").glob("*/events.out.tfevents.*"))]
+    assert len(boards) == 14
+    last = sorted((board["accuracy"][-1], board["tpf"][-1], board["aup"][-1], board["tps"][-1]) for board in boards)
+    told = sorted((trial.accuracy, trial.tpf, trial.aup, trial.tps) for trial in trials)
+    assert np.array(last) == pytest.approx(np.array(told), rel=1e-5)
+    assert {len(board["accuracy"]) for board in boards} >= {4}  # a point after every shard
+    assert all({"entropy_threshold", "refresh_interval"} <= set(board["hyperparameters"]) for board in boards)
+
+
+def read_board(path: Path) -> dict[str, list[Any]]:
+    """Values by name from one of TensorBoard's files: records of length (8 bytes), checksum (4), data, checksum (4)."""
+    board, data = defaultdict(list), path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                board[value.tag.removeprefix("ray/tune/")].append(value.simple_value)
+            content = value.metadata.plugin_data.content
+            board["hyperparameters"] += [name for name in SPACE.parameters if name.encode() in content]
+    return board
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_failed_search_says_why_and_goes_on_where_it_stopped(tmp_path):
-    settings = TuneSettings(trials=5, output=tmp_path / "search")
-    objective = SearchObjective("aup", ANCHOR, 2.0)
-    with pytest.raises(RuntimeError, match=r"3 of 5 trials failed(.|\n)*the evaluator broke"):
-        search(settings, SPACE, objective, [SyntheticEvaluator.options(num_cpus=0).remote(2)], QUIET)
-    pool = [SyntheticEvaluator.options(num_cpus=0).remote(3)]  # would fail if finished trials ran again
-    trials = search(settings, SPACE, objective, pool, QUIET)
+def test_a_race_saves_problems_and_does_not_change_the_winner(tmp_path):
+    found = {}
+    for racing in ("bound", "again", "none", "asha"):
+        name = "bound" if racing == "again" else racing
+        settings = TuneSettings(trials=20, racing=name, output=tmp_path / racing)
+        found[racing] = run_search(settings)
+    assert [trial.values for trial in found["bound"][0]] == [trial.values for trial in found["again"][0]]
+    winners = {racing: best_trial(trials) for racing, (trials, _) in found.items()}
+    assert winners["bound"].values == winners["none"].values
+    assert winners["bound"].score == winners["none"].score
+    assert found["bound"][1] < 0.8 * found["none"][1] == 0.8 * 20 * PROBLEMS
+    assert found["asha"][1] < found["none"][1] and any(trial.stopped for trial in found["asha"][0])
+    assert not any(trial.stopped for trial in found["none"][0])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("metric", ["aup", "accuracy-tpf"])
+def test_a_failed_search_says_why_and_goes_on_where_it_stopped(tmp_path, metric):
+    """Of a trial that was cut off between its shards, all shards are measured again."""
+    settings = TuneSettings(trials=5, racing="bound", shards=2, output=tmp_path / "search")
+    with pytest.raises(RuntimeError, match=r"[23] of 5 trials failed(.|\n)*the evaluator broke"):
+        run_search(settings, metric, fails_after=5)
+    trials, decoded = run_search(settings, metric)
+    assert decoded <= 3 * PROBLEMS  # two are finished
     assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
     assert trials[0].values == {"entropy_threshold": 0.45, "refresh_interval": 10000}
     for trial in trials:
-        assert trial.accuracy == pytest.approx(accuracy_of(trial.values["entropy_threshold"]), abs=0.01)
+        if not trial.stopped:
+            assert trial.accuracy == pytest.approx(accuracy_of(trial.values["entropy_threshold"]), abs=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_objectives_find_a_front_of_accuracy_and_speed(tmp_path):
+    trials, _ = run_search(TuneSettings(trials=24, output=tmp_path / "search"), "accuracy-tpf")
+    front = pareto_front(trials)
+    assert len(front) >= 2
+    assert front[0].accuracy == 90.0 and front[-1].tpf > 7.0  # nothing is lost on one end, much gained on the other
+    assert best_trial(trials).accuracy >= 88.0  # within max_accuracy_drop of the anchor
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_ends_with_its_time(tmp_path):
+    notes = Notes()
+    settings = TuneSettings(trials=1000, time_budget_s=20.0, output=tmp_path / "search")
+    trials, _ = run_search(settings, progress=notes)
+    assert 1 <= len(trials) < 1000
+    assert notes.said == [f"time_budget_s: {len(trials)} of 1000 trials in 20 s"]
 
 
 @pytest.fixture
@@ -114,6 +199,7 @@ def settings(tiny_checkpoint, tmp_path) -> TuneSettings:
         metric="tpf",
         max_accuracy_drop=100.0,  # random weights solve nothing
         count=10,
+        held_out=4,
         trials=3,
         max_tokens=32,
         output=tmp_path / "tuned",
@@ -139,6 +225,13 @@ def test_a_real_search_writes_settings_that_reproduce_its_best_trial(settings):
     vanilla = DiffusionLLM.from_pretrained(settings.model, decoder="vanilla")
     anchor = evaluate(vanilla, task, task.problems("validation", 10), max_tokens=32, progress=QUIET)
     assert records["objective"]["anchor"] == [anchor.tpf, anchor.accuracy]
+
+    behind = task.problems("validation", 14)[10:]
+    rows = {row["name"]: row["figures"]["tpf"]["value"] for row in records["held_out"]["rows"]}
+    found = {"chosen": evaluate(llm, task, behind, max_tokens=32, progress=QUIET).tpf}
+    found["vanilla"] = evaluate(vanilla, task, behind, max_tokens=32, progress=QUIET).tpf
+    assert rows.keys() == {"chosen", "own", "vanilla"} and rows.items() >= found.items()
+    assert "The chosen settings" in (settings.output / "report.md").read_text()
 
     stamp = path.stat().st_mtime_ns
     assert verb.run(settings, QUIET) == path and path.stat().st_mtime_ns == stamp  # complete: nothing is repeated

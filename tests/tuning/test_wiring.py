@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,22 +16,22 @@ import optuna
 import pytest
 import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from ray.exceptions import GetTimeoutError
 from ray.tune.search.optuna import OptunaSearch
 
 from d3llm_ray.config import build
 from d3llm_ray.decoding import DiffusionLLM, decoder, decoding_settings
-from d3llm_ray.errors import IncompleteError, InputError
-from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
-from d3llm_ray.tasks import Problem, Task
-from d3llm_ray.tuning import evaluators, records, trial
+from d3llm_ray.errors import IncompleteError, InputError, WorkError
+from d3llm_ray.evaluation.pool import EnginePool, Measurement
+from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, labels_of, summarise
+from d3llm_ray.tuning import held_out, records, trial
 from d3llm_ray.tuning import run as verb
 from d3llm_ray.tuning import search as searching
-from d3llm_ray.tuning.evaluators import Evaluator, evaluator_pool
+from d3llm_ray.tuning.domains import domains
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial
+from d3llm_ray.tuning.racing import ExpectedFigures, Racing
 from d3llm_ray.tuning.settings import TuneSettings
 from d3llm_ray.tuning.space import SearchSpace
-from d3llm_ray.tuning.trial import measure, run_trial
+from d3llm_ray.tuning.trial import run_trial
 from tests.wiring import Notes
 
 SPACE = """
@@ -59,15 +60,19 @@ def settings(tiny_checkpoint: Path, tmp_path: Path) -> TuneSettings:
     teacher, model, task = tmp_path / "teacher", tmp_path / "student", tmp_path / "task.jsonl"
     for folder in (teacher, model):
         shutil.copytree(tiny_checkpoint, folder)
-    task.write_text("".join(json.dumps({"prompt": f"{n} + 1?", "reference": "7", "id": n}) + "\n" for n in range(9)))
+    task.write_text("".join(json.dumps({"prompt": f"{n} + 1?", "reference": "7", "id": n}) + "\n" for n in range(12)))
     return TuneSettings(
         model=str(model),
         space=tmp_path / "space.yaml",
         task=str(task),
         split="train",
         count=7,
+        held_out=5,
         trials=12,
         metric="tps",
+        racing="asha",
+        shards=2,
+        time_budget_s=1000.0,
         max_accuracy_drop=3.5,
         anchor=(0.75, 81.0),
         anchor_model=str(teacher),
@@ -93,71 +98,6 @@ def test_no_field_has_its_default(settings: TuneSettings) -> None:
     assert [name for name, value in defaults.items() if getattr(settings, name) == value] == []
 
 
-@pytest.mark.parametrize(("device", "threads"), [("cuda:3", []), ("cpu", [4])])
-def test_settings_arrive_in_an_evaluator(
-    settings: TuneSettings, monkeypatch: pytest.MonkeyPatch, device: str, threads: list[int]
-) -> None:
-    asked: dict[str, Any] = {"threads": []}
-    problems = [Problem(str(number), [{"role": "user", "content": "?"}], "1") for number in range(7)]
-
-    def load(split: str, count: int) -> list[Problem]:
-        asked.update(split=split, count=count)
-        return problems
-
-    monkeypatch.setattr(evaluators, "load_task", lambda *words: asked.update(task=words) or Task("t", load))
-    monkeypatch.setattr(evaluators.torch, "set_num_threads", asked["threads"].append)
-    from_pretrained = lambda *words, **named: asked.update(model=(words, named)) or "the model"  # noqa: E731
-    monkeypatch.setattr(evaluators.DiffusionLLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(evaluators, "evaluate", lambda *words, **named: (words, named))
-    plain = Evaluator.__ray_metadata__.modified_class  # type: ignore[attr-defined]
-    settings = settings.model_copy(update={"device": device})
-    words, named = plain(settings, 1).measure({"decoder": "vanilla", "steps": 5})
-    assert asked == {
-        "threads": threads,
-        "task": (settings.task, settings.data_dir),
-        "split": "train",
-        "count": 7,
-        "model": ((settings.model,), {"dtype": "bfloat16", "device": device, "max_batch_size": 6}),
-    }
-    assert words[0] == "the model" and words[1].name == "t"
-    assert [item.id for item in words[2]] == ["1", "4"]  # every third from the second on
-    assert words[3:6] == (48, 0.7, 11)
-    assert named == {"top_p": 0.6, "warmup": 1, "decoder": "vanilla", "steps": 5}
-    tpf = plain(settings.model_copy(update={"metric": "tpf"}), 0).measure({})
-    assert tpf[1] == {"top_p": 0.6, "warmup": 0} and [item.id for item in tpf[0][2]] == ["0", "3", "6"]
-
-
-def test_settings_arrive_in_the_pool(settings: TuneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-    killed: list[Any] = []
-
-    def options(**named: Any) -> Any:
-        def remote(given: TuneSettings, part: int) -> Any:
-            made.append((named, given, part))
-            return SimpleNamespace(part=part, ready=SimpleNamespace(remote=lambda: part))
-
-        return SimpleNamespace(remote=remote)
-
-    waits: list[Any] = []
-    ray = SimpleNamespace(get=lambda ready, timeout: waits.append((ready, timeout)), kill=killed.append)
-    monkeypatch.setattr(evaluators, "Evaluator", SimpleNamespace(options=options))
-    monkeypatch.setattr(evaluators, "ray", ray)
-    with evaluator_pool(settings) as pool:
-        assert [actor.part for actor in pool] == [0, 1, 2] and killed == []
-    assert made == [({"num_cpus": 4, "num_gpus": 0.25}, settings, part) for part in range(3)]
-    assert waits == [([0, 1, 2], 17.0)]
-    assert killed == pool
-
-    def too_late(_ready: Any, timeout: float) -> None:
-        raise GetTimeoutError
-
-    ray.get, ray.available_resources = too_late, lambda: {"CPU": 2.0}
-    line = r"^actors: 3 of 4 CPUs and 0.25 GPUs did not start in 17 s \(resource_timeout_s\); free .*: 2 CPUs, 0 GPUs$"
-    with pytest.raises(InputError, match=line), evaluator_pool(settings):
-        pass
-    assert len(killed) == 6
-
-
 def test_a_search_draws_from_the_space_with_both_ends() -> None:
     space = SearchSpace(
         decoder="d3llm",
@@ -168,13 +108,15 @@ def test_a_search_draws_from_the_space_with_both_ends() -> None:
             "block_add_threshold": {"type": "float", "low": 0.2, "high": 0.9},
         },
     )
-    domains = {name: searching._domain(parameter) for name, parameter in space.parameters.items()}
-    assert OptunaSearch.convert_search_space(domains) == {
+    assert OptunaSearch.convert_search_space(domains(space)) == {
         "entropy_threshold": FloatDistribution(0.1, 3.0, log=True),
         "cache_delay": IntDistribution(1, 3),
         "refresh_interval": CategoricalDistribution([4, 10000]),
         "block_add_threshold": FloatDistribution(0.2, 0.9),
     }
+
+
+TPS = SearchObjective("tps", (0.75, 81.0), 3.5)
 
 
 def test_settings_arrive_in_the_search(settings: TuneSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -186,100 +128,140 @@ def test_settings_arrive_in_the_search(settings: TuneSettings, monkeypatch: pyte
     sampler, real = optuna.samplers.TPESampler, searching.tune
     monkeypatch.setattr(optuna.samplers, "TPESampler", lambda **named: made.update(sampler=named) or sampler(**named))
     monkeypatch.setattr(searching, "OptunaSearch", remember("search"))
+    monkeypatch.setattr(searching, "ASHAScheduler", remember("asha"))
     names = {name: remember(name) for name in ("TuneConfig", "RunConfig", "Tuner")}
-    domains = {name: getattr(real, name) for name in ("choice", "randint", "loguniform", "uniform", "Callback")}
-    monkeypatch.setattr(searching, "tune", SimpleNamespace(**domains, **names))
-    space = verb.read_space(settings.space)
-    searching._new_tuner(settings, space, "the trainable", tmp_path / "tuned" / "search")
+    monkeypatch.setattr(searching, "tune", SimpleNamespace(Callback=real.Callback, **names))
+    space, points = verb.read_space(settings.space), [{"entropy_threshold": 0.45}]
+    searching._new_tuner(settings, space, points, TPS, "the trainable", tmp_path / "tuned" / "search")
     assert made["sampler"] == {"seed": 11, "n_startup_trials": 4}
     assert (made["search"]["metric"], made["search"]["mode"]) == ("score", "max")
-    assert made["search"]["points_to_evaluate"] == [{"entropy_threshold": 0.45}]  # the preset's own
+    assert made["search"]["points_to_evaluate"] == points
     config = made["TuneConfig"]
-    assert (config["num_samples"], config["max_concurrent_trials"]) == (12, 5)
-    assert (config["search_alg"], config["metric"], config["mode"]) == ("search", "score", "max")
+    assert (config["num_samples"], config["max_concurrent_trials"], config["time_budget_s"]) == (12, 5, 1000.0)
+    assert (config["search_alg"], config["scheduler"]) == ("search", "asha")
+    assert made["asha"] == dict(metric="score", mode="max", max_t=2, grace_period=1, reduction_factor=3)
     assert (made["RunConfig"]["name"], made["RunConfig"]["storage_path"]) == ("search", str(tmp_path / "tuned"))
+    assert isinstance(made["RunConfig"]["callbacks"][0], ExpectedFigures)  # the loggers, which come after, write these
     assert made["Tuner"]["words"] == ("the trainable",)
     assert made["Tuner"]["param_space"].keys() == {"entropy_threshold"}
     assert (made["Tuner"]["tune_config"], made["Tuner"]["run_config"]) == ("TuneConfig", "RunConfig")
 
 
-def test_a_row_of_all_evaluators_is_in_the_task_s_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = row_of(3, 5, 10, 4, p3="a reason")
-    parts = [
-        summarise(whole.samples[part::2], seconds, **{name: getattr(whole, name) for name in trial._LABELS})
-        for part, seconds in ((0, 4.0), (1, 2.5))
-    ]
-    asked: list[Any] = []
-    actors = [
-        SimpleNamespace(measure=SimpleNamespace(remote=lambda given, row=row: asked.append(given) or row))
-        for row in parts
-    ]
-    monkeypatch.setattr(trial, "ray", SimpleNamespace(get=list))
-    row = measure(actors, {"decoder": "vanilla"})
-    assert asked == [{"decoder": "vanilla"}] * 2
-    assert [sample.problem_id for sample in row.samples] == ["p0", "p1", "p2", "p3", "p4"]
-    assert (row.accuracy, row.seconds, row.tps, row.errors) == (60.0, 4.0, 12.5, 1)
+def test_a_race_is_chosen_and_has_its_shards(settings: TuneSettings) -> None:
+    bound, none = (settings.model_copy(update={"racing": name}) for name in ("bound", "none"))
+    assert isinstance(searching._scheduler(bound, TPS), Racing) and searching._scheduler(none, TPS) is None
+    shards = [searching._shards(one) for one in (bound, none, bound.model_copy(update={"shards": 9, "count": 14}))]
+    assert shards == [2, 1, 4]  # with 3 actors at most 4 shards of 14 problems
+    with pytest.raises(InputError, match="racing: got 'asha' with metric accuracy-tpf; accepted: bound or none"):
+        build(TuneSettings, {"racing": "asha", "metric": "accuracy-tpf"})
+
+
+def test_two_objectives_are_searched_by_nsga_ii(settings: TuneSettings) -> None:
+    sampler = searching._sampler(settings.model_copy(update={"trials": 60}), several=True)
+    assert isinstance(sampler, optuna.samplers.NSGAIISampler) and sampler._population_size == 12
 
 
 def test_a_trial_reports_what_it_has_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-    row = row_of(8, 10, 30, 10, p9="a reason")
-    monkeypatch.setattr(trial, "measure", lambda pool, chosen: asked.update(pool=pool, chosen=chosen) or row)
-    monkeypatch.setattr(trial.tune, "report", asked.update)
-    base = {"decoder": "d3llm", "entropy_threshold": 0.1, "cache_delay": 2}
-    run_trial({"entropy_threshold": 0.9}, "the pool", SearchObjective("tpf", (1.0, 81.0), 2.0), base)
-    assert asked["pool"] == "the pool"
-    assert asked["chosen"] == {"decoder": "d3llm", "entropy_threshold": 0.9, "cache_delay": 2}
-    figures = {name: asked[name] for name in ("score", "accuracy", "tpf", "tokens", "forwards", "seconds", "errors")}
-    assert figures == dict(score=3.0, accuracy=80.0, tpf=3.0, tokens=300, forwards=100, seconds=2.0, errors=1)
-    found = searching._trial(4, {"entropy_threshold": 0.9}, asked)
+    """Ten problems in two shards, numbers as dealt: after each all figures so far."""
+    whole = row_of(8, 10, 30, 10, p9="a reason")
+    work = Measurement("t", "train", 10, {"decoder": "d3llm", "entropy_threshold": 0.1, "cache_delay": 2}, {"seed": 3})
+    asked: list[Any] = []
+    reports: list[dict[str, Any]] = []
+
+    class Pool(EnginePool):
+        def measure(self, given: Measurement, numbers: Any) -> EvaluationRow:
+            asked.append((given, numbers))
+            samples = [whole.samples[number] for number in numbers]
+            return summarise(samples, 2.0, **labels_of(whole))
+
+    monkeypatch.setattr(trial.tune, "report", reports.append)
+    objective, shards = SearchObjective("tpf", (1.0, 81.0), 2.0), [[9, 0, 1, 2, 3, 4], [5, 6, 7, 8]]
+    run_trial({"entropy_threshold": 0.9}, Pool(()), work, objective, shards)
+    given = replace(work, decoding_settings={"decoder": "d3llm", "entropy_threshold": 0.9, "cache_delay": 2})
+    assert asked == [(given, shards[0]), (given, shards[1])]
+    first, last = reports
+    assert (first["problems"], first["shards_left"], first["accuracy"]) == (6, 1, pytest.approx(500 / 6))
+    assert first["score"] == 3.0 and first["aup"] == objective.aup(3.0, 500 / 6)
+    assert first["outcomes"] == "[[0,30,10],[1,30,10],[1,30,10],[1,30,10],[1,30,10],[1,30,10]]"
+    figures = {name: last[name] for name in ("score", "accuracy", "tpf", "tokens", "forwards", "seconds", "errors")}
+    assert figures == dict(score=3.0, accuracy=80.0, tpf=3.0, tokens=300, forwards=100, seconds=4.0, errors=1)
+    found = searching._trial(4, {"entropy_threshold": 0.9}, last)
+    lost = ("problem 10 ('p9'): a reason",)
     assert found == TuneTrial(
-        4, {"entropy_threshold": 0.9}, 3.0, 80.0, 3.0, 150.0, 300, 100, 2.0, 1, ("problem 10 ('p9'): a reason",)
+        4, {"entropy_threshold": 0.9}, 3.0, 80.0, 3.0, 75.0, 300, 100, 4.0, 1, lost, 10, False, last["aup"]
     )
+    assert searching._trial(4, {}, first).stopped and searching._trial(4, {}, first).unanswered == lost
 
 
 @pytest.fixture
 def search(settings: TuneSettings, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stands for Ray, evaluators and search: `pools` that were opened, `asked` of them, `objective`; answers `row`."""
+    """Stands for Ray, engines and search: `pools` that were opened, `asked` of them, `objective`; answers `row`."""
     stand = SimpleNamespace(pools=[], asked=[], objective=None, row=row_of(4, 5, 3, 4), trials=None, stop=False)
+
+    class Pool:
+        def __init__(self, model: str) -> None:
+            self.model = model
+
+        def measure(self, work: Measurement, numbers: Any) -> EvaluationRow:
+            stand.asked.append((self.model, work, list(numbers)))
+            return replace(stand.row, settings=dict(work.decoding_settings))
 
     @contextmanager
     def pool(given: TuneSettings) -> Iterator[Any]:
         stand.pools.append(given.model)
-        yield given.model
+        yield Pool(given.model)
 
-    def measured(opened: Any, chosen: dict[str, Any]) -> EvaluationRow:
-        stand.asked.append((opened, chosen))
-        return stand.row
-
-    def searched(given: TuneSettings, space: SearchSpace, objective: Any, opened: Any, _progress: Any) -> Any:
-        stand.objective, stand.searched = objective, (given, space, opened)
+    def searched(given: TuneSettings, space: SearchSpace, points: Any, objective: Any, *others: Any) -> Any:
+        stand.objective, stand.searched = objective, (given, space, points, *others)
         if stand.stop:
             raise KeyboardInterrupt
-        return stand.trials or [TuneTrial(0, {"entropy_threshold": 0.45}, 1.0, 80.0, 2.0, 9.0, 10, 5, 1.0)]
+        return stand.trials or [TuneTrial(0, {"entropy_threshold": 0.3}, 1.0, 80.0, 2.0, 9.0, 10, 5, 1.0)]
 
-    for name, value in {
-        "connect": lambda: None,
-        "evaluator_pool": pool,
-        "measure": measured,
-        "search": searched,
-    }.items():
+    for name, value in {"connect": lambda: None, "engine_pool": pool, "search": searched}.items():
         monkeypatch.setattr(verb, name, value)
     monkeypatch.setattr(records, "plot_trials", lambda *_: None)  # takes longer than all else here
+    monkeypatch.setattr(held_out, "RESAMPLES", 20)
     return stand
 
 
 def test_settings_arrive_in_the_objective(settings: TuneSettings, search: SimpleNamespace) -> None:
     verb.run(settings, Notes())
-    assert search.objective == SearchObjective("tps", (0.75, 81.0), 3.5)
-    assert search.searched[0] == settings and search.searched[2] == settings.model
-    assert search.searched[1].decoder_settings == {"cache_delay": 2}
-    assert (search.pools, search.asked) == ([settings.model], [])  # the anchor is given
-    assert yaml.safe_load((settings.output / "settings.yaml").read_text()) == {
-        "decoder": "d3llm",
-        "cache_delay": 2,
-        "entropy_threshold": 0.45,
-    }
+    assert search.objective == TPS
+    given, space, points, pool, work, _ = search.searched
+    assert given == settings and pool.model == settings.model and space.decoder_settings == {"cache_delay": 2}
+    assert points[:3] == [{"entropy_threshold": threshold} for threshold in (0.45, 0.5, 0.4)]  # own, then published
+    sampling = {"max_tokens": 48, "temperature": 0.7, "top_p": 0.6, "seed": 11}
+    own = {"decoder": "d3llm", "cache_delay": 2}
+    assert work == Measurement(settings.task, "train", 12, own, sampling, 1, {"data_dir": settings.data_dir})
+    chosen = own | {"entropy_threshold": 0.3}
+    behind = [7, 8, 9, 10, 11]
+    assert search.asked == [  # the anchor is given
+        (settings.model, work, behind),
+        (settings.model, replace(work, decoding_settings=chosen), behind),
+    ]
+    assert search.pools == [settings.model]
+    assert yaml.safe_load((settings.output / "settings.yaml").read_text()) == chosen
+    found = json.loads((settings.output / "trials.json").read_text())["held_out"]
+    assert found["problems"] == 5 and [row["name"] for row in found["rows"]] == ["chosen", "own"]
+
+
+def test_without_time_nothing_is_warmed_up_and_without_held_out_problems_nothing_compared(
+    settings: TuneSettings, search: SimpleNamespace
+) -> None:
+    notes = Notes()
+    verb.run(settings.model_copy(update={"metric": "smooth-aup", "held_out": 0}), notes)
+    work = search.searched[4]
+    assert (work.warmup, work.count, search.asked, notes.said) == (0, 7, [], [])
+    assert json.loads((settings.output / "trials.json").read_text())["held_out"] is None
+
+
+def test_a_task_with_fewer_problems_than_asked_for_says_so(settings: TuneSettings, search: SimpleNamespace) -> None:
+    notes = Notes()
+    verb.run(settings.model_copy(update={"held_out": 9}), notes)
+    assert notes.said[0] == f"held_out: 5 problems instead of 9: {settings.task} has no others"
+    verb.run(settings.model_copy(update={"count": 20, "output": settings.output.with_name("other")}), notes)
+    given, _, _, _, work, _ = search.searched
+    assert (given.count, work.count) == (12, 12)
 
 
 def test_an_interrupted_search_goes_on_with_its_anchor(settings: TuneSettings, search: SimpleNamespace) -> None:
@@ -291,7 +273,9 @@ def test_an_interrupted_search_goes_on_with_its_anchor(settings: TuneSettings, s
             verb.run(settings, Notes())
         assert search.objective.anchor == (0.75, 80.0)  # 3 tokens in 4 forwards, 4 of 5 right
         search.row = None
-    assert search.asked == [(settings.anchor_model, plain)]
+    (first, work, numbers), (second, _, behind) = search.asked
+    assert first == second == settings.anchor_model and (numbers, behind) == ([*range(7)], [*range(7, 12)])
+    assert work.decoding_settings == plain
     assert search.pools == [settings.anchor_model, settings.model, settings.model]
 
 
@@ -309,8 +293,9 @@ def test_the_anchor_is_one_token_a_forward_of_its_own_family(
     settings.space.write_text(BLOCKS)
     search.trials = [TuneTrial(0, {"confidence_threshold": 0.9}, 1.0, 80.0, 2.0, 9.0, 10, 5, 1.0)]
     verb.run(settings.model_copy(update={"model": model, "anchor_model": anchor_model, "anchor": None}), Notes())
-    ((opened, chosen),) = search.asked
+    opened, work, _ = search.asked[0]
     assert opened == search.pools[0] == (anchor_model or model)
+    chosen = work.decoding_settings
     assert plain.items() <= chosen.items()
     (output,) = DiffusionLLM.from_pretrained(opened).generate(["Tom has 5 apples."], max_tokens=16, **chosen)
     revealed = [step for step in output.reveal_steps if step >= 0]
@@ -321,7 +306,8 @@ def test_the_anchor_is_one_token_a_forward_of_its_own_family(
     "left",
     [
         "tpf: 9.0\naccuracy: 99.0\n",  # another version's
-        "tpf: 9.0\naccuracy: 99.0\nkey: of other settings\nunanswered: []\n",
+        "tpf: 9.0\naccuracy: 99.0\nkey: of other settings\nunanswered: []\nheld_out: ''\nheld_out_tps: 0\n",
+        "tpf: 9.0\naccuracy: 99.0\nkey: of other settings\nunanswered: []\nheld_out: '[[1,'\nheld_out_tps: 2\n",
         "tpf: 9.0\naccu",
         "tpf: [\n",
         "- 9.0\n",
@@ -339,7 +325,7 @@ def test_a_stale_or_torn_anchor_is_said_and_measured_again(
     notes = Notes()
     with pytest.raises(KeyboardInterrupt):
         verb.run(settings, notes)
-    assert len(search.asked) == 2 and search.objective.anchor == (0.75, 80.0)
+    assert len(search.asked) == 4 and search.objective.anchor == (0.75, 80.0)
     assert len(notes.said) == 1 and notes.said[0].startswith("the anchor is measured again: anchor: ")
 
 
@@ -396,8 +382,8 @@ def test_problems_without_an_answer_are_named_whenever_the_search_is_asked_for(
         with pytest.raises(IncompleteError) as caught:
             verb.run(settings, Notes())
         assert str(caught.value) == (
-            f"problems: answers are missing: 2, counted as wrong; the others are in {settings.output}/trials.json: "
-            "problem 5 ('p4'): not finite; problem 3 (7): refused"
+            f"problems: answers are missing: 3, counted as wrong; the others are in {settings.output}/trials.json: "
+            "problem 5 ('p4'): not finite; problem 12 ('p4'): not finite; problem 3 (7): refused"
         )
     assert verb.run(settings, Notes(), "return") == settings.output / "settings.yaml"
     assert len(search.pools) == 2  # complete: nothing is searched again
@@ -418,7 +404,8 @@ def test_damaged_records_are_said_and_made_again(
     (settings.output / name).write_text(text)
     notes = Notes()
     assert verb.run(settings, notes) == path
-    assert len(notes.said) == 1 and notes.said[0].startswith("searched again: ") and name in notes.said[0]
+    said, _ = notes.said  # the other is the verdict on held-out problems
+    assert said.startswith("searched again: ") and name in said
     assert (settings.output / name).read_text() == whole and len(search.pools) == 2
     path.write_text("decoder: d3llm\nentropy_threshold: 0.2\n")  # a user's own change stays
     verb.run(settings, Notes())
@@ -429,7 +416,7 @@ def test_a_task_without_references_is_refused_before_ray_starts(
     settings: TuneSettings, search: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verb, "connect", lambda: pytest.fail("Ray was started"))
-    Path(settings.task).write_text('{"prompt": "a"}\n' * 9)
+    Path(settings.task).write_text("".join(f'{{"prompt": "{n}"}}\n' for n in range(12)))
     with pytest.raises(InputError, match=r"problem .*: reference: got None"):
         verb.run(settings, Notes())
 
@@ -463,11 +450,34 @@ def test_a_torn_state_is_set_aside_and_said(name: str, content: bytes, reason: s
 def test_scores_are_those_of_the_objective_whatever_a_restored_trial_was_scored_by(
     settings: TuneSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = [TuneTrial(n, {}, 99.0, 80.0, tpf, 9.0, 9, 5, 1.0) for n, tpf in enumerate((2.0, 4.0))]
+    old = [TuneTrial(n, {}, 99.0, 80.0, tpf, 9.0, 9, 5, 1.0, aup=99.0) for n, tpf in enumerate((2.0, 4.0))]
     fake = SimpleNamespace(with_resources=lambda *_: None, with_parameters=lambda *_, **__: None)
     monkeypatch.setattr(searching, "tune", fake)
     monkeypatch.setattr(searching, "_restored_tuner", lambda *_: SimpleNamespace(fit=lambda: "grid"))
-    monkeypatch.setattr(searching, "_trials", lambda grid, expected: old)
+    monkeypatch.setattr(searching, "_trials", lambda grid, expected, spent: old * 6)
     space = verb.read_space(settings.space)
-    trials = searching.search(settings, space, SearchObjective("tpf", (1.0, 81.0), 2.0), [], Notes())
-    assert [found.score for found in trials] == [2.0, 4.0]
+    objective = SearchObjective("tpf", (1.0, 81.0), 2.0)
+    work = Measurement("t", "train", 7, {})
+    trials = searching.search(settings, space, [], objective, EnginePool(()), work, Notes())
+    assert [found.score for found in trials[:2]] == [2.0, 4.0]
+    assert [found.aup for found in trials[:2]] == [objective.aup(2.0, 80.0), objective.aup(4.0, 80.0)]
+
+
+def result(number: int, shards_left: int = 0, done: bool = True) -> Any:
+    figures = dict.fromkeys(trial.FIGURES, 1) | {"score": 1.0, "aup": 1.0, "unanswered": "[]"}
+    return SimpleNamespace(
+        config={}, metrics={**figures, "finished": -number, "shards_left": shards_left, "done": done}
+    )
+
+
+def test_what_a_search_that_ran_out_of_time_has_finished_counts() -> None:
+    class Grid(list[Any]):
+        num_errors = 0
+
+    grid: Any = Grid([result(0), result(1, 2), result(2, 2, done=False), SimpleNamespace(config={}, metrics=None)])
+    found = searching._trials(grid, 9, spent=True)
+    assert [(one.number, one.stopped) for one in found] == [(0, True), (1, False)]  # by the time of their end
+    with pytest.raises(KeyboardInterrupt, match="2 of 9 trials"):
+        searching._trials(grid, 9, spent=False)
+    with pytest.raises(WorkError, match="time_budget_s: no trial was finished"):
+        searching._trials(Grid([result(1, 2)]), 9, spent=True)  # type: ignore[arg-type]
