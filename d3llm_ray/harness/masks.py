@@ -24,7 +24,9 @@ def mask_counts(length: int, samples: int, start: int) -> IntArray:
     return (start - 1 + steps) % length + 1
 
 
-def maskings(length: int, samples: int, generator: np.random.Generator) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def maskings(
+    length: int, samples: int, generator: np.random.Generator
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Maskings [M, length] and weights [M]; the estimate is the sum of weight times the masked tokens' log probability.
 
     Where there are no more than `samples` maskings in all, they are all of them, and the estimate is exact. Else

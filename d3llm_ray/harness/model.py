@@ -8,6 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from d3llm_ray.decoding import DiffusionLLM, decoding_settings
 from d3llm_ray.errors import InputError, one_line, require
 from d3llm_ray.harness.generation import generation_options
@@ -22,6 +24,7 @@ logger = logging.getLogger("d3llm_ray.harness")
 
 def register() -> type[Any]:
     """Make `d3llm` known to lm-eval, and return its class; an error that names the package where it is missing."""
+    import lm_eval.models  # noqa: F401 (else the registry, once it has ours, never gets lm-eval's own)
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import get_model, model_registry, register_model
 
@@ -61,6 +64,9 @@ class HarnessModel:
             require(whole, name, value, f"a whole number, {least} or more")
         if int(size) == 1:
             logger.warning("batch_size 1: one request after the other; lm-eval's --batch_size %s is faster", BATCH_SIZE)
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            logger.warning("device %s is not here: cpu", device)  # lm-eval's command line says cuda:0 unless told
+            device = None
         self._llm = DiffusionLLM.from_pretrained(
             pretrained, decoder, dtype, device or "cpu", max_batch_size=int(size), **decoder_settings
         )

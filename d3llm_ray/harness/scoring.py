@@ -109,9 +109,7 @@ class LikelihoodScorer:
 
     def _estimated(self, texts: Sequence[ScoredText]) -> list[Likelihood]:
         totals = np.zeros(len(texts))
-        jobs = (
-            (number, row, weight) for number, text in enumerate(texts) for row, weight in self._masked(text)
-        )
+        jobs = ((number, row, weight) for number, text in enumerate(texts) for row, weight in self._masked(text))
         while batch := list(islice(jobs, self._batch_size)):
             logprobs, _ = self._logprobs([row for _, row, _ in batch])
             weights = np.repeat([weight for _, _, weight in batch], [row.predicted.size for _, row, _ in batch])
