@@ -1,4 +1,4 @@
-"""lm-eval's own command line, with the model `d3llm` beside its own: `python -m d3llm_ray.harness --model d3llm ...`."""
+"""The command line of lm-eval, with the model `d3llm` beside its own: `python -m d3llm_ray.harness ...`."""
 
 from __future__ import annotations
 

@@ -38,4 +38,6 @@ def maskings(
     counts = mask_counts(length, samples, int(generator.integers(1, length + 1)))
     ranks = generator.permuted(np.tile(np.arange(length), (samples, 1)), axis=1)
     masked, which = np.unique(ranks < counts[:, None], axis=0, return_inverse=True)
-    return masked, np.bincount(which.ravel(), length / counts / samples)
+    weights = np.zeros(len(masked))
+    np.add.at(weights, which.ravel(), length / counts / samples)
+    return masked, weights

@@ -28,9 +28,10 @@ def register() -> type[Any]:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import get_model, model_registry, register_model
 
-    if NAME in model_registry:
-        return get_model(NAME)
-    return register_model(NAME)(type("D3LLM", (HarnessModel, TemplateLM), {}))
+    if NAME not in model_registry:
+        register_model(NAME)(type("D3LLM", (HarnessModel, TemplateLM), {}))
+    registered: type[Any] = get_model(NAME)
+    return registered
 
 
 class HarnessModel:
@@ -40,6 +41,8 @@ class HarnessModel:
     `DiffusionLLM.from_pretrained`; `batch_size` is its `max_batch_size`, and sequences a forward in scoring.
     `max_gen_toks` holds for tasks that do not say theirs; `mc_num` maskings estimate a likelihood (`scoring.py`).
     """
+
+    cache_hook: Any  # lm-eval's
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class HarnessModel:
         return encode_text(self.tokenizer, string, control=True)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation; without `add_generation_prompt` its last message is what the answer continues."""
+        """The prompt of a conversation; without `add_generation_prompt` the answer goes on with its last message."""
         try:
             text = self.tokenizer.apply_chat_template(
                 chat_history,

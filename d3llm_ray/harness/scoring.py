@@ -171,11 +171,10 @@ class LikelihoodScorer:
     @torch.inference_mode()
     def _hidden(self, rows: Sequence[_Sequence]) -> torch.Tensor:
         """Final hidden states that predict the rows' predicted positions, which a diffusion model sees masked."""
-        causal = self._mask is None
         inputs = []
         for row in rows:
-            ids = row.ids[:-1] if causal else row.ids.copy()
-            if not causal:
+            ids = row.ids[:-1] if self._mask is None else row.ids.copy()
+            if self._mask is not None:
                 ids[row.predicted] = self._mask
             inputs.append(ids)
         lengths = [ids.size for ids in inputs]
@@ -183,6 +182,7 @@ class LikelihoodScorer:
         shift = int(self._llm.family.logit_shift)  # the row before a position predicts it
         read = np.concatenate([start + row.predicted - shift for start, row in zip(starts, rows, strict=True)])
         device = self._model.embed_tokens.weight.device
-        ragged = Ragged.build(lengths, pattern=BlockCausal(1) if causal else None, device=device)
+        ragged = Ragged.build(lengths, pattern=BlockCausal(1) if self._mask is None else None, device=device)
         packed = torch.from_numpy(np.concatenate(inputs)).to(device)
-        return self._model(packed, ragged, rows=torch.from_numpy(read).to(device))
+        hidden: torch.Tensor = self._model(packed, ragged, rows=torch.from_numpy(read).to(device))
+        return hidden
