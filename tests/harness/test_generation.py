@@ -42,6 +42,11 @@ def test_lengths_in_lm_evals_order_of_precedence() -> None:
     assert generation_options(given, 256)["max_tokens"] == 256
 
 
+def test_do_sample_false_is_greedy_whatever_the_temperature() -> None:
+    assert generation_options({"do_sample": False, "temperature": 0.8}, 8)["temperature"] == 0.0
+    assert generation_options({"temperature": 0.8}, 8)["temperature"] == 0.8
+
+
 def test_empty_stop_strings_stop_nothing() -> None:
     assert generation_options({"until": ["", "\n", ""]}, 8)["stop"] == ("\n",)
 
