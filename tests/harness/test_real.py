@@ -14,8 +14,10 @@ import requests
 import torch
 
 from d3llm_ray.decoding import DiffusionLLM
+from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.serving.local import serve_locally
 from d3llm_ray.serving.settings import ReplicaSettings
+from d3llm_ray.tasks import load_task
 from tests.harness.lm_eval_runs import local_task, run
 from tests.harness.smollm2 import smollm2
 
@@ -156,3 +158,17 @@ def test_text_of_multi_byte_characters_is_streamed_whole(checkpoint: Path) -> No
                 assert "\ufffd" not in pieces[-1].rstrip("\ufffd")
                 many += sum(len(letter.encode()) > 1 for piece in pieces for letter in piece)
     assert many > 100
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="the benchmarks' data are not here (../shared/benchmarks)")
+def test_humaneval_runs_through_the_sandbox_to_the_end(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("d3llm_ray.tasks.published.programs")
+    monkeypatch.setenv("D3LLM_RAY_DATA", str(GSM8K.parent))
+    task = load_task("humaneval")
+    problems = list(task.load("test", 5))
+    llm = DiffusionLLM.from_pretrained(checkpoint, max_batch_size=5)
+    row = evaluate(llm, task, problems, max_tokens=48, warmup=0)
+    assert len(row.samples) == 5 and row.errors == 0
+    for sample, problem in zip(row.samples, problems, strict=True):
+        assert sample.tokens and sample.correct == task.is_correct(sample.text, str(problem.reference))
+    print(f"{row.accuracy:g} % of HumanEval's first five with 48 tokens")
