@@ -40,7 +40,11 @@ class Proxy:
             await self.replica(scope, receive, send)
 
     async def replica(self, scope: Any, receive: Any, send: Any) -> None:
-        status = 200 if scope["path"].startswith(("/v1", "/a/v1", "/b/v1")) or scope["path"].endswith((HEALTH, READY)) else 404
+        status = (
+            200
+            if scope["path"].startswith(("/v1", "/a/v1", "/b/v1")) or scope["path"].endswith((HEALTH, READY))
+            else 404
+        )
         if scope["path"].endswith(CHAT) and scope["method"] == "POST":
             self.chats += 1
             self.order.append(200)
