@@ -4,6 +4,8 @@ A request costs Serve's proxy and a replica several milliseconds even when it is
 health checks among it. Refused here it costs a fraction of one. Serve's proxies call `middlewares` when they start, as
 `PROXY_OPTIONS` tells them: nothing here may import torch.
 
+It also tells probes that an application which is taken down is alive, and not ready, while it finishes its answers.
+
 What there is room for is what a replica says in a header of its answers, times the replicas that run. Until a first
 answer has come by, and in a Serve that was started without those options, all is handed on and the replicas refuse.
 """
@@ -50,7 +52,8 @@ _REFUSAL = queue_full().response()
 class TellsRoom:
     """In a replica: each answer says for how many requests every replica of the application has room.
 
-    None: it is others that refuse, as behind a router. And how long a client may take to read what is sent, as nothing that is sent in a replica ever waits for a client.
+    None: others refuse, as behind a router. And how long a client may take to read what is sent, as nothing that is
+    sent in a replica ever waits for a client.
     """
 
     def __init__(self, app: ASGIApp, application: str, model: str, room: int | None, slow_reader_s: float) -> None:
