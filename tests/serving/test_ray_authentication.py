@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,9 @@ def test_d3llm_ray_serve_joins_with_the_token_and_takes_down_what_it_started(hea
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with serving(head, port) as process:
-        eventually(lambda: process.poll() is not None or status_of(url + HEALTH) == 200, PATIENCE_S)
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.stderr is not None
+        printed = list(takewhile(lambda line: not line.startswith("try "), process.stderr))  # until it serves, or ends
+        assert process.poll() is None, printed
         assert text_of(ask(url, "tiny-llada", max_tokens=16))
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0
@@ -144,8 +146,8 @@ def test_d3llm_ray_serve_without_the_token_is_refused(head: Head, token: str) ->
     changed: dict[str, Any] = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": None}
     words = ("-m", "d3llm_ray.cli", "serve", "--model", "tiny-llada", "--port", str(free_port()))
     done = head.run("python", *words, **(head.wrong() if token == "wrong" else changed))
-    print(done.returncode, done.stderr[-2000:])
     assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"d3llm-ray: RAY_ADDRESS: got '{head.address}': ")
 
 
 def test_serve_deploy_takes_the_token_and_is_refused_without(head: Head) -> None:
@@ -158,16 +160,13 @@ def test_serve_deploy_takes_the_token_and_is_refused_without(head: Head) -> None
     words = ("serve", "deploy", str(file), "-a", head.dashboard)
     for changed in ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": None}, head.wrong()):
         refused = head.run(*words, **changed)
-        print(refused.returncode, refused.stdout[-500:], refused.stderr[-1500:])
-        assert refused.returncode != 0
+        assert refused.returncode != 0 and "AuthenticationError" in refused.stderr
     deployed = head.run(*words)
     assert deployed.returncode == 0, deployed.stderr
     eventually(lambda: status_of(url + HEALTH) == 200, PATIENCE_S)
     assert text_of(ask(url, "tiny-llada", max_tokens=16))  # Serve's port asks for no token of Ray's
-    told = head.run(
-        "serve", "shutdown", "-y", "-a", head.dashboard, RAY_AUTH_TOKEN_PATH=head.wrong()["RAY_AUTH_TOKEN_PATH"]
-    )
-    assert told.returncode != 0
+    stop = ("serve", "shutdown", "-y", "-a", head.dashboard)
+    assert "Invalid authentication token" in head.run(*stop, **head.wrong()).stderr  # exit code 0 all the same
     assert status_of(url + HEALTH) == 200
-    assert head.run("serve", "shutdown", "-y", "-a", head.dashboard).returncode == 0
+    assert head.run(*stop).returncode == 0
     eventually(lambda: status_of(url + HEALTH) != 200, PATIENCE_S)
