@@ -3,7 +3,8 @@
     pytest -s -m soak tests/serving/test_slow_readers_on_ray.py
 
 Times with and without the twenty alternate, as a machine's other work comes and goes, and the medians over the times
-are compared. `SLOW_READERS_CHANGE` is how much the others' 99th percentile may grow (0.1).
+are compared. `SLOW_READERS_TIMES` is how many there are of each (10), `SLOW_READERS_CHANGE` how much the others' 99th
+percentile may grow (0.1).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.serving.life import long_body
 from tests.serving.raw_client import RawClient
 
 CHANGE = float(os.environ.get("SLOW_READERS_CHANGE", "0.1"))
-ALTERNATIONS, SECONDS = 10, 8.0
+ALTERNATIONS, SECONDS = int(os.environ.get("SLOW_READERS_TIMES", "10")), 8.0
 SLOW, OTHERS = 20, 4
 BYTES_A_SECOND = 10
 RECEIVES = 4096  # bytes that the kernel keeps for a slow one, about
@@ -107,5 +108,5 @@ def test_twenty_slow_readers_change_little_for_others(url: str) -> None:
         figures[f"{name}_s"] = [statistics.median(before), statistics.median(after)]
         figures[f"{name}_ratio"] = statistics.median(after) / statistics.median(before)
         figures[f"{name}_ratios"] = sorted(round(b / a, 3) for a, b in zip(before, after, strict=True))
-    print(json.dumps(figures))
+    print(json.dumps(figures), flush=True)
     assert figures["p99_ratio"] < 1 + CHANGE
