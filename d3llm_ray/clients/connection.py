@@ -16,6 +16,7 @@ from d3llm_ray.clients.settings import OF_MODEL, ClientSettings
 from d3llm_ray.config import build
 from d3llm_ray.errors import InputError, WorkError, one_line, require
 from d3llm_ray.serving.client_key import KEY_VARIABLES, client_key
+from d3llm_ray.serving.settings import ReplicaSettings
 
 ANSWERS_WITHIN_S = 30.0  # the list of models, for which no forward is waited for
 
@@ -42,8 +43,6 @@ def check_server(settings: ClientSettings, also: tuple[str, ...] = ()) -> None:
     """
     if settings.url is None:
         require(settings.api_key_file is None, "api_key_file", str(settings.api_key_file), "only with url")
-        from d3llm_ray.serving.settings import ReplicaSettings  # here, as what is behind a URL needs none of it
-
         build(ReplicaSettings, settings.of_model()).checked()
         return
     base_url(settings.url)
@@ -67,7 +66,6 @@ def connected(settings: ClientSettings, concurrency: int) -> Iterator[Server]:
         return
     from d3llm_ray.serving.auth import KEYS_VARIABLE
     from d3llm_ray.serving.local import serve_locally
-    from d3llm_ray.serving.settings import ReplicaSettings
 
     # Who asks is who serves: nothing is to be guarded, and how long to wait is the client's affair.
     own = {"max_queue": concurrency, "max_body_bytes": 2**31, "request_timeout_s": None, "log_requests": False}

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from d3llm_ray.config import DecoderSettings, Settings
+from d3llm_ray.serving.settings import ModelSettings
 
 
-class ClientSettings(Settings):
-    """Where answers come from."""
+class ClientSettings(ModelSettings):
+    """Where answers come from: a server, or a model in this process."""
 
     url: str | None = Field(
         None, description="server to ask, such as http://127.0.0.1:8000; null: `model`, served in this process"
@@ -21,26 +21,13 @@ class ClientSettings(Settings):
         None,
         description="file with the server's API key; null: that of D3LLM_RAY_API_KEY or OPENAI_API_KEY, if set",
     )
-    model: str = Field("tiny-llada", description="zoo name or checkpoint folder")
-    served_model_name: str | None = Field(
-        None, min_length=1, description="model id that requests name; default: the zoo name or the folder's name"
-    )
-    decoder: str | None = Field(
-        None, description="preset or decoding settings file (.yaml); null: the one for the model's family"
-    )
-    decoder_settings: DecoderSettings = Field({}, description="settings that override the decoder's")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of weights and activations")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
-    max_batch_size: int = Field(16, gt=0, description="requests decoded in one forward")
-    max_tokens: int = Field(64, gt=0, description="answer length in tokens when a request names none")
-    max_tokens_limit: int = Field(256, gt=0, description="largest answer length that a request may ask for")
 
     def of_model(self) -> dict[str, Any]:
         """The settings of a model in this process, which say nothing where there is a `url`."""
         return {name: getattr(self, name) for name in OF_MODEL}
 
 
-OF_MODEL = tuple(name for name in ClientSettings.model_fields if name not in ("url", "api_key_file"))
+OF_MODEL = tuple(ModelSettings.model_fields)
 
 
 class BatchSettings(ClientSettings):

@@ -57,6 +57,8 @@ class Engine:
         self.context = model.config.max_position_embeddings
         self.steps = 0  # so far; a step is one forward of every active request
         self.device = model.embed_tokens.weight.device
+        mask = family.mask_token_id
+        self._predictable = self.vocabulary_size - (mask is not None and mask < self.vocabulary_size)
         self._rules = family_rules(family)
         self.grouping = Grouping.on(self.device)
         self._waiting: deque[tuple[int, Request]] = deque()
@@ -171,7 +173,7 @@ class Engine:
             groups,
             self._sampling([span for group in groups for span in group if not span.twin]) if sampled else None,
             any(row.decoder.selection.needs_margins for row in self._rows),
-            max(row.request.top_logprobs for row in self._rows),
+            min(max(row.request.top_logprobs for row in self._rows), self._predictable),
         )
 
     def _span(self, index: int, row: ActiveRequest) -> Span:

@@ -35,7 +35,7 @@ class Request:
     takes the engine's own. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 filter nothing. `seed` alone decides
     what is drawn, never the batch. `stop_token_ids` end the answer besides the model's own; with `ignore_eos` those
     do not. With `reveals`, every forward of the request has an event that tells what it revealed, `top_logprobs` of the
-    most probable tokens included.
+    most probable tokens included, or all where the vocabulary has fewer.
     """
 
     prompt_ids: Sequence[int]

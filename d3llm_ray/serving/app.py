@@ -132,8 +132,8 @@ def application(settings: ReplicaSettings, **options: Any) -> Application:
         **_ROLLOUT,
     )(serve.ingress()(RouterReplica))
     ids = {name: model.ids for name, model in zip(names, models, strict=True)}
-    largest = max(model.max_body_bytes for model in models)
-    return router.bind(ids, handles, models[0].model_copy(update={"max_body_bytes": largest}))
+    largest = {name: max(getattr(one, name) for one in models) for name in ("max_body_bytes", "slow_reader_timeout_s")}
+    return router.bind(ids, handles, models[0].model_copy(update=largest))
 
 
 def _deployment(kind: type[DecoderReplica], name: str, model: ReplicaSettings, options: dict[str, Any]) -> Deployment:

@@ -4,6 +4,8 @@ A request costs Serve's proxy and a replica several milliseconds even when it is
 health checks among it. Refused here it costs a fraction of one. Serve's proxies call `middlewares` when they start, as
 `PROXY_OPTIONS` tells them: nothing here may import torch.
 
+It also tells probes that an application which is taken down is alive, and not ready, while it finishes its answers.
+
 What there is room for is what a replica says in a header of its answers, times the replicas that run. Until a first
 answer has come by, and in a Serve that was started without those options, all is handed on and the replicas refuse.
 """
@@ -22,6 +24,7 @@ import uvicorn.config
 from ray import serve
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from d3llm_ray.metrics import ServingMetrics
@@ -29,8 +32,8 @@ from d3llm_ray.serving.access_log import REQUEST_ID, sane_request_id, with_reque
 from d3llm_ray.serving.connections import patient
 from d3llm_ray.serving.errors import queue_full
 from d3llm_ray.serving.heads import BoundedConnection
-from d3llm_ray.serving.schemas import DECODING, HEALTH
-from d3llm_ray.serving.standin import StandIn
+from d3llm_ray.serving.schemas import DECODING, HEALTH, READY
+from d3llm_ray.serving.standin import ALIVE, DRAINING, StandIn
 
 logger = logging.getLogger("d3llm_ray.serving")
 
@@ -41,16 +44,19 @@ PROXY_OPTIONS = {
 RECOUNT_S = 2.0  # a replica that has been added is made use of as soon
 LULL_S, LONGEST_WAIT_S = 0.005, 0.5
 _ROOM_HEADER = "x-d3llm-room"
+# What a probe is told of an application that is taken down while its answers are finished: alive, and not ready.
+_PROBES = {HEALTH: ALIVE, READY: DRAINING}
 _REFUSAL = queue_full().response()
 
 
 class TellsRoom:
     """In a replica: each answer says for how many requests every replica of the application has room.
 
-    And how long a client may take to read what is sent, as nothing that is sent in a replica ever waits for a client.
+    None: others refuse, as behind a router. And how long a client may take to read what is sent, as nothing that is
+    sent in a replica ever waits for a client.
     """
 
-    def __init__(self, app: ASGIApp, application: str, model: str, room: int, slow_reader_s: float) -> None:
+    def __init__(self, app: ASGIApp, application: str, model: str, room: int | None, slow_reader_s: float) -> None:
         self._app = app
         told = {"application": application, "model": model, "room": room, "slow_reader_s": slow_reader_s}
         self._header = json.dumps(told)
@@ -81,9 +87,15 @@ class Room:
         if told == self._told:
             return
         said = json.loads(told)
-        self._told, self._name, self._each = told, said["application"], said["room"]
-        self.slow_reader_s = said["slow_reader_s"]
-        self._metrics = ServingMetrics(said["model"], said["application"])
+        self._told, self.slow_reader_s, self._metrics = told, said["slow_reader_s"], None
+        if said["room"] is not None:
+            self._name, self._each = said["application"], said["room"]
+            self._metrics = ServingMetrics(said["model"], said["application"])
+
+    @property
+    def limited(self) -> bool:
+        """Whether a request may be one too many."""
+        return self._metrics is not None
 
     def refuses(self) -> bool:
         """Whether another request would be too many. Counts the refusal."""
@@ -105,7 +117,7 @@ class Room:
 
     def recount(self, count_replicas: Callable[[str], int]) -> None:
         """Have the replicas counted, in a thread, unless that was done a moment ago."""
-        if not self._name or self._counting is not None or time.monotonic() - self._counted < RECOUNT_S:
+        if not self.limited or self._counting is not None or time.monotonic() - self._counted < RECOUNT_S:
             return
 
         async def count() -> None:
@@ -143,10 +155,13 @@ class Front:
                 self._rooms[prefix].learn(told)
                 self._rooms[prefix].recount(self._count_replicas)
 
-        if route == HEALTH or prefix not in self._rooms:
+        if prefix not in self._rooms:
             await self._app(scope, receive, _tapped(send, learn))
             return
         room = self._rooms[prefix]
+        if route in _PROBES:
+            await self._hand_on(scope, receive, _tapped(send, learn), _PROBES[route] if room.in_flight else None)
+            return
         if room.slow_reader_s is not None:
             send = patient(send, room.slow_reader_s)
         room.recount(self._count_replicas)
@@ -157,18 +172,21 @@ class Front:
             return
         place = room.take()
         try:
-            if not alone:
+            if room.limited and not alone:
                 await self._lull()
             # Free before a client can know that its answer is complete, and ask again.
             tapped = _tapped(send, learn, place.close)
-            answer = StandIn(tapped, _ROOM_HEADER, room.in_flight > 1, sane_request_id(scope))
-            try:
-                await self._app(scope, receive, answer)
-            except Exception as error:  # Serve's, for a replica that has died
-                logger.warning("Serve has no answer to a request: %s", error)
-            await answer.close()
+            await self._hand_on(scope, receive, tapped, DRAINING if room.in_flight > 1 else None)
         finally:
             place.close()
+
+    async def _hand_on(self, scope: Scope, receive: Receive, send: Send, taken_down: Response | None) -> None:
+        answer = StandIn(send, _ROOM_HEADER, taken_down, sane_request_id(scope))
+        try:
+            await self._app(scope, receive, answer)
+        except Exception as error:  # Serve's, for a replica that has died
+            logger.warning("Serve has no answer to a request: %s", error)
+        await answer.close()
 
     async def _lull(self) -> None:
         """Refusals and health checks first: a request that has its place lets a shower of others pass by."""
@@ -188,7 +206,7 @@ class Front:
 def _route(scope: Scope) -> str | None:
     """The route of ours that a request's path ends with, where it is one that matters here."""
     if scope["type"] == "http":
-        for method, route in (*(("POST", route) for route in DECODING), ("GET", HEALTH)):
+        for method, route in (*(("POST", route) for route in DECODING), *(("GET", route) for route in _PROBES)):
             if scope["method"] == method and scope["path"].endswith(route):
                 return route
     return None

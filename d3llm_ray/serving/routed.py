@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message
 
 from d3llm_ray.serving.access_log import log_through
 from d3llm_ray.serving.auth import KeyRing
-from d3llm_ray.serving.front import Front, running_replicas
+from d3llm_ray.serving.front import Front, TellsRoom, running_replicas
 from d3llm_ray.serving.guards import guard
 from d3llm_ray.serving.router import Condition, Router, Served, ToReplica, create_router
 from d3llm_ray.serving.settings import ReplicaSettings
@@ -32,7 +32,7 @@ def deployment_name(model_id: str) -> str:
 class RouterReplica:
     """One process that reads which model a request is for. `ids` and `handles` are by deployment.
 
-    `guarded` has its keys, its CORS origins, the largest body and whether it logs: the first model's.
+    `guarded` has its keys, its CORS origins and whether it logs: the first model's; and the largest limits of all.
     """
 
     def __init__(
@@ -47,6 +47,9 @@ class RouterReplica:
         served = {name: Served(ids, self._way_to(name)) for name, ids in self._ids.items()}
         app = create_router(Router(served, partial(conditions_of, application)), self._guarded.max_body_bytes)
         guard(app, self._guarded, self._keys, echo_request_id=False)
+        # Whose room is taken is not known before a body is read: the front before Serve's proxy refuses nothing.
+        limit_s = self._guarded.slow_reader_timeout_s
+        app.add_middleware(TellsRoom, application=application, model=ROUTER, room=None, slow_reader_s=limit_s)
         return app
 
     def _way_to(self, name: str) -> ASGIApp:

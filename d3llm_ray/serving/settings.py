@@ -27,10 +27,8 @@ def _fits(preset: Decoder, family: Family) -> bool:
 ORIGIN = r"^(\*|https?://[^/\s?#@*]+)$"  # as browsers spell it: no path, no slash at the end
 
 
-class ReplicaSettings(Settings):
-    """Settings of one decoder replica: the `args:` of an application in `serve_configs/*.yaml`."""
-
-    renamed: ClassVar[dict[str, str]] = {"decoder_config": "decoder"}
+class ModelSettings(Settings):
+    """Settings of a model that answers requests, wherever its process is."""
 
     model: str = Field("tiny-llada", description="zoo name or checkpoint folder, readable on every node")
     served_model_name: str | None = Field(
@@ -42,14 +40,21 @@ class ReplicaSettings(Settings):
     decoder_settings: DecoderSettings = Field({}, description="settings that override the decoder's")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of weights and activations")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
-    cpus_per_actor: int = Field(1, ge=0, description="CPUs of each replica")
-    gpus_per_actor: float | None = Field(None, ge=0.0, description="GPUs of each replica; null: one where it uses CUDA")
     max_batch_size: int = Field(16, gt=0, description="requests decoded in one forward")
-    max_queue: int = Field(64, ge=0, description="requests that may wait for a slot; beyond that a request gets 429")
     max_tokens: int = Field(64, gt=0, description="answer length in tokens when a request names none")
     max_tokens_limit: int = Field(
         256, gt=0, validate_default=True, description="largest answer length that a request may ask for"
     )
+
+
+class ReplicaSettings(ModelSettings):
+    """Settings of one decoder replica: the `args:` of an application in `serve_configs/*.yaml`."""
+
+    renamed: ClassVar[dict[str, str]] = {"decoder_config": "decoder"}
+
+    cpus_per_actor: int = Field(1, ge=0, description="CPUs of each replica")
+    gpus_per_actor: float | None = Field(None, ge=0.0, description="GPUs of each replica; null: one where it uses CUDA")
+    max_queue: int = Field(64, ge=0, description="requests that may wait for a slot; beyond that a request gets 429")
     max_body_bytes: int = Field(1_000_000, gt=0, description="largest request body; beyond that a request gets 413")
     step_timeout_s: float = Field(
         30.0,

@@ -6,7 +6,7 @@ has taken down while answers are still being finished, and one, or none at all, 
 
 from __future__ import annotations
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Send
 
 from d3llm_ray.serving.access_log import REQUEST_ID
@@ -16,16 +16,21 @@ from d3llm_ray.serving.sse import sse
 DRAINING = ApiError(
     503, "the server is stopping; ask again later", code="draining", retry_after_s=RETRY_AFTER_S
 ).response()
+# Liveness: what is being finished must not be cut off by an orchestrator that takes the server for dead.
+ALIVE = JSONResponse({"status": "ok"})
 LOST = ApiError(
     503, "the replica that had this request is gone; ask again", code="replica_lost", retry_after_s=RETRY_AFTER_S
 )
 
 
 class StandIn:
-    """A `send` that puts an answer of ours in the place of Serve's own, and ends a stream that Serve has left."""
+    """A `send` that puts an answer of ours in the place of Serve's own, and ends a stream that Serve has left.
 
-    def __init__(self, send: Send, header: str, draining: bool, request_id: bytes) -> None:
-        self._send, self._header, self._draining, self._id = send, header.encode(), draining, request_id
+    `taken_down` stands in for Serve's 404; None leaves that as it is.
+    """
+
+    def __init__(self, send: Send, header: str, taken_down: Response | None, request_id: bytes) -> None:
+        self._send, self._header, self._taken_down, self._id = send, header.encode(), taken_down, request_id
         self._begun = self._streams = self._replaced = self._ended = False
 
     async def __call__(self, message: Message) -> None:
@@ -40,11 +45,11 @@ class StandIn:
         headers = dict(message["headers"])
         status = message["status"]
         self._streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-        self._replaced = self._header not in headers and (status >= 500 or (status == 404 and self._draining))
-        if not self._replaced:
-            await self._send(message)
-            return
-        await self._answer(DRAINING if status == 404 else LOST.response())
+        own: Response | None = None
+        if self._header not in headers:
+            own = self._taken_down if status == 404 else LOST.response() if status >= 500 else None
+        self._replaced = own is not None
+        await (self._send(message) if own is None else self._answer(own))
 
     async def _answer(self, response: Response) -> None:
         headers = [*response.raw_headers, (REQUEST_ID, self._id)]

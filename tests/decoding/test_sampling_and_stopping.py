@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,20 @@ def test_most_probable_tokens_are_told_of_guided_and_of_static_steps(cuda_graphs
             for token, logprob, tops in zip(reveal.token_ids, reveal.logprobs, reveal.tops, strict=True):
                 assert tops[0][0] == token and tops[0][1] == pytest.approx(logprob, abs=1e-5)
                 assert len(tops) == 2 and tops[0][1] >= tops[1][1]
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(MASK, {0, 1, 2, 3, 4, 5}), (3, {0, 1, 2, 4, 5})])
+def test_of_a_small_vocabulary_all_tokens_are_told_and_the_mask_never(mask: int, expected: set[int]) -> None:
+    model, family, _, _ = loaded("llada")
+    family = replace(family, mask_token_id=mask)
+    engine = Engine(model, family, decoder("vanilla", block_size=8), vocabulary_size=6)
+    requests = [Request([1, 2], 8, ignore_eos=True, reveals=True, top_logprobs=count) for count in (20, 2)]
+    many, few = _reveals(engine, requests)
+    for one, other in zip(many, few, strict=True):
+        for tops, first in zip(one.tops, other.tops, strict=True):
+            assert {token for token, _ in tops} == expected
+            assert sum(math.exp(logprob) for _, logprob in tops) == pytest.approx(1, abs=1e-5)
+            assert first == tops[:2]
 
 
 @pytest.mark.parametrize("kind", KINDS)

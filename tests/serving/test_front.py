@@ -17,7 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from d3llm_ray.serving import front
 from d3llm_ray.serving.front import PROXY_OPTIONS, Front, TellsRoom
-from d3llm_ray.serving.schemas import CHAT, COMPLETIONS, HEALTH
+from d3llm_ray.serving.schemas import CHAT, COMPLETIONS, HEALTH, READY
 from tests.test_structure import reached_without_torch
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 class Proxy:
     """Serve's proxy and one replica behind it: health at once, chats when the test lets them end."""
 
-    def __init__(self, room: int = 2, count_replicas: Callable[[str], int] = lambda name: 1) -> None:
+    def __init__(self, room: int | None = 2, count_replicas: Callable[[str], int] = lambda name: 1) -> None:
         self.room, self.chats, self.order = room, 0, []
         self.end, self.cut, self.linger, self.answered = (asyncio.Event() for _ in range(4))
         self.cut.set()
@@ -34,13 +34,17 @@ class Proxy:
         self.front = Front(self.answer, count_replicas)
 
     async def answer(self, scope: Any, receive: Any, send: Any) -> None:
-        if self.room:
+        if self.room != 0:
             await TellsRoom(self.replica, "app", "m", self.room, 30.0)(scope, receive, send)
         else:
             await self.replica(scope, receive, send)
 
     async def replica(self, scope: Any, receive: Any, send: Any) -> None:
-        status = 200 if scope["path"].startswith(("/v1", "/a/v1", "/b/v1")) or scope["path"].endswith(HEALTH) else 404
+        status = (
+            200
+            if scope["path"].startswith(("/v1", "/a/v1", "/b/v1")) or scope["path"].endswith((HEALTH, READY))
+            else 404
+        )
         if scope["path"].endswith(CHAT) and scope["method"] == "POST":
             self.chats += 1
             self.order.append(200)
@@ -306,9 +310,16 @@ def test_the_proxy_need_not_import_torch() -> None:
     assert "metrics" in reached_without_torch("serving.front")
 
 
-def test_while_answers_are_finished_a_model_that_was_taken_down_is_a_503_and_then_unknown() -> None:
+async def not_found(scope: Any, receive: Any, send: Any) -> None:
+    """Serve's proxy, for an application that it has taken down."""
+    await send({"type": "http.response.start", "status": 404, "headers": []})
+    await send({"type": "http.response.body", "body": b"Path '/' not found."})
+
+
+@pytest.mark.parametrize("room", [5, None])
+def test_while_answers_are_finished_a_model_that_was_taken_down_is_a_503_and_then_unknown(room: int | None) -> None:
     async def test() -> None:
-        proxy = Proxy(room=5)
+        proxy = Proxy(room=room)
         await proxy.health()
         tasks = await proxy.begin(1)
         serves, proxy.front._app = proxy.front._app, not_found
@@ -319,8 +330,60 @@ def test_while_answers_are_finished_a_model_that_was_taken_down_is_a_503_and_the
         proxy.front._app = serves
         assert (await proxy.ask())[0] == 200
 
-    async def not_found(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 404, "headers": []})
-        await send({"type": "http.response.body", "body": b"Path '/' not found."})
+    run(test)
+
+
+@pytest.mark.parametrize("room", [5, None])
+def test_a_server_that_drains_is_alive_and_not_ready(room: int | None) -> None:
+    """What an orchestrator would end at once would not finish its answers; what it calls ready would get new ones."""
+
+    async def test() -> None:
+        proxy = Proxy(room=room)
+        assert (await proxy.ask(READY, "GET"))[0] == await proxy.health() == 200
+        tasks = await proxy.begin(1)
+        assert (await proxy.ask(READY, "GET"))[0] == await proxy.health() == 200
+        proxy.front._app = not_found
+        status, headers, body = await proxy.ask(READY, "GET", x_request_id="mine")
+        assert (status, headers["retry-after"], headers["x-request-id"]) == (503, "1", "mine")
+        error = {"message": "the server is stopping; ask again later", "type": "service_unavailable"}
+        assert json.loads(body) == {"error": {**error, "param": None, "code": "draining"}}
+        status, headers, body = await proxy.ask(HEALTH, "GET")
+        assert (status, headers["content-type"], json.loads(body)) == (200, "application/json", {"status": "ok"})
+        assert (await proxy.ask("/elsewhere" + READY, "GET"))[0] == 404
+        assert await proxy.statuses(tasks) == {200: 1}
+        assert (await proxy.ask(READY, "GET"))[0] == await proxy.health() == 404
+
+    run(test)
+
+
+def test_a_probe_whose_replica_has_died_is_told_so_as_any_request() -> None:
+    async def dies(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("the actor is dead")
+
+    async def test() -> None:
+        proxy = Proxy()
+        await proxy.health()
+        proxy.front._app = dies
+        for route in (HEALTH, READY):
+            status, _, body = await proxy.ask(route, "GET")
+            assert (status, json.loads(body)["error"]["code"]) == (503, "replica_lost")
+
+    run(test)
+
+
+def test_behind_a_router_nothing_is_refused_or_held_up_here() -> None:
+    counted: list[str] = []
+
+    def count(name: str) -> int:
+        counted.append(name)
+        return 1
+
+    async def test() -> None:
+        proxy = Proxy(room=None, count_replicas=count)
+        await proxy.health()
+        tasks = await proxy.begin(200)
+        assert proxy.order == [200] * 200
+        assert await proxy.statuses(tasks) == {200: 200}
+        assert counted == []
 
     run(test)

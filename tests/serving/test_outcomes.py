@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from ray.util.metrics import Counter as RayCounter
 from ray.util.metrics import Metric
 
@@ -50,6 +52,28 @@ def test_requests_that_have_no_answer_are_counted_by_their_reason(
     ended = {key[1]: count for key, count in counted.items() if key[0] == "finished"}
     assert ended.pop("error") == 1 and set(ended) <= {"stop", "length"} and sum(ended.values()) == 1
     assert counted[("requests",)] == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_whose_logits_are_not_finite_is_an_error_and_its_neighbour_an_answer(
+    make_service: Any, client_of: Any, counted: Counter[tuple[str, ...]], stream: bool
+) -> None:
+    service = make_service(max_batch_size=2)
+    llm = service.llm
+    (good,) = llm.generate([MESSAGES], max_tokens=16)
+    met = {*good.prompt_ids, *good.response_ids}
+    poison = next(token for token in llm.encode("Ann buys 4 pens.") if token not in met)
+    with torch.no_grad():
+        llm.model.embed_tokens.weight[poison] = torch.nan
+    with client_of(service) as client, ThreadPoolExecutor(2) as pool:
+        neighbour = pool.submit(client.post, CHAT, json=body(max_tokens=16))
+        messages = [{"role": "user", "content": "Ann buys 4 pens."}]
+        assert client.post(CHAT, json=body(max_tokens=16, stream=stream, messages=messages)).status_code == 500
+        assert neighbour.result(30).json()["choices"][0]["message"]["content"] == good.text
+    ended = {key[1]: count for key, count in counted.items() if key[0] == "finished"}
+    assert ended == {"error": 1, good.finish_reason: 1}
+    assert counted[("requests",)] == 2
+    assert counted["tokens", "completion"] == len(good.token_ids)  # the failed one has none
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.serving import routed
 from d3llm_ray.serving.app import application
 from d3llm_ray.serving.exchange import exchange
+from d3llm_ray.serving.front import Front
 from d3llm_ray.serving.http import create_app
 from d3llm_ray.serving.routed import deployment_name
 from d3llm_ray.serving.router import Condition, Router, Served, ToReplica, create_router, portable
@@ -312,3 +313,22 @@ def test_the_router_asks_for_a_key_before_it_looks_at_a_body(tmp_path: Path, mon
     assert client.post(CHAT, json={"model": "c"}, headers=key).status_code == 404
     assert client.post(CHAT, json={"model": "a", "x": "y" * LIMIT}, headers=key).status_code == 413
     assert client.get("/health").status_code == client.get("/ready").status_code == 200
+
+
+def test_the_router_lets_the_front_of_serves_proxy_know_that_it_is_ours(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that there, too, a server that drains is alive and not ready, and slow readers are ended."""
+    monkeypatch.setattr(routed.serve, "get_replica_context", lambda: types.SimpleNamespace(app_name="app"))
+    models = [
+        {"model": str(tiny_checkpoint), "served_model_name": name, "slow_reader_timeout_s": limit}
+        for name, limit in (("a", 7.0), ("b", 9.0))
+    ]
+    bound = application(config.build(ApplicationSettings, {"models": models}))._bound_deployment
+    ids, _, guarded = bound.init_args
+    monkeypatch.setattr(routed.RouterReplica, "_way_to", lambda self, name: Replica(name))
+    app = asyncio.run(routed.RouterReplica(ids, {}, guarded).__serve_build_asgi_app__())
+    front = Front(app, lambda name: 1)
+    assert TestClient(front).get("/health").headers.get("x-d3llm-room") is None
+    (room,) = front._rooms.values()
+    assert (room.limited, room.slow_reader_s) == (False, 9.0)

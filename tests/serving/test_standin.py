@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from d3llm_ray.serving.standin import StandIn
+from d3llm_ray.serving.standin import DRAINING, StandIn
 
 HEADER = "x-room"
 
@@ -21,7 +21,7 @@ def answered(messages: list[Any], draining: bool = False) -> tuple[int, dict[str
         async def send(message: Any) -> None:
             sent.append(message)
 
-        answer = StandIn(send, HEADER, draining, b"mine")
+        answer = StandIn(send, HEADER, DRAINING if draining else None, b"mine")
         for message in messages:
             await answer(message)
         await answer.close()
