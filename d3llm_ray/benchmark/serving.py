@@ -12,6 +12,9 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import aiohttp
+import numpy as np
+
 from d3llm_ray.benchmark.exchange import Answered, Exchange, Passage
 from d3llm_ray.benchmark.files import begin, check, keep
 from d3llm_ray.benchmark.report import BenchmarkReport
@@ -21,6 +24,7 @@ from d3llm_ray.benchmark.serving_offline import OfflineEngine
 from d3llm_ray.benchmark.serving_rows import COLUMNS, COUNTING, ServingRow, Slo, of_offline, same_tokens, serving_row
 from d3llm_ray.benchmark.serving_settings import ServeBenchmarkSettings
 from d3llm_ray.clients.connection import base_url
+from d3llm_ray.errors import WorkError, one_line
 from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import can_plot
@@ -28,15 +32,17 @@ from d3llm_ray.serving.server import serve_in_background
 from d3llm_ray.serving.settings import ServeSettings
 from d3llm_ray.trajectories.sources import open_source
 
+ROUND_TRIPS = 20  # before each pass
 BUSY_CLIENT = 0.8  # of a processor; beyond that the client is what is measured
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Passages by load, a round after the other."""
+    """Passages by load, a round after the other; `floor`: the server's round trips before them, in seconds."""
 
     served: dict[str, list[Passage]] = field(default_factory=lambda: defaultdict(list))
     offline: dict[str, list[Passage]] = field(default_factory=lambda: defaultdict(list))
+    floor: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 @sole_writer
@@ -108,6 +114,7 @@ class ServingBenchmark:
                 if self._engine is not None and isinstance(load, ClosedLoad):
                     at_once = min(load.clients, settings.max_batch_size)
                     measured.offline[load.name].append(self._engine.run(at_once, settings.bounds))
+                measured.floor[load.name].append(asyncio.run(self._floor()))
                 measured.served[load.name].append(asyncio.run(self._pass(load, turn * settings.requests)))
         return measured
 
@@ -122,6 +129,15 @@ class ServingBenchmark:
             engine.run(settings.max_batch_size, Bounds(settings.compared, float("inf")))  # what is new, as a batch
         same = sum(same_tokens(exchange, engine.answer(exchange.prompt)) for exchange in passage.exchanges)
         return [f"{same} of {len(passage.exchanges)} answers equal the offline ones token for token ({load.name})"]
+
+    async def _floor(self) -> float:
+        """The median round trip, in seconds, of requests that are answered at once, one after the other."""
+        try:
+            async with self._client() as client:
+                await client.round_trip()  # makes the connection
+                return float(np.median([await client.round_trip() for _ in range(ROUND_TRIPS)]))
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise WorkError(f"{self._url}/health does not answer: {one_line(error)}") from error
 
     async def _pass(self, load: Load, done: int) -> Passage:
         """One load once, behind requests that make the connections and are not measured."""
@@ -191,4 +207,5 @@ def _rows(
             at_once = min(load.clients, settings.max_batch_size)
             yield serving_row(f"offline, {at_once} at a time", "offline", at_once, offline, slo)
         kind = "closed" if isinstance(load, ClosedLoad) else "open"
-        yield serving_row(load.name, kind, load.size, measured.served[load.name], slo, expected, offline)
+        floor = measured.floor[load.name]
+        yield serving_row(load.name, kind, load.size, measured.served[load.name], slo, expected, offline, floor)

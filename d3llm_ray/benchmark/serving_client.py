@@ -15,7 +15,7 @@ import aiohttp
 
 from d3llm_ray.benchmark.exchange import ANSWERED, Answered, Exchange
 from d3llm_ray.errors import InputError, WorkError, one_line, unknown
-from d3llm_ray.serving.schemas import CHAT
+from d3llm_ray.serving.schemas import CHAT, HEALTH
 
 DONE = b"data: [DONE]"
 _DATA = b"data: "
@@ -41,6 +41,13 @@ class ServingClient:
             raise WorkError(f"{self._url}/v1/models does not answer with models: {one_line(error)}") from error
         if name not in served:
             raise unknown("served_model_name", name, served)
+
+    async def round_trip(self) -> float:
+        """Seconds of a request that a replica answers at once, `GET /health`, whatever it answers."""
+        sent = perf_counter()
+        async with self._session.get(f"{self._url}{HEALTH}") as response:
+            await response.read()
+        return perf_counter() - sent
 
     async def ask(
         self, prompt: int, messages: Sequence[Any], since: float | None = None, *, events: bool = False

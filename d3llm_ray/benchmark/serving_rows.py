@@ -37,6 +37,8 @@ COUNTING = {
     "identical": "answers with the text, finish reason, tokens and forwards of the offline engine's",
     "of_offline": "tps / the offline engine's with as many requests at a time, in the same round",
     "added_ms": "median of total_s - the offline engine's in the same round: what HTTP, Ray Serve and the client add",
+    "floor_ms": "median round trip of GET /health, one at a time right before each round of a load: what any answer "
+    "takes on its way, without an engine; with several models the router answers, without the way from it to a replica",
 }
 
 
@@ -77,6 +79,7 @@ class ServingRow:
     client_cpu: float
     identical: int | None
     added_ms: tuple[float, float, float] | None  # median, least and greatest of the rounds
+    floor_ms: tuple[float, float, float] | None  # the same of the rounds' medians
     seconds: tuple[float, ...]  # of the rounds
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,8 +94,12 @@ def serving_row(
     slo: Slo,
     expected: Mapping[int, Answered] | None = None,
     offline: Sequence[Passage] = (),
+    floor: Sequence[float] = (),
 ) -> ServingRow:
-    """The figures of a load's rounds. `expected`: answers by prompt; `offline`: the engine's rounds at the load."""
+    """The figures of a load's rounds. `expected`: answers by prompt; `offline`: the engine's rounds at the load.
+
+    `floor`: for each round the median round trip of a request that is answered at once, in seconds.
+    """
     exchanges = [exchange for passage in rounds for exchange in passage.exchanges]
     answered = [exchange for exchange in exchanges if exchange.answer is not None]
     answers = [exchange.answer for exchange in answered if exchange.answer is not None]
@@ -124,6 +131,7 @@ def serving_row(
         client_cpu=max(passage.client_seconds / passage.seconds for passage in rounds),
         identical=None if expected is None else sum(same_answer(e, expected[e.prompt]) for e in answered),
         added_ms=spread(added) if added and answered else None,
+        floor_ms=spread([1e3 * seconds for seconds in floor]) if floor else None,
         seconds=tuple(passage.seconds for passage in rounds),
     )
 
@@ -179,6 +187,7 @@ COLUMNS: Columns[ServingRow] = (
     ("first text s, p50 / p90 / p99", lambda row: _shown(row.first_s)),
     ("total s, p50 / p90 / p99", lambda row: _shown(row.total_s)),
     ("added ms", lambda row: "-" if row.added_ms is None else between(*row.added_ms)),
+    ("floor ms", lambda row: "-" if row.floor_ms is None else between(*row.floor_ms)),
     ("tokens/s", lambda row: between(row.tps, row.tps_low, row.tps_high)),
     ("tokens/s a user", lambda row: "-" if row.user_tps is None else f"{row.user_tps:.1f}"),
     ("TPF", lambda row: "-" if row.tpf is None else f"{row.tpf:.2f}"),

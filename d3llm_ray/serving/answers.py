@@ -56,6 +56,11 @@ class Answer:
         self._told = 0  # tokens in pieces
         self._unfinished = metrics.aborted  # how an answer that does not end is counted
 
+    @property
+    def ready(self) -> bool:
+        """Whether its end, or an event that may bring a piece, has come."""
+        return self.finish_reason is not None or len(self._submission.events) > 0
+
     async def next(self) -> Piece | None:
         """The next piece, never empty, or None at the end. Raises `ApiError` when the engine fails or time is up."""
         while self.finish_reason is None:

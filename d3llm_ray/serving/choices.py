@@ -51,6 +51,11 @@ class Answers:
             self._wait_for(index)
         return index, piece
 
+    @property
+    def ready(self) -> bool:
+        """Whether something has come, or all have ended: `next` then waits for nobody, save a piece without a text."""
+        return not self._waiting or bool(self._ready) or any(self.answers[i].ready for i in self._waiting.values())
+
     def _wait_for(self, index: int) -> None:
         self._waiting[asyncio.ensure_future(self.answers[index].next())] = index
 

@@ -75,6 +75,9 @@ def test_a_run_against_a_server(
         assert (row["first_s"] is not None) == has_first
         assert not has_first or row["first_s"]["p50"] <= row["total_s"]["p50"]
         assert (row["added_ms"] is not None) == (row["kind"] == "closed")
+        assert (row["floor_ms"] is not None) == (row["kind"] != "offline")
+        # Nothing is decoded for it; the faster of the two rounds, on a busy machine.
+        assert row["floor_ms"] is None or 0 < row["floor_ms"][1] < 1e3 * row["total_s"]["p50"]
     assert sorted(ratio["what"] for ratio in found["ratios"]) == [
         "1 client: tokens/s / offline", "3 clients: tokens/s / offline",
     ]  # fmt: skip
@@ -217,7 +220,7 @@ def test_figures_of_a_load_by_hand() -> None:
     ]
     offline = [Passage((exchange(0, 0, 1),), 1.0), Passage((exchange(0, 0, 2),), 2.0)]
     other = Answered("13.", "stop", 7, 3, 2)
-    row = serving_row("2 clients", "closed", 2, rounds, Slo(1.0, 4.0), {0: ANSWER}, offline)
+    row = serving_row("2 clients", "closed", 2, rounds, Slo(1.0, 4.0), {0: ANSWER}, offline, [0.002, 0.004])
     assert (row.sent, row.answered, row.errors) == (4, 3, {"200": 1})
     assert (row.tokens, row.forwards, row.prompt_tokens, row.tpf) == (9, 6, 21, 1.5)
     assert (row.tps, row.tps_low, row.tps_high) == (1.0, 1.0, 1.0)  # 6 tokens in 6 s, 3 in 3 s
@@ -227,6 +230,7 @@ def test_figures_of_a_load_by_hand() -> None:
     assert row.good_share == 0.5 and row.good_rate == 2 / 9  # the one of 6 s and the error are not
     assert row.client_cpu == 0.5 and row.identical == 3
     assert row.added_ms == (2500.0, 2000.0, 3000.0)  # medians of 4 - 1 and 4 - 2 seconds
+    assert row.floor_ms == (3.0, 2.0, 4.0)
     assert serving_row("x", "closed", 2, rounds, Slo(1, 4), {0: other}, offline).identical == 0
     (ratio,) = of_offline({"2 clients": rounds, "3 requests/s": rounds}, {"2 clients": offline})
     assert (ratio.value, ratio.low, ratio.high) == (pytest.approx(0.5), pytest.approx(1 / 3), pytest.approx(2 / 3))

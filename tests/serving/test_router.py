@@ -213,6 +213,31 @@ def test_a_client_that_leaves_is_news_to_the_route() -> None:
     asyncio.run(main())
 
 
+def test_a_stream_passes_the_router_as_it_grows() -> None:
+    """Each part has come out before the replica sends the next one."""
+    parts = [b"one", b"two", b"three"]
+    came: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            assert await came.get() == part
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": json.dumps({"model": "m"}).encode()}
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            came.put_nowait(message["body"])
+
+    served = Served(("m",), Front(ToReplica(lambda scope, body: exchange(app, scope, body)), lambda name: 1))
+    router = create_router(Router({"m": served}, lambda: {}), LIMIT)
+    asyncio.run(asyncio.wait_for(router(scope_of(CHAT, method="POST"), receive, send), 10))
+
+
 def test_an_application_may_be_ahead_of_its_reader_by_a_few_messages_only() -> None:
     sent: list[int] = []
 

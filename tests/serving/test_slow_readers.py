@@ -83,12 +83,14 @@ def test_an_answer_that_waits_for_its_reader_waits_as_one_chunk(make_service: An
         service.stop()
 
     asyncio.run(asyncio.wait_for(main(), 30))
-    chunks = [json.loads(part.removeprefix("data: ")) for part in sent if part.startswith("data: {")]
+    events = [event.removeprefix("data: ") for event in "".join(sent).split("\n\n")]
+    assert events[-2:] == ["[DONE]", ""]
+    chunks = [json.loads(event) for event in events[:-2]]
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected.text
-    # Role, first text; the text whose sending was held up, and one that was fetched meanwhile; all the rest; the finish
-    # reason.
-    assert len(chunks) <= 6 < expected.forwards
-    assert sent[-2:] == ["data: [DONE]\n\n", ""]
+    # The head; role and first text; another text; the text whose sending was held up; all the rest, which is the last.
+    assert len(sent) == 5
+    # Role, these three texts, one that was fetched meanwhile, the rest, the finish reason.
+    assert len(chunks) <= 7 < expected.forwards
 
 
 class SmallBuffers(socket.socket):

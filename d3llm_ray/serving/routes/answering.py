@@ -13,7 +13,7 @@ from d3llm_ray.serving.replies import ChatChunk, TextChunk
 from d3llm_ray.serving.schemas import GenerationRequest
 from d3llm_ray.serving.service import ChatService
 from d3llm_ray.serving.sse import DONE, sse
-from d3llm_ray.serving.streams import AnswerStream
+from d3llm_ray.serving.streams import AnswerStream, Part
 
 Body = TypeVar("Body", covariant=True)
 Came = tuple[int, Piece | None]  # which answer, and its next piece or None at its end
@@ -47,7 +47,7 @@ async def respond(service: ChatService, request: GenerationRequest, writer: Writ
         came = await answers.next()
         if request.stream:
             cleanup.pop_all()  # the stream closes its answers
-            return AnswerStream(answers, _events(request, answers, came, writer))
+            return AnswerStream(answers, _parts(request, answers, came, writer))
         pieces: list[list[Piece]] = [[] for _ in answers.answers]
         while came is not None:
             index, piece = came
@@ -57,23 +57,28 @@ async def respond(service: ChatService, request: GenerationRequest, writer: Writ
         return writer.whole(pieces, answers)
 
 
-async def _events(
+async def _parts(
     request: GenerationRequest, answers: Answers, came: Came | None, writer: Writer[Body]
-) -> AsyncIterator[str]:
-    """Server-sent events of all answers. An error after the first byte is an event; the stream then lacks `[DONE]`."""
+) -> AsyncIterator[Part]:
+    """Server-sent events of all answers, those that come together as one part.
+
+    An error after the first byte is an event; the stream then lacks `[DONE]`.
+    """
     show_usage = request.wants_stream_usage
-    for chunk in writer.opening():
-        yield sse(chunk, show_usage=show_usage)
+    events = [sse(chunk, show_usage=show_usage) for chunk in writer.opening()]
     try:
         while came is not None:
             index, piece = came
             event = writer.end(index, answers) if piece is None else writer.piece(index, piece)
             if event is not None:
-                yield sse(event, show_usage=show_usage)
+                events.append(sse(event, show_usage=show_usage))
+            if events and not answers.ready:
+                yield "".join(events), True
+                events = []
             came = await answers.next()
     except Exception as error:
-        yield sse(to_api_error(error).body())
+        yield "".join((*events, sse(to_api_error(error).body()))), False
         return
     if show_usage:
-        yield sse(writer.usage(answers), show_usage=True)
-    yield DONE
+        events.append(sse(writer.usage(answers), show_usage=True))
+    yield "".join((*events, DONE)), False
