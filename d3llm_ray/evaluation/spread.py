@@ -15,7 +15,7 @@ from pathlib import Path
 from d3llm_ray.cluster import connect
 from d3llm_ray.errors import require
 from d3llm_ray.evaluation.kept import read_row, write_row
-from d3llm_ray.evaluation.pool import Measurement, engine_pool, together
+from d3llm_ray.evaluation.pool import EngineWork, engine_pool, together
 from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.progress import Progress
@@ -27,7 +27,7 @@ class ReportCell:
 
     key: str
     model: str
-    work: Measurement
+    work: EngineWork
     problem_ids: Sequence[str]
 
 

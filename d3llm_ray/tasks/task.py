@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from d3llm_ray.errors import require, unknown
-from d3llm_ray.judging import FinalAnswer, Judge
+from d3llm_ray.judging import FinalAnswer, Judge, require_ready
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -52,6 +52,10 @@ class Task:
             raise unknown("split", split, SPLITS)
         require(count >= 1, "count", count, "a positive whole number")
         return iter(self.load(split, count))
+
+    def check_judge(self) -> None:
+        """Raise `InputError` where this machine cannot judge answers: programs need a sandbox."""
+        require_ready(self.judge)
 
     def extract(self, text: str) -> str | None:
         """What of an answer is judged; None where there is nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -56,7 +56,11 @@ def open_source(prompts: str, texts: Sequence[str], split: Split, count: int | N
         raise no_rows(name)
     if total is not None and count is not None:
         total = min(total, count)
-    return Source(name, Task(stem(name), no_problems), total, read, count, version)
+    task = Task(stem(name), no_problems)
+    if not texts and prompts in EMBEDDED:
+        task = replace(EMBEDDED[prompts], load=no_problems)
+        task.check_judge()
+    return Source(name, task, total, read, count, version)
 
 
 Opened = tuple[int | None, Read, str | None]  # problems where known, reader of all of them, version where known

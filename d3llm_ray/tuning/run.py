@@ -16,7 +16,7 @@ from d3llm_ray.decoding.presets import plain_decoder
 from d3llm_ray.device import check_device_name
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import check_references
-from d3llm_ray.evaluation.pool import EnginePool, Measurement, engine_pool
+from d3llm_ray.evaluation.pool import EnginePool, EngineWork, engine_pool
 from d3llm_ray.evaluation.rows import check_answered, unanswered
 from d3llm_ray.models import read_configs, resolve_model
 from d3llm_ray.models.checkpoint import fingerprint
@@ -60,7 +60,9 @@ def run(settings: TuneSettings, progress: Progress | None = None, errors: Litera
     family = read_configs(settings.model)[1]
     space.base().check(family)
     plain = plain_decoder(read_configs(settings.anchor_model or settings.model)[1])
-    problems = load_task(settings.task, settings.data_dir).problems(settings.split, settings.count + settings.held_out)
+    task = load_task(settings.task, settings.data_dir)
+    task.check_judge()
+    problems = task.problems(settings.split, settings.count + settings.held_out)
     unseen = held_out_numbers(problems, settings)
     check_references(problems)
     check_folder(settings.output, MARKER, TuneSettings).mkdir(parents=True, exist_ok=True)
@@ -155,18 +157,18 @@ def _claim(output: Path, asked: dict[str, str]) -> None:
             )
 
 
-def _work(settings: TuneSettings, count: int, decoding: dict[str, Any]) -> Measurement:
+def _work(settings: TuneSettings, count: int, decoding: dict[str, Any]) -> EngineWork:
     """The problems of the search and those behind them, with the settings that are not searched."""
     sampling = {name: getattr(settings, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
     warmup = 1 if settings.metric.endswith("tps") else 0  # nothing else depends on time
     options = {"data_dir": settings.data_dir}
-    return Measurement(settings.task, settings.split, count, decoding, sampling, warmup, options)
+    return EngineWork(settings.task, settings.split, count, decoding, sampling, warmup, options)
 
 
 def _measure_anchor(
     settings: TuneSettings,
     pool: EnginePool,
-    work: Measurement,
+    work: EngineWork,
     plain: Decoder,
     unseen: list[int],
     key: str,
@@ -195,7 +197,7 @@ def _compare(
     anchor: Anchor,
     decoding: dict[str, Any],
     pool: EnginePool,
-    work: Measurement,
+    work: EngineWork,
     unseen: list[int],
     progress: Progress,
 ) -> HeldOut:
@@ -211,7 +213,7 @@ def _compare(
 
 
 def _held_out_run(
-    name: str, pool: EnginePool, work: Measurement, decoding: Mapping[str, Any], unseen: list[int]
+    name: str, pool: EnginePool, work: EngineWork, decoding: Mapping[str, Any], unseen: list[int]
 ) -> HeldOutRun:
     row = pool.measure(replace(work, decoding_settings=decoding), unseen)
     named = tuple(unanswered_at(row.samples, unseen))

@@ -16,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from d3llm_ray.errors import WorkError, one_line
-from d3llm_ray.evaluation.pool import EnginePool, Measurement
+from d3llm_ray.evaluation.pool import EnginePool, EngineWork
 from d3llm_ray.progress import Progress
 from d3llm_ray.tuning.domains import domains
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial
@@ -53,7 +53,7 @@ def search(
     points: Sequence[dict[str, Any]],
     objective: SearchObjective,
     pool: EnginePool,
-    work: Measurement,
+    work: EngineWork,
     progress: Progress,
 ) -> list[TuneTrial]:
     """Run the trials that are missing in `settings.output / "search"`; returns all of them, in order of completion.

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from d3llm_ray.evaluation.pool import EnginePool, Measurement, together
+from d3llm_ray.evaluation.pool import EnginePool, EngineWork, together
 from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.tuning.objective import SearchObjective
 from d3llm_ray.tuning.outcomes import outcomes_of, unanswered_at, write_outcomes
@@ -22,7 +22,7 @@ FIGURES = ("accuracy", "tpf", "tps", "tokens", "forwards", "seconds", "errors", 
 def run_trial(
     config: dict[str, Any],
     pool: EnginePool,
-    work: Measurement,
+    work: EngineWork,
     objective: SearchObjective,
     shards: Sequence[Sequence[int]],
 ) -> None:

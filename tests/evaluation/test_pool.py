@@ -17,12 +17,12 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation import actor as actors
 from d3llm_ray.evaluation import pool as pools
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.pool import EnginePool, Measurement, engine_pool, together
+from d3llm_ray.evaluation.pool import EnginePool, EngineWork, engine_pool, together
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Problem, Task, load_task
 
-WORK = Measurement("arith", "test", 7, {"decoder": "vanilla", "steps": 5}, {"max_tokens": 24, "seed": 3}, warmup=2)
+WORK = EngineWork("arith", "test", 7, {"decoder": "vanilla", "steps": 5}, {"max_tokens": 24, "seed": 3}, warmup=2)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def fake_pool(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> tuple[En
     asked: list[Any] = []
 
     def remote(part: int) -> Any:
-        def measure(work: Measurement, numbers: list[int]) -> EvaluationRow:
+        def measure(work: EngineWork, numbers: list[int]) -> EvaluationRow:
             asked.append((part, work, numbers))
             return row_of(numbers, seconds[part])
 
@@ -145,7 +145,7 @@ def _end_process(_actor: Any) -> None:
 @pytest.mark.slow
 def test_actors_answer_as_one_process_does_and_come_back(ray_cluster: None, tiny_checkpoint: Path) -> None:
     decoding = {"decoder": "d3llm", "entropy_threshold": 3.0}
-    work = Measurement("arith", "test", 9, decoding, {"max_tokens": 24, "temperature": 0.8, "seed": 3}, warmup=1)
+    work = EngineWork("arith", "test", 9, decoding, {"max_tokens": 24, "temperature": 0.8, "seed": 3}, warmup=1)
     llm, task = DiffusionLLM.from_pretrained(tiny_checkpoint, max_batch_size=4), load_task("arith")
     expected = evaluate(llm, task, task.problems("test", 9), 24, 0.8, 3, Progress(quiet=True), 1, **decoding)
     with engine_pool(Options(str(tiny_checkpoint), max_batch_size=4)) as pool:

@@ -17,7 +17,7 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation import run as verb
 from d3llm_ray.evaluation import spread
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.pool import Measurement
+from d3llm_ray.evaluation.pool import EngineWork
 from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.evaluation.spread import EngineGroup, shards_of, slowest
@@ -57,7 +57,7 @@ class FakePool:
         self.groups.append(group)
         self._llm = DiffusionLLM.from_pretrained(group.model, max_batch_size=group.max_batch_size)
 
-    def each(self, items: list[tuple[Measurement, range]]) -> Iterator[tuple[int, int, EvaluationRow]]:
+    def each(self, items: list[tuple[EngineWork, range]]) -> Iterator[tuple[int, int, EvaluationRow]]:
         for index, (work, shard) in reversed(list(enumerate(items))):
             if len(self.asked) >= self.survives:
                 raise RayActorError
@@ -130,7 +130,7 @@ def test_a_torn_shard_is_said_and_decoded_again(fake: type[FakePool], tiny_check
 def test_settings_arrive_in_the_group_and_the_work(
     fake: type[FakePool], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    works: list[Measurement] = []
+    works: list[EngineWork] = []
     asked: list[Any] = []
     monkeypatch.setattr(spread, "connect", lambda **named: asked.append(named))
     monkeypatch.setattr(verb, "check_device_name", asked.append)
@@ -145,7 +145,7 @@ def test_settings_arrive_in_the_group_and_the_work(
     assert fake.groups == [EngineGroup(str(tiny_checkpoint), "bfloat16", "cuda:3", 5, 3, 4, 0.25, 17.0)]
     sampling = {"max_tokens": 24, "temperature": 0.7, "top_p": 0.9, "seed": 11}
     chosen = decoding_settings(decoder("d3llm"))
-    assert works == [Measurement("arith", "validation", 3, chosen, sampling, 2, {"data_dir": None})] * 3
+    assert works == [EngineWork("arith", "validation", 3, chosen, sampling, 2, {"data_dir": None})] * 3
     assert asked == ["cuda:3", {"min_cpus": 13}]
     assert (row.warmup, row.seed, row.problems) == (2, 11, 3)
 

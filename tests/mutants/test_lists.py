@@ -20,7 +20,7 @@ ROOMS = {
     "command_line": ["cli", "config", "yaml_file", "paths", "generate", "report", "output_folder", "progress"],
     "decoding": ["decoding/"],
     "distillation": ["distillation/"],
-    "evaluation": ["evaluation/", "harness/", "leaderboard/"],
+    "evaluation": ["evaluation/", "harness/"],
     "models": ["models/"],
     "quickstart": ["quickstart/"],
     "serving": ["serving/", "metrics"],

@@ -19,7 +19,7 @@ from d3llm_ray.config import build
 from d3llm_ray.decoding import DiffusionLLM, decoder
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.evaluate import evaluate
-from d3llm_ray.evaluation.pool import EnginePool, Measurement
+from d3llm_ray.evaluation.pool import EnginePool, EngineWork
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import load_task
@@ -65,7 +65,7 @@ class SyntheticEngine:
     def __init__(self, fails_after: int = 10**9) -> None:
         self.calls, self.fails_after, self.decoded = 0, fails_after, 0
 
-    def measure(self, work: Measurement, numbers: list[int]) -> EvaluationRow:
+    def measure(self, work: EngineWork, numbers: list[int]) -> EvaluationRow:
         self.calls += 1
         if self.calls > self.fails_after:
             raise RuntimeError("the evaluator broke")
@@ -87,7 +87,7 @@ def run_search(
     """The trials, and how many problems were decoded for them."""
     settings = settings.model_copy(update={"count": PROBLEMS, "metric": metric, "actors": 1})
     engine = SyntheticEngine.remote(fails_after)
-    work = Measurement("t", "validation", PROBLEMS, {"decoder": "d3llm"}, warmup=0)
+    work = EngineWork("t", "validation", PROBLEMS, {"decoder": "d3llm"}, warmup=0)
     objective = SearchObjective(metric, ANCHOR, 2.0)
     points = SPACE.first_points(published_settings("llada", "d3llm"), 2)
     trials = search(settings, SPACE, points, objective, EnginePool((engine,)), work, progress)

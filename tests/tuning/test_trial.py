@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from d3llm_ray.evaluation.pool import EnginePool, Measurement
+from d3llm_ray.evaluation.pool import EnginePool, EngineWork
 from d3llm_ray.progress import Progress
 from d3llm_ray.tuning import search as searching
 from d3llm_ray.tuning.objective import SearchObjective
@@ -29,7 +29,7 @@ def test_a_trial_is_given_its_work_and_its_shards(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(searching.tune, "with_parameters", hold)
     space = SearchSpace(decoder="d3llm", parameters={"cache_delay": {"type": "int", "low": 1, "high": 3}})
     objective, pool = SearchObjective("tps", (2.0, 80.0), 3.5), EnginePool(())
-    work = Measurement("arith", "validation", 60, {"decoder": "d3llm", "suffix": "cached"})
+    work = EngineWork("arith", "validation", 60, {"decoder": "d3llm", "suffix": "cached"})
     settings = TuneSettings(count=40, seed=5)
     with pytest.raises(Held):
         searching.search(settings, space, [], objective, pool, work, Progress(quiet=True))

@@ -21,7 +21,7 @@ from ray.tune.search.optuna import OptunaSearch
 from d3llm_ray.config import build
 from d3llm_ray.decoding import DiffusionLLM, decoder, decoding_settings
 from d3llm_ray.errors import IncompleteError, InputError, WorkError
-from d3llm_ray.evaluation.pool import EnginePool, Measurement
+from d3llm_ray.evaluation.pool import EnginePool, EngineWork
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, labels_of, summarise
 from d3llm_ray.tuning import held_out, records, trial
 from d3llm_ray.tuning import run as verb
@@ -164,12 +164,12 @@ def test_two_objectives_are_searched_by_nsga_ii(settings: TuneSettings) -> None:
 def test_a_trial_reports_what_it_has_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten problems in two shards, numbers as dealt: after each all figures so far."""
     whole = row_of(8, 10, 30, 10, p9="a reason")
-    work = Measurement("t", "train", 10, {"decoder": "d3llm", "entropy_threshold": 0.1, "cache_delay": 2}, {"seed": 3})
+    work = EngineWork("t", "train", 10, {"decoder": "d3llm", "entropy_threshold": 0.1, "cache_delay": 2}, {"seed": 3})
     asked: list[Any] = []
     reports: list[dict[str, Any]] = []
 
     class Pool(EnginePool):
-        def measure(self, given: Measurement, numbers: Any) -> EvaluationRow:
+        def measure(self, given: EngineWork, numbers: Any) -> EvaluationRow:
             asked.append((given, numbers))
             samples = [whole.samples[number] for number in numbers]
             return summarise(samples, 2.0, **labels_of(whole))
@@ -202,7 +202,7 @@ def search(settings: TuneSettings, monkeypatch: pytest.MonkeyPatch) -> SimpleNam
         def __init__(self, model: str) -> None:
             self.model = model
 
-        def measure(self, work: Measurement, numbers: Any) -> EvaluationRow:
+        def measure(self, work: EngineWork, numbers: Any) -> EvaluationRow:
             stand.asked.append((self.model, work, list(numbers)))
             return replace(stand.row, settings=dict(work.decoding_settings))
 
@@ -232,7 +232,7 @@ def test_settings_arrive_in_the_objective(settings: TuneSettings, search: Simple
     assert points[:3] == [{"entropy_threshold": threshold} for threshold in (0.45, 0.5, 0.4)]  # own, then published
     sampling = {"max_tokens": 48, "temperature": 0.7, "top_p": 0.6, "seed": 11}
     own = {"decoder": "d3llm", "cache_delay": 2}
-    assert work == Measurement(settings.task, "train", 12, own, sampling, 1, {"data_dir": settings.data_dir})
+    assert work == EngineWork(settings.task, "train", 12, own, sampling, 1, {"data_dir": settings.data_dir})
     chosen = own | {"entropy_threshold": 0.3}
     behind = [7, 8, 9, 10, 11]
     assert search.asked == [  # the anchor is given
@@ -457,7 +457,7 @@ def test_scores_are_those_of_the_objective_whatever_a_restored_trial_was_scored_
     monkeypatch.setattr(searching, "_trials", lambda grid, expected, spent: old * 6)
     space = verb.read_space(settings.space)
     objective = SearchObjective("tpf", (1.0, 81.0), 2.0)
-    work = Measurement("t", "train", 7, {})
+    work = EngineWork("t", "train", 7, {})
     trials = searching.search(settings, space, [], objective, EnginePool(()), work, Notes())
     assert [found.score for found in trials[:2]] == [2.0, 4.0]
     assert [found.aup for found in trials[:2]] == [objective.aup(2.0, 80.0), objective.aup(4.0, 80.0)]

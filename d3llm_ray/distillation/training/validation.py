@@ -138,6 +138,7 @@ def validation_decoder(settings: DistillSettings) -> Decoder:
 
 def validation_problems(task: Task, count: int) -> list[tuple[list[Message], str]]:
     """Messages and reference of `count` validation problems; `InputError` where a reference is missing."""
+    task.check_judge()
     problems = []
     for problem in task.problems("validation", count):
         if problem.reference is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from d3llm_ray.judging import FinalAnswer, Judge, ProgramJudge
+from d3llm_ray.judging import FinalAnswer, Judge, ProgramJudge, ProgramLimits
 from d3llm_ray.tasks.published import programs, reasoning
 from d3llm_ray.tasks.published.data import Folder
 from d3llm_ray.tasks.task import Problem, Task
 
+# One of the canonical solutions takes more than the default second.
+_MBPP = ProgramJudge(ProgramLimits(cpu_s=10, wall_s=30))
 _COT_STOP = ("Q:", "</s>", "<|im_end|>")
 _QUESTION_STOP = ("Question:", "</s>", "<|im_end|>")
 _MATH_STOP = ("Problem:",)
@@ -28,10 +30,10 @@ PUBLISHED: dict[str, tuple[Callable[..., list[Problem]], Judge, tuple[str, ...]]
     "humaneval-raw": (partial(programs.humaneval, "raw"), ProgramJudge(), _FUNCTION_STOP),
     "humaneval-instruct": (programs.humaneval_instruct, ProgramJudge(), _FUNCTION_STOP),
     "humaneval-evalplus": (programs.humaneval_evalplus, ProgramJudge(), _EVALPLUS_STOP),
-    "mbpp": (partial(programs.mbpp, "chat"), ProgramJudge(), ("[DONE]",)),
-    "mbpp-raw": (partial(programs.mbpp, "raw"), ProgramJudge(), ("[DONE]",)),
-    "mbpp-instruct": (programs.mbpp_instruct, ProgramJudge(), ("```",)),
-    "mbpp-evalplus": (programs.mbpp_evalplus, ProgramJudge(), _EVALPLUS_STOP),
+    "mbpp": (partial(programs.mbpp, "chat"), _MBPP, ("[DONE]",)),
+    "mbpp-raw": (partial(programs.mbpp, "raw"), _MBPP, ("[DONE]",)),
+    "mbpp-instruct": (programs.mbpp_instruct, _MBPP, ("```",)),
+    "mbpp-evalplus": (programs.mbpp_evalplus, _MBPP, _EVALPLUS_STOP),
 }
 
 
