@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
-from d3llm_ray.errors import unknown
+from d3llm_ray.errors import InputError, unknown
 from d3llm_ray.judging import ProgramJudge
-from d3llm_ray.paths import not_uploaded
+from d3llm_ray.paths import expanded, not_uploaded
 from d3llm_ray.report import digest
 from d3llm_ray.tasks import arith, code
 from d3llm_ray.tasks.files import ENDINGS, read_problems, stem
@@ -28,8 +29,11 @@ def load_task(name_or_file: str, data_dir: Folder = None) -> Task:
 
     A benchmark's data are in the folder `data_dir`, else in that of `D3LLM_RAY_DATA`, else at the Hub; they are read
     when its problems are asked for. A file's task is called by its stem and a digest of its problems, so that no two
-    tasks share a name. Raises `InputError` for an unknown name and for an unreadable file.
+    tasks share a name. Raises `InputError` for an unknown name, an unreadable file, and a `data_dir` that is no folder.
     """
+    if data_dir is not None and not os.path.isdir(folder := expanded(data_dir, "data_dir")):
+        accepted = f"a folder with the benchmarks' files{not_uploaded(folder)}"
+        raise InputError(f"data_dir: got {folder!r}; accepted: {accepted}")
     if name_or_file in EMBEDDED:
         return EMBEDDED[name_or_file]
     if name_or_file in PUBLISHED:

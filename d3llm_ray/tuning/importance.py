@@ -14,6 +14,7 @@ from d3llm_ray.tuning.objective import TuneTrial
 from d3llm_ray.tuning.space import SearchSpace
 
 FEWEST = 8  # trials, below which nothing is said
+_MAP_AXES = (("entropy_threshold", "confidence_threshold"), ("refresh_interval", "cache_delay"))
 
 
 def importance(space: SearchSpace, trials: Sequence[TuneTrial]) -> dict[str, float]:
@@ -31,3 +32,14 @@ def importance(space: SearchSpace, trials: Sequence[TuneTrial]) -> dict[str, flo
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         shares = optuna.importance.get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     return {name: float(share) for name, share in shares.items()}
+
+
+def map_axes(space: SearchSpace, shares: dict[str, float]) -> tuple[str, str] | None:
+    """The two parameters of the heat map: a threshold and a refresh where they are searched, else the most important;
+    None where fewer than two are searched."""
+    ranked = sorted(space.parameters, key=lambda name: -shares.get(name, 0.0))
+    chosen: list[str] = []
+    for preferred in _MAP_AXES:
+        candidates = [name for name in (*preferred, *ranked) if name in space.parameters and name not in chosen]
+        chosen += candidates[:1]
+    return (chosen[0], chosen[1]) if len(chosen) == 2 else None

@@ -16,7 +16,6 @@ from d3llm_ray.tuning.space import SearchSpace, ValueChoice
 BANDWIDTH = 0.12  # of the heat map's Gaussian kernel, as a share of an axis
 _CELLS = 60
 _SPEEDS = {"tpf": "tokens per forward", "tps": "tokens per second"}
-_MAP_AXES = (("entropy_threshold", "confidence_threshold"), ("refresh_interval", "cache_delay"))
 
 
 def plot_trials(path: Path, space: SearchSpace, objective: SearchObjective, trials: Sequence[TuneTrial]) -> None:
@@ -46,17 +45,6 @@ def plot_trials(path: Path, space: SearchSpace, objective: SearchObjective, tria
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     save_figure(figure, path)
-
-
-def map_axes(space: SearchSpace, importance: dict[str, float]) -> tuple[str, str] | None:
-    """The two parameters of the heat map: a threshold and a refresh where they are searched, else the most important;
-    None where fewer than two are searched."""
-    ranked = sorted(space.parameters, key=lambda name: -importance.get(name, 0.0))
-    chosen: list[str] = []
-    for preferred in _MAP_AXES:
-        candidates = [name for name in (*preferred, *ranked) if name in space.parameters and name not in chosen]
-        chosen += candidates[:1]
-    return (chosen[0], chosen[1]) if len(chosen) == 2 else None
 
 
 def interpolated(

@@ -16,9 +16,8 @@ from d3llm_ray.decoding import read_decoder
 from d3llm_ray.errors import InputError
 from d3llm_ray.report import can_plot, machine, versions, write_text
 from d3llm_ray.tuning.held_out import HeldOut
-from d3llm_ray.tuning.importance import importance
+from d3llm_ray.tuning.importance import importance, map_axes
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial, best_trial, pareto_front
-from d3llm_ray.tuning.plots import map_axes, plot_heat_map, plot_trials
 from d3llm_ray.tuning.space import SearchSpace
 from d3llm_ray.tuning.summary import to_markdown
 
@@ -60,6 +59,8 @@ def write_records(
     write_text(directory / "pareto.json", json.dumps({"speed": objective.speed, "front": front}, indent=1) + "\n")
     write_text(directory / "report.md", to_markdown(space, objective, trials, shares, held_out, map_of))
     if can_plot(*(directory / name for name in ("pareto.png", "heat_map.png"))):
+        from d3llm_ray.tuning.plots import plot_heat_map, plot_trials
+
         plot_trials(directory / "pareto.png", space, objective, trials)
         if map_of is not None:
             plot_heat_map(directory / "heat_map.png", space, trials, map_of)

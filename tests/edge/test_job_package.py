@@ -152,7 +152,7 @@ WITH = {
     ("trajectories import", "teacher"): {"source": "prompts.jsonl"},
     ("batch", "api_key_file"): {"url": "http://127.0.0.1:9"},
     ("chat", "api_key_file"): {"url": "http://127.0.0.1:9"},
-    **{("tune", name): {"space": SPACE} for name in ("model", "anchor_model", "task")},
+    **{("tune", name): {"space": SPACE} for name in ("model", "anchor_model", "task", "data_dir")},
 }
 IGNORED = "data/mine/ignored.yaml"
 # How a setting is written that holds more than a path.

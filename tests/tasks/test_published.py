@@ -303,3 +303,9 @@ def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(InputError, match=r"by the package datasets, which is not installed; accepted: --data-dir"):
         load_task("mbpp").problems("test", 1)
+
+
+@pytest.mark.parametrize("name", ["arith", "gsm8k"])
+def test_a_data_dir_that_is_no_folder_is_refused_whatever_the_task(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^data_dir: got '.*nowhere'; accepted: a folder with the benchmarks' files$"):
+        load_task(name, tmp_path / "nowhere")

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import aup
 from d3llm_ray.tuning.held_out import HeldOutRun, compare
+from d3llm_ray.tuning.importance import map_axes
 from d3llm_ray.tuning.objective import SearchObjective, TuneTrial, best_trial, pareto_front, smooth_aup
-from d3llm_ray.tuning.plots import interpolated, map_axes
+from d3llm_ray.tuning.plots import interpolated
 from d3llm_ray.tuning.records import write_records
 from d3llm_ray.tuning.space import SearchSpace
 from tests.tuning.test_racing import outcomes
