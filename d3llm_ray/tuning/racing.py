@@ -79,18 +79,18 @@ def outlook(trial: Outcomes, rival: Outcomes) -> Outlook:
         return Outlook(accuracy, tpf, accuracy, tpf)
     same = rival[:seen]
     differences = (trial[:, 0] - same[:, 0]).astype(float)
-    accuracy = accuracy_of(rival) + 100 * differences.mean()
-    tpf = tpf_of(rival) + tpf_of(trial) - tpf_of(same)
+    accuracy = min(max(accuracy_of(rival) + 100 * differences.mean(), 0.0), 100.0)
+    tpf = max(tpf_of(rival) + tpf_of(trial) - tpf_of(same), 0.0)
     if seen < FEWEST:
         return Outlook(accuracy, tpf, 100.0, math.inf)
     shrink = math.sqrt(1 - seen / count)  # as the rest of the problems shrinks, so does the doubt
     padded = np.append(differences, 1.0)
     spread = t_quantile(CONFIDENCE, seen) * padded.std(ddof=1) / math.sqrt(seen + 1)
     most = 100 * (trial[:, 0].sum() + count - seen) / count  # all others right
-    highest = min(accuracy_of(rival) + 100 * (padded.mean() + spread * shrink), most)
+    highest = min(max(accuracy_of(rival) + 100 * (padded.mean() + spread * shrink), 0.0), most)
     residuals = _residuals(trial) - _residuals(same)
     doubt = t_quantile(CONFIDENCE, seen - 1) * residuals.std(ddof=1) / math.sqrt(seen)
-    return Outlook(min(max(accuracy, 0.0), 100.0), max(tpf, 0.0), highest, max(tpf, 0.0) + doubt * shrink)
+    return Outlook(accuracy, tpf, highest, tpf + doubt * shrink)
 
 
 def _residuals(outcomes: Outcomes) -> npt.NDArray[np.float64]:
@@ -102,7 +102,7 @@ def _residuals(outcomes: Outcomes) -> npt.NDArray[np.float64]:
 def is_hopeless(objective: SearchObjective, trial: Outcomes, finished: Sequence[Rival]) -> bool:
     """Whether a trial cannot win any more: the best finished one has a higher score than it may reach, or, where a
     front is searched, one of them is better in accuracy and speed."""
-    if not finished:
+    if not finished or len(trial) < FEWEST:
         return False
     if objective.goals == ("score",):
         best = best_rival(objective, finished)

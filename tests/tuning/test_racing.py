@@ -129,3 +129,19 @@ def test_a_first_shard_that_is_easy_does_not_flatter_a_trial() -> None:
     before = dict(last)
     ExpectedFigures(AUP).on_trial_result(1, trials, trial, last)
     assert last == before
+
+
+@pytest.mark.parametrize("metric", ["aup", "smooth-aup", "tpf", "accuracy-tpf"])
+def test_of_a_handful_of_problems_nothing_is_said_and_no_figure_is_impossible(metric: Any) -> None:
+    objective = SearchObjective(metric, (1.0, 80.0), 2.0)
+    best = Rival(1.0, np.array([[k > 0, 30, 10] for k in range(8)], dtype=np.int64))
+    lucky, unlucky = np.array([[1, 90, 10]] * 4, dtype=np.int64), np.array([[0, 1, 10]] * 4, dtype=np.int64)
+    for trial in (lucky, unlucky):
+        assert not is_hopeless(objective, trial, [best])
+        expected = outlook(trial, best.outcomes)
+        assert 0 <= expected.accuracy <= 100 and expected.tpf >= 0
+        assert math.isfinite(objective.score(expected.tpf, expected.accuracy, 1.0))
+    far = Rival(1.0, outcomes(2, 0.1))
+    trial = np.stack([np.zeros(50), np.zeros(50), np.full(50, 9)], 1).astype(np.int64)
+    most = outlook(trial, far.outcomes)
+    assert 0 <= most.accuracy <= most.highest_accuracy <= 100 and 0 <= most.tpf <= most.highest_tpf < math.inf
