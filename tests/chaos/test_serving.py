@@ -84,9 +84,10 @@ class Load:
             await asyncio.gather(*(one(client, number) for number in range(clients)))
 
 
-@pytest.mark.parametrize(("count", "clients", "kills"), [(2, 50, 5), (1, 20, 2)])
+# The only replica's successor must start first, beside the clients on the same cores: 8.5 s on two quiet ones.
+@pytest.mark.parametrize(("count", "clients", "kills", "back_s"), [(2, 50, 5, 10), (1, 20, 2, 30)])
 def test_a_killed_replica_costs_what_it_had_in_hand(
-    ray_cluster: None, tiny_checkpoint: Path, count: int, clients: int, kills: int
+    ray_cluster: None, tiny_checkpoint: Path, count: int, clients: int, kills: int, back_s: float
 ) -> None:
     outputs = DiffusionLLM.from_pretrained(tiny_checkpoint).generate(PROMPTS, max_tokens=TOKENS)
     expected = dict(zip(PROMPTS, (output.text for output in outputs), strict=True))
@@ -121,7 +122,7 @@ def test_a_killed_replica_costs_what_it_had_in_hand(
                 back = 0.5 + await until(lambda moment=killed: load.last_answer > moment + 0.5, 60)
                 print(f"{count} replicas, kill {number + 1}: {load.failed - failed} failed, answers after {back:.1f} s")
                 assert load.failed - failed <= settings.replica().room
-                assert back < 10
+                assert back < back_s
                 await asyncio.sleep(2 * HEALTH_CHECK_PERIOD_S)
             over.set()
             await running
