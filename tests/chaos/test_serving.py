@@ -206,7 +206,10 @@ def test_a_server_that_is_stopped_finishes_what_it_has_begun(tiny_checkpoint: Pa
     )
 
     def refused() -> tuple[int, str]:
-        response = httpx.post(url + CHAT, json=long_body(), timeout=10)
+        try:
+            response = httpx.post(url + CHAT, json=long_body(), timeout=3)
+        except httpx.TimeoutException:
+            return 200, ""  # it was taken, and waits behind the streams
         return response.status_code, response.headers.get("retry-after", "")
 
     def probed() -> tuple[int, int]:
