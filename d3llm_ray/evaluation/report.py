@@ -49,15 +49,17 @@ class EvaluationReport(WrittenReport):
         }
 
     def to_markdown(self) -> str:
-        """A table with one line a row; a task column where there are several tasks, errors where there are any.
+        """The table of all rows; below it, each row against the first of its model and task on the same problems, and
+        rows with too few problems."""
+        return self.rows_table() + self._compared() + self._too_few()
 
-        Below it: each row against the first of its model and task on the same problems, and rows with too few problems.
-        """
+    def rows_table(self) -> str:
+        """One line a row; a task column where there are several tasks, errors where there are any."""
         tasks, errors = len({row.task for row in self.rows}) > 1, any(row.errors for row in self.rows)
         left = ["model", "decoder", *(["task"] if tasks else [])]
         header = [*left, "accuracy", *(["errors"] if errors else []), "TPF", "TPS", "AUP"]
         cells = (_cells(row, _decoder_cell(row, self.rows), tasks, errors) for row in self.rows)
-        return table(header, cells, left=len(left)) + self._compared() + self._too_few()
+        return table(header, cells, left=len(left))
 
     def _compared(self) -> str:
         first: dict[tuple[str, str], int] = {}

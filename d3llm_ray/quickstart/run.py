@@ -138,7 +138,7 @@ def _closing(settings: QuickstartSettings, report: EvaluationReport, summary: di
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     return "\n".join(
         (
-            report.to_markdown(),
+            report.rows_table(),
             f"asked     {answer['question']}",
             *(f"          {line}" for line in answer["text"].splitlines()),
             f"          ({usage['completion_tokens']} tokens in {usage['forwards']} forwards)",
