@@ -258,6 +258,9 @@ class Table(WrittenReport):
         return {}
 
     def to_markdown(self) -> str:
+        return f"{self.rows_table()}, and more"
+
+    def rows_table(self) -> str:
         return "| a table |"
 
 
