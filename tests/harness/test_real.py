@@ -162,7 +162,6 @@ def test_text_of_multi_byte_characters_is_streamed_whole(checkpoint: Path) -> No
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="the benchmarks' data are not here (../shared/benchmarks)")
 def test_humaneval_runs_through_the_sandbox_to_the_end(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("d3llm_ray.tasks.published.programs")
     monkeypatch.setenv("D3LLM_RAY_DATA", str(GSM8K.parent))
     task = load_task("humaneval")
     problems = list(task.load("test", 5))
