@@ -23,7 +23,7 @@ from d3llm_ray.decoding import DiffusionLLM, decoder, decoding_settings
 from d3llm_ray.errors import IncompleteError, InputError, WorkError
 from d3llm_ray.evaluation.pool import EnginePool, EngineWork
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, labels_of, summarise
-from d3llm_ray.tuning import held_out, records, trial
+from d3llm_ray.tuning import held_out, plots, records, trial
 from d3llm_ray.tuning import run as verb
 from d3llm_ray.tuning import search as searching
 from d3llm_ray.tuning.domains import domains
@@ -57,6 +57,7 @@ def row_of(right: int, count: int, tokens: int, forwards: int, seconds: float = 
 def settings(tiny_checkpoint: Path, tmp_path: Path) -> TuneSettings:
     """Every field has a value of its own."""
     (tmp_path / "space.yaml").write_text(SPACE)
+    (tmp_path / "data").mkdir()
     teacher, model, task = tmp_path / "teacher", tmp_path / "student", tmp_path / "task.jsonl"
     for folder in (teacher, model):
         shutil.copytree(tiny_checkpoint, folder)
@@ -219,7 +220,7 @@ def search(settings: TuneSettings, monkeypatch: pytest.MonkeyPatch) -> SimpleNam
 
     for name, value in {"connect": lambda: None, "engine_pool": pool, "search": searched}.items():
         monkeypatch.setattr(verb, name, value)
-    monkeypatch.setattr(records, "plot_trials", lambda *_: None)  # takes longer than all else here
+    monkeypatch.setattr(plots, "plot_trials", lambda *_: None)  # takes longer than all else here
     monkeypatch.setattr(held_out, "RESAMPLES", 20)
     return stand
 
