@@ -2,14 +2,16 @@
 
     python jobs/pretrain_tiny.py --output runs/pretrain          # resumes if interrupted
     python jobs/pretrain_tiny.py --families dream --start tiny-ar --accumulate 1 --adapt-steps 10400    # tiny-dream
-    python jobs/pretrain_tiny.py --output runs/coder --tasks arith,code                                 # tiny-coder
+    python jobs/pretrain_tiny.py --output runs/coder --tasks arith,code --start tiny-llada \
+        --accumulate 1 --adapt-steps 4500 --adapt-lr 1e-3    # tiny-coder
 
 Stages: `causal` (next token, answers only, single facts mixed in), `adapt` (masked diffusion under a random and a
 targeted mask, plain mean) and `sft` (LLaDA's SFT objective: i.i.d. masks at ratio p, every token loss over
 p x answer length; arXiv:2502.09992 and its GUIDELINES.md; off by default, for at this size its weights, up to 1 / p,
 cost accuracy: 200 steps of it took the shipped model from 91 to 83 %). The adaptation of causal weights follows
 Dream (arXiv:2508.15487). `tiny-dream` keeps the causal shift, as Dream does, and has Dream's grouped-query attention
-with biases: its key-value heads are pairs of the causal model's, averaged.
+with biases: its key-value heads are pairs of the causal model's, averaged. `tiny-coder` goes on from `tiny-llada` with
+more words in its vocabulary.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ import torch
 from pretraining.corpus import TASKS, Corpus, prompt_length, row_length, vocabulary_texts
 from pretraining.losses import causal_loss, diffusion_loss, fact_loss
 from pretraining.shapes import CONFIGS, llama_config
+from pretraining.vocabulary import with_vocabulary
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast
 
 from d3llm_ray.distillation.convert import group_queries
-from d3llm_ray.models import Family, ModelConfig, Transformer, load_model, save_model
+from d3llm_ray.models import Family, ModelConfig, Transformer, load_model, load_tokenizer, save_model
 from d3llm_ray.models.families import read_family
 from d3llm_ray.report import check_output
 from d3llm_ray.tasks.tokenizer import build_tokenizer
@@ -120,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks", type=read_tasks, default=["arith"], help="arith, or arith,code for both in equal parts"
     )
-    parser.add_argument("--start", help="a causal checkpoint to adapt, such as tiny-ar, in place of stage `causal`")
+    parser.add_argument("--start", help="a checkpoint to go on from, such as tiny-ar, in place of stage `causal`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=4)
@@ -140,7 +143,8 @@ def main() -> None:
     tokenizer = build_tokenizer(vocabulary_texts(args.tasks))
     torch.manual_seed(args.seed)
     if args.start:
-        causal, _ = load_model(args.start, device=args.device)
+        causal, started_as = load_model(args.start, device=args.device)
+        causal = with_vocabulary(causal, load_tokenizer(args.start, started_as), tokenizer)
     else:
         shape, family = read_family(llama_config(args, tokenizer), {})
         causal = initial_model(shape).to(args.device)
