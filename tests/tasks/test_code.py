@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from d3llm_ray.judging import judge_all, sandbox_reason
-from d3llm_ray.tasks import EMBEDDED, SPLITS, load_task
+from d3llm_ray.models import Ragged, load_model, load_tokenizer
+from d3llm_ray.tasks import EMBEDDED, SPLITS, arith, load_task
 from d3llm_ray.tasks.code import FAMILIES, problems, vocabulary_texts
 from d3llm_ray.tasks.tokenizer import build_tokenizer
 
@@ -116,6 +118,24 @@ def test_the_corpus_holds_both_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert corpus.tokenizer.unk_token_id not in [*example.prompt, *example.response]
     programs = sum("def " in answer for answer in answers)
     assert 60 < programs < 140 and sum("####" in answer for answer in answers) == 200 - programs
+
+
+def test_words_that_a_model_knows_keep_their_meaning_beside_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `tiny-llada` says of a sum is what it says with the words of programs added, at their new numbers."""
+    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
+    with_vocabulary = importlib.import_module("pretraining.vocabulary").with_vocabulary
+    model, family = load_model("tiny-llada")
+    have = load_tokenizer("tiny-llada", family)
+    want = build_tokenizer([*arith.vocabulary_texts(), *vocabulary_texts()])
+    assert have is not None and len(want) > len(have)
+    more = with_vocabulary(model, have, want)
+    text, logits = "Tom has 3 apples. Tom buys 4 more. <|mdm_mask|>", []
+    for tokenizer, network in ((have, model), (want, more)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        of_words = network.logits(network(torch.tensor(ids), Ragged.build([len(ids)])))
+        logits.append(of_words[:, [tokenizer.get_vocab()[word] for word in sorted(have.get_vocab())]])
+    assert torch.equal(*logits)
+    assert with_vocabulary(model, have, have) is model
 
 
 @pytest.mark.slow
