@@ -89,6 +89,17 @@ VERBS = {
         "measure accuracy, tokens per forward, tokens per second and AUP",
         resumes=True,
     ),
+    "leaderboard": Verb(
+        "d3llm_ray.leaderboard.settings:LeaderboardSettings",
+        "d3llm_ray.leaderboard.run:run",
+        "measure every system, each with its own best settings, and rank them by AUP beside the published tables",
+        resumes=True,
+    ),
+    "aup": Verb(
+        "d3llm_ray.leaderboard.anyone:AupSettings",
+        "d3llm_ray.leaderboard.anyone:run",
+        "score anyone's points of accuracy and tokens per forward, or the published ones",
+    ),
     "benchmark": Verb(
         "d3llm_ray.benchmark.settings:BenchmarkSettings",
         "d3llm_ray.benchmark.run:run",

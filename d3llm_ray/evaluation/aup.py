@@ -66,6 +66,17 @@ def counted_points(points: Iterable[Point], offset: float = OFFSET) -> list[Poin
     return [(tpf, accuracy) for tpf, accuracy in ordered if accuracy >= floor]
 
 
+def area_curve(points: Iterable[Point], max_accuracy: float) -> tuple[list[float], list[float]]:
+    """Tokens per forward and heights of the curve under which AUP is the area: what a plot of it draws.
+
+    The first term carries no weight, so from 0 to the first pair the height is the plain accuracy.
+    """
+    kept = counted_points(points)
+    first, accuracy = kept[0]
+    heights = [accuracy, accuracy, *(weighted(each, max_accuracy) for _, each in kept)]
+    return [0.0, first, *(tpf for tpf, _ in kept)], heights
+
+
 def leaderboard(scores: Mapping[str, Mapping[str, float]], divisor: float | None = None) -> dict[str, float]:
     """Average each method's AUP over the tasks it was measured on, best first.
 

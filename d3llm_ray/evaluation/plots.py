@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from d3llm_ray.evaluation.aup import counted_points, weighted
+from d3llm_ray.evaluation.aup import area_curve
 from d3llm_ray.evaluation.report import EvaluationReport, is_anchor, method_points
 from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.report import save_figure
@@ -54,10 +54,8 @@ def _draw_area(
     if method.aup is None:
         return
     best = max(row.accuracy for row in rows)
-    points = counted_points(method_points(rows, (method.model, method.decoder, method.task), anchors))
-    tpf = [0.0, points[0][0], *(rho for rho, _ in points)]
-    # The first term of AUP carries no weight: from 0 to the first point the height is the plain accuracy.
-    height = [points[0][1]] * 2 + [weighted(accuracy, best) for _, accuracy in points]
+    points = method_points(rows, (method.model, method.decoder, method.task), anchors)
+    tpf, height = area_curve(points, best)
     label = f"{method.model}, {method.decoder}: {method.aup:.0f}"
     if not is_anchor(method):
         axes.fill_between(tpf, height, alpha=0.12, color=style["color"])
