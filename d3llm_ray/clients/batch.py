@@ -17,7 +17,7 @@ import httpx2
 from d3llm_ray.clients.batch_input import BatchRequest, check_input, read_requests
 from d3llm_ray.clients.batch_output import BatchOutput, Finished
 from d3llm_ray.clients.connection import Server, check_server, connected
-from d3llm_ray.clients.settings import BatchSettings
+from d3llm_ray.clients.settings import BatchSettings, RequestOptions
 from d3llm_ray.errors import IncompleteError, WorkError, first_failures, one_line, require
 from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
@@ -28,7 +28,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 NO_ROOM = {429, 503}  # it is the server's state, not the request, that is answered with these
 PASSING = {500, 502, 504, *NO_ROOM}
 OWN_FAULT = "decoding_failed"  # the code of an answer of 500 that would be the same the next time
-KEPT = "what is answered is kept, and the same command goes on from there"
+KEPT = "what is finished is kept, and the same command goes on from there"
 
 
 @sole_writer
@@ -80,16 +80,21 @@ def _answer(settings: BatchSettings, output: BatchOutput, progress: Progress) ->
             progress.update(done, failed=failed)
 
         pending = (request for request in read_requests(settings.input) if not output.has(request.index))
-        asyncio.run(_ask_all(settings, server, concurrency, pending, keep))
+        asyncio.run(ask_all(settings, server, concurrency, pending, keep))
 
 
-async def _ask_all(
-    settings: BatchSettings,
+async def ask_all(
+    settings: RequestOptions,
     server: Server,
     concurrency: int,
     pending: Iterator[BatchRequest],
     keep: Callable[[BatchRequest, dict[str, Any]], None],
 ) -> None:
+    """Ask every request, `concurrency` at a time, and `keep` the output line of each as it comes.
+
+    Raises:
+        WorkError: the server is not there, or has no room for long.
+    """
     retries = 0 if server.local else settings.retries  # the engine of this process does not come back
     timeout = httpx2.Timeout(settings.timeout_s, connect=CONNECT_S)
     limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)

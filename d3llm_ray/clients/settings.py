@@ -8,7 +8,19 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from d3llm_ray.config import Settings
 from d3llm_ray.serving.settings import ModelSettings
+
+
+class RequestOptions(Settings):
+    """How often and how long a verb asks for one answer."""
+
+    retries: int = Field(
+        8,
+        ge=0,
+        description="times that a request is sent again which `url` has no room for, fails at or does not answer",
+    )
+    timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="seconds that one answer may take")
 
 
 class ClientSettings(ModelSettings):
@@ -30,7 +42,7 @@ class ClientSettings(ModelSettings):
 OF_MODEL = tuple(ModelSettings.model_fields)
 
 
-class BatchSettings(ClientSettings):
+class BatchSettings(RequestOptions, ClientSettings):
     """Answer a file of requests in OpenAI's batch format: `d3llm-ray batch IN.jsonl OUT.jsonl`."""
 
     verb: ClassVar[str] = "batch"
@@ -41,12 +53,6 @@ class BatchSettings(ClientSettings):
     concurrency: int | None = Field(
         None, gt=0, description="requests that are under way at once; null: twice max_batch_size"
     )
-    retries: int = Field(
-        8,
-        ge=0,
-        description="times that a request is sent again which `url` has no room for, fails at or does not answer",
-    )
-    timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="seconds that one answer may take")
 
 
 def on_terminal() -> bool:

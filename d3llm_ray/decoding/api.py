@@ -115,29 +115,8 @@ class DiffusionLLM:
         return choose_decoder(self.engine.decoder if chosen is None else chosen, self.family, **settings)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt: text becomes one user message, messages go through the chat template, ids stay."""
-        if isinstance(prompt, WholePrompt):
-            text = prompt.content if isinstance(prompt.content, str) else ""
-            start = [] if isinstance(prompt.content, str) else self.encode(prompt.content)
-            return start + self._encode_text(text + prompt.prefix)
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        token_ids = [item for item in prompt if isinstance(item, int)]
-        messages = [item for item in prompt if isinstance(item, dict)]
-        if len(token_ids) == len(prompt):
-            return token_ids
-        if len(messages) != len(prompt):
-            raise InputError("prompt: mixed content; accepted: text, a list of chat messages, or a list of token ids")
-        return encode_chat(self._known_tokenizer(), messages)
-
-    def _encode_text(self, text: str) -> list[int]:
-        check_unicode(text, "prompt")
-        return encode_text(self._known_tokenizer(), text, control=False)
-
-    def _known_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise InputError("prompt: this checkpoint has no tokenizer; accepted: a list of token ids")
-        return self.tokenizer
+        """`encode_prompt` with the model's tokenizer."""
+        return encode_prompt(self.tokenizer, prompt)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; empty without a tokenizer."""
@@ -235,6 +214,30 @@ class DiffusionLLM:
             reveal_logprobs=completion.reveal_logprobs,
             response_ids=completion.response_ids,
         )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt: text becomes one user message, messages go through the chat template, ids stay."""
+    if isinstance(prompt, WholePrompt):
+        text = prompt.content if isinstance(prompt.content, str) else ""
+        start = [] if isinstance(prompt.content, str) else encode_prompt(tokenizer, prompt.content)
+        check_unicode(text + prompt.prefix, "prompt")
+        return start + encode_text(_known(tokenizer), text + prompt.prefix, control=False)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    token_ids = [item for item in prompt if isinstance(item, int)]
+    messages = [item for item in prompt if isinstance(item, dict)]
+    if len(token_ids) == len(prompt):
+        return token_ids
+    if len(messages) != len(prompt):
+        raise InputError("prompt: mixed content; accepted: text, a list of chat messages, or a list of token ids")
+    return encode_chat(_known(tokenizer), messages)
+
+
+def _known(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise InputError("prompt: this checkpoint has no tokenizer; accepted: a list of token ids")
+    return tokenizer
 
 
 def _cut(output: Output, text: CommittedText) -> Output:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d3llm_ray.decoding import Decoder, DiffusionLLM, Output, Prompt, WholePrompt, decoding_settings
+import torch
+
+from d3llm_ray.decoding import Decoder, DiffusionLLM, Output, decoding_settings
 from d3llm_ray.device import timed
 from d3llm_ray.errors import require
+from d3llm_ray.evaluation.prompts import prompt_of, rendered
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, summarise
+from d3llm_ray.judging import judge_all
 from d3llm_ray.progress import Progress
 from d3llm_ray.tasks import Problem, Task
 
@@ -50,9 +55,8 @@ def evaluate(
     device = llm.model.embed_tokens.weight.device
     with progress.stage(f"evaluate {chosen.name}", len(prompts), "problem"):
         seconds, outputs = timed(device, lambda: llm.generate(prompts, progress=progress, **options))
-    samples = [_sample(task, problem, output) for problem, output in zip(problems, outputs, strict=True)]
     return summarise(
-        samples,
+        judged(task, problems, [_given(llm, output) for output in outputs]),
         seconds,
         model=llm.family.name,
         decoder=chosen.name,
@@ -73,25 +77,46 @@ def check_references(problems: Iterable[Problem]) -> None:
         require(problem.reference is not None, f"problem {problem.id}: reference", None, "the expected answer")
 
 
-def prompt_of(problem: Problem) -> Prompt:
-    """The prompt that `generate` takes for a problem: by the chat template or as it is, with the answer's beginning."""
-    if problem.text is None and not problem.prefix:
-        return problem.messages
-    return WholePrompt(problem.messages if problem.text is None else problem.text, problem.prefix)
+@dataclass(frozen=True)
+class GivenAnswer:
+    """An answer before it is judged, however it was come by; fields as of `EvaluatedSample`."""
+
+    text: str
+    tokens: int
+    forwards: int
+    prompt_tokens: int
+    finish_reason: str
+    token_ids: tuple[int, ...] | None = None
+    prompt: str | None = None
+    error: str | None = None
 
 
-def _sample(task: Task, problem: Problem, output: Output) -> EvaluatedSample:
-    assert problem.reference is not None
-    return EvaluatedSample(
-        problem_id=problem.id,
+def judged(task: Task, problems: Sequence[Problem], answers: Sequence[GivenAnswer]) -> list[EvaluatedSample]:
+    """A sample a problem. Programs are run as many at a time as this process may use threads."""
+    given = [number for number, answer in enumerate(answers) if answer.error is None]
+    texts = [(answers[number].text, problems[number].reference or "") for number in given]
+    verdicts = dict(zip(given, judge_all(task.judge, texts, torch.get_num_threads()), strict=True))
+    return [
+        EvaluatedSample(
+            problem_id=problem.id,
+            answer=task.extract(answer.text) if answer.error is None else None,
+            reference=problem.reference or "",
+            correct=verdicts.get(number, False),
+            user_id=problem.user_id,
+            **vars(answer),
+        )
+        for number, (problem, answer) in enumerate(zip(problems, answers, strict=True))
+    ]
+
+
+def _given(llm: DiffusionLLM, output: Output) -> GivenAnswer:
+    return GivenAnswer(
         text=output.text,
-        answer=task.extract(output.text) if output.error is None else None,
-        reference=problem.reference,
-        correct=output.error is None and task.is_correct(output.text, problem.reference),
         tokens=len(output.token_ids),
         forwards=output.forwards,
         prompt_tokens=output.prompt_tokens,
         finish_reason=output.finish_reason,
-        user_id=problem.user_id,
+        token_ids=tuple(output.token_ids),
+        prompt=rendered(llm.tokenizer, output.prompt_ids),
         error=output.error,
     )

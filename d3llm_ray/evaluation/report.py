@@ -22,6 +22,8 @@ COUNTING = {
     "errors": "problems without an answer (refused by the chat template, too long, logits that are not finite); they "
     "count as wrong",
     "tokens": "tokens before the first stop token, summed over all problems",
+    "endpoint": "URL of the server that gave the row's answers, null: an engine of this run; `machine` and `versions` "
+    "are then those of the asking side; seconds has HTTP in it",
     "forwards": "model forwards in which the request took part, prefill and refresh included, summed over all problems",
     "tpf": "tokens / forwards",
     "tps": "tokens / seconds; seconds is the wall clock of the whole run at max_batch_size, device synchronised, "
@@ -49,9 +51,9 @@ class EvaluationReport(WrittenReport):
         }
 
     def to_markdown(self) -> str:
-        """The table of all rows; below it, each row against the first of its model and task on the same problems, and
-        rows with too few problems."""
-        return self.rows_table() + self._compared() + self._too_few()
+        """The table of all rows; below it, each row against the first of its model and task on the same problems, rows
+        with too few problems, and rows of a server."""
+        return self.rows_table() + self._compared() + self._too_few() + self._served()
 
     def rows_table(self) -> str:
         """One line a row; a task column where there are several tasks, errors where there are any."""
@@ -82,6 +84,13 @@ class EvaluationReport(WrittenReport):
             f"\nToo few problems, as the 95 % interval reaches more than {WIDEST:g} points to a side "
             f"({problems_for(WIDEST)} are always enough): {named}\n"
         )
+
+    def _served(self) -> str:
+        served = [row for row in self.rows if row.endpoint is not None]
+        if not served:
+            return ""
+        named = dict.fromkeys(f"{row.model}: {row.endpoint}, {row.concurrency} requests at a time" for row in served)
+        return f"\nMeasured through an endpoint, whose machine and batch size are not known: {'; '.join(named)}\n"
 
 
 def _home(row: EvaluationRow) -> tuple[str, str]:

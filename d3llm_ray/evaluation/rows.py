@@ -21,7 +21,8 @@ class EvaluatedSample:
     """One problem and its answer. `tokens` are those before the first stop token; `forwards` those it took part in.
 
     A problem that could not be answered has the reason in `error`, no text, and counts as wrong. `user_id` is what a
-    task file calls it.
+    task file calls it. `token_ids` are the tokens counted, `prompt` is the prompt as the model read it, special tokens
+    by their names; each is None where it is not known, as of a chat behind a URL.
     """
 
     problem_id: str
@@ -35,6 +36,8 @@ class EvaluatedSample:
     finish_reason: str
     user_id: str | int | float | None = None
     error: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class EvaluationRow:
     `accuracy` and its 95 % Wilson interval are in percent of all `problems`; `errors` is how many of these have no
     answer and so count as wrong. `tpf` is the sum of tokens over the sum of forwards of
     all problems; `tps` is tokens over `seconds`, the wall clock of the whole run after `warmup` problems; `aup` is
-    None until the rows of a report are scored together.
+    None until the rows of a report are scored together. A row from a server has its URL in `endpoint`, and the
+    `concurrency` of the requests; how many the server decodes together, `max_batch_size`, is None: it does not tell.
     """
 
     model: str
@@ -67,8 +71,10 @@ class EvaluationRow:
     temperature: float
     seed: int
     warmup: int
-    max_batch_size: int
+    max_batch_size: int | None
     top_p: float = 1.0
+    endpoint: str | None = None
+    concurrency: int | None = None
     errors: int = 0
     aup: float | None = None
     samples: tuple[EvaluatedSample, ...] = field(default=(), repr=False, compare=False)

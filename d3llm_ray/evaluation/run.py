@@ -7,17 +7,20 @@ another decoder added, measures only what is missing.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from d3llm_ray.config import DecodingOptions
 from d3llm_ray.decoding import Decoder, DiffusionLLM, decoding_settings, override_known, read_decoder
 from d3llm_ray.device import check_device, check_device_name
-from d3llm_ray.errors import InputError
+from d3llm_ray.errors import InputError, require
 from d3llm_ray.evaluation.decoders import decoder_label, distinct, sweep_decoder
 from d3llm_ray.evaluation.evaluate import check_references, evaluate
-from d3llm_ray.evaluation.kept import measurement_key, read_row, write_row
+from d3llm_ray.evaluation.kept import ENDING, OLD_ENDING, measurement_key, read_row, write_row
+from d3llm_ray.evaluation.prompts import first_prompt, show_prompt
 from d3llm_ray.evaluation.report import EvaluationReport, score
 from d3llm_ray.evaluation.rows import EvaluationRow, check_answered, unanswered
 from d3llm_ray.evaluation.settings import EvaluateSettings
@@ -27,6 +30,9 @@ from d3llm_ray.output_folder import claim, sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import can_plot, digest
 from d3llm_ray.tasks import EMBEDDED, PUBLISHED, Problem, Task, load_task
+
+if TYPE_CHECKING:
+    from d3llm_ray.evaluation.endpoint import EndpointRows
 
 
 @dataclass(frozen=True)
@@ -57,22 +63,26 @@ def run(
 ) -> EvaluationReport:
     """Measure, score and write; returns the report.
 
-    Files in `settings.output`: `evaluate.yaml` (these settings), `samples/*.jsonl` (every answer, a file a row),
-    `report.md`, `accuracy_vs_tpf.png` and, last of all, `report.json`.
+    Files in `settings.output`: `evaluate.yaml` (these settings), `samples/*.parquet` (every answer, a file a row),
+    `prompts/*.txt` (the first prompt of a task as a model reads it), `report.md`, `accuracy_vs_tpf.png` and, last of
+    all, `report.json`.
 
     Raises:
         InputError: an unknown model, decoder, setting, task or device, a decoder that does not fit its model, labels
-            that clash, a problem without a reference, or a folder that is not ours; before any model is loaded.
+            that clash, a problem without a reference, what the server behind `url` does not take, or a folder that is
+            not ours; before any model is loaded or asked.
+        WorkError: the server behind `url` is not there, or has no room for long.
         IncompleteError: some problems have no answer and count as wrong; the report is written. Not with
             `errors="return"`: there they are counted only.
     """
     progress = progress or Progress()
     (check_device_name if settings.actors else check_device)(settings.device)
     tasks = _plan_tasks(settings)
-    measurements = _plan(settings, tasks)
-    claim(settings.output, "evaluate.yaml", settings)
-    (settings.output / "samples").mkdir(exist_ok=True)
-    rows = dict(_measure_all(settings, measurements, tasks, progress))
+    with _endpoint(settings, progress) as there:
+        measurements = _plan(settings, tasks, there)
+        claim(settings.output, "evaluate.yaml", settings)
+        (settings.output / "samples").mkdir(exist_ok=True)
+        rows = dict(_measure_all(settings, measurements, tasks, there, progress))
     measured = [rows[item.key] for item in measurements]
     report = score(measured, settings.anchors)
     if can_plot(plot := settings.output / "accuracy_vs_tpf.png"):
@@ -84,6 +94,19 @@ def run(
     if errors == "raise":
         check_answered([f"{row}, {text}" for row, texts in named for text in texts], settings.output / "report.md")
     return report
+
+
+@contextmanager
+def _endpoint(settings: EvaluateSettings, progress: Progress) -> Iterator[EndpointRows | None]:
+    """The server behind `url` while the block runs; None without one."""
+    if settings.url is None:
+        require(settings.api_key_file is None, "api_key_file", str(settings.api_key_file), "only with url")
+        yield None
+        return
+    from d3llm_ray.evaluation.endpoint import endpoint  # here, as it needs what clients need
+
+    with endpoint(settings, progress) as there:
+        yield there
 
 
 def _plan_tasks(settings: EvaluateSettings) -> dict[str, _PlannedTask]:
@@ -102,7 +125,7 @@ def _plan_tasks(settings: EvaluateSettings) -> dict[str, _PlannedTask]:
     return tasks
 
 
-def _plan(settings: EvaluateSettings, tasks: dict[str, _PlannedTask]) -> list[_PlannedRow]:
+def _plan(settings: EvaluateSettings, tasks: dict[str, _PlannedTask], there: EndpointRows | None) -> list[_PlannedRow]:
     """Every measurement, in the order of the report, checked as far as is possible without weights."""
     planned, pairs = [], settings.all_pairs()
     bases = override_known([read_decoder(pair.decoder) for pair in pairs], settings.decoder_settings)
@@ -112,12 +135,20 @@ def _plan(settings: EvaluateSettings, tasks: dict[str, _PlannedTask]) -> list[_P
     options = settings.model_dump(mode="json", include={*DecodingOptions.model_fields, "warmup"})
     if settings.actors:  # seconds depend on them
         options |= settings.model_dump(mode="json", include={"actors", "cpus_per_actor", "gpus_per_actor"})
+    if there:
+        options["concurrency"] = settings.concurrency
     for pair, base, own_label in zip(pairs, bases, decoder_labels, strict=True):
-        folder = resolve_model(pair.model)
-        checkpoint = [str(folder.resolve()), fingerprint(folder)]
         labels = (pair.model_label or Path(pair.model).name, pair.decoder_label or own_label)
-        base.check(read_configs(pair.model)[1])
-        for decoder in sweep_decoder(base.override(**pair.decoder_settings), settings.sweep):
+        decoders = sweep_decoder(base.override(**pair.decoder_settings), settings.sweep)
+        if there:
+            for decoder, task in product(decoders, tasks.values()):
+                there.check(pair.model, decoder, task.task)
+            checkpoint = there.content(pair.model)
+        else:
+            folder = resolve_model(pair.model)
+            checkpoint = [str(folder.resolve()), fingerprint(folder)]
+            base.check(read_configs(pair.model)[1])
+        for decoder in decoders:
             for task in tasks.values():
                 content = [checkpoint, decoding_settings(decoder), task.place, task.content, options]
                 key = measurement_key((*labels, task.task.name), content)
@@ -140,7 +171,11 @@ def _check_labels(settings: EvaluateSettings, planned: list[_PlannedRow]) -> Non
 
 
 def _measure_all(
-    settings: EvaluateSettings, measurements: list[_PlannedRow], tasks: dict[str, _PlannedTask], progress: Progress
+    settings: EvaluateSettings,
+    measurements: list[_PlannedRow],
+    tasks: dict[str, _PlannedTask],
+    there: EndpointRows | None,
+    progress: Progress,
 ) -> Iterator[tuple[str, EvaluationRow]]:
     """Key and row of every measurement, read back where it was made before."""
     missing = []
@@ -152,17 +187,42 @@ def _measure_all(
             continue
         if kept is not None:
             progress.note(f"measured again, as {path} cannot be used: {kept}")
+        elif (old := path.with_suffix(OLD_ENDING)).is_file():
+            progress.note(f"measured again, as {old} cannot be used: answers are kept as {ENDING[1:]} now")
         missing.append(item)
+    for (model, label), (item, task) in _firsts(missing, tasks).items():
+        look = there.first_prompt if there else first_prompt
+        show_prompt(settings.output, model, label, look(item.model, task.problems[0]), progress)
     by_key = {item.key: item for item in missing}
-    for key, row in (_on_actors if settings.actors else _in_this_process)(settings, missing, tasks, progress):
+    if there:
+        found = _behind_url(there, missing, tasks)
+    else:
+        found = (_on_actors if settings.actors else _in_this_process)(settings, missing, tasks, progress)
+    for key, row in found:
         item = by_key[key]
         row = replace(row, model=item.labels[0], decoder=item.labels[1], task=tasks[item.place].label)
         write_row(_file(settings, item), row)
+        _file(settings, item).with_suffix(OLD_ENDING).unlink(missing_ok=True)
         yield key, row
 
 
 def _file(settings: EvaluateSettings, item: _PlannedRow) -> Path:
-    return settings.output / "samples" / f"{item.key}.jsonl"
+    return settings.output / "samples" / f"{item.key}{ENDING}"
+
+
+def _firsts(
+    missing: list[_PlannedRow], tasks: dict[str, _PlannedTask]
+) -> dict[tuple[str, str], tuple[_PlannedRow, _PlannedTask]]:
+    """Each (model, task) that is to be measured, by its labels."""
+    return {(item.labels[0], tasks[item.place].label): (item, tasks[item.place]) for item in missing}
+
+
+def _behind_url(
+    there: EndpointRows, missing: list[_PlannedRow], tasks: dict[str, _PlannedTask]
+) -> Iterator[tuple[str, EvaluationRow]]:
+    for item in missing:
+        task = tasks[item.place]
+        yield item.key, there.row(item.model, item.decoder, task.task, task.problems)
 
 
 def _on_actors(

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from d3llm_ray.clients.settings import RequestOptions
 from d3llm_ray.config import DecoderSettings, SettingsGroup, TaskOptions
 
 Value = bool | int | float | str | None
@@ -26,7 +27,16 @@ class Pair(SettingsGroup):
     )
 
 
-class EvaluateSettings(TaskOptions):
+class ActorOptions(TaskOptions):
+    """What every verb that decodes on engine actors is told of them."""
+
+    actors: int = Field(0, ge=0, description="engine actors on Ray that share the problems; 0: this process, no Ray")
+    cpus_per_actor: int = Field(1, ge=0, description="CPUs, and threads, of each engine actor")
+    gpus_per_actor: float = Field(0.0, ge=0.0, description="GPUs of each engine actor")
+    resource_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the actors to load the model")
+
+
+class EvaluateSettings(RequestOptions, ActorOptions):
     """Measure accuracy, tokens per forward, tokens per second and AUP of models with decoders on tasks."""
 
     verb: ClassVar[str] = "evaluate"
@@ -50,13 +60,19 @@ class EvaluateSettings(TaskOptions):
     anchors: dict[str, str] = Field(
         {}, description="model label -> label of the model whose vanilla run anchors its AUP; default: its own"
     )
-    actors: int = Field(0, ge=0, description="engine actors on Ray that share the problems; 0: this process, no Ray")
-    cpus_per_actor: int = Field(1, ge=0, description="CPUs, and threads, of each engine actor")
-    gpus_per_actor: float = Field(0.0, ge=0.0, description="GPUs of each engine actor")
     shard_size: int = Field(
         128, gt=0, description="problems that an actor decodes at a time, which an interrupted run decodes again"
     )
-    resource_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the actors to load the model")
+    url: str | None = Field(
+        None,
+        description="server of ours to ask, such as http://127.0.0.1:8000, of which `models` are then the ids; null: "
+        "the models are loaded",
+    )
+    api_key_file: Path | None = Field(
+        None,
+        description="file with the server's API key; null: that of D3LLM_RAY_API_KEY or OPENAI_API_KEY, if set",
+    )
+    concurrency: int = Field(32, gt=0, description="requests to `url` that are under way at once")
     output: Path = Field(Path("runs/evaluate"), description="folder of the report")
 
     def all_pairs(self) -> list[Pair]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from d3llm_ray.cluster import connect
 from d3llm_ray.errors import require
-from d3llm_ray.evaluation.kept import read_row, write_row
+from d3llm_ray.evaluation.kept import ENDING, read_row, write_row
 from d3llm_ray.evaluation.pool import EngineWork, engine_pool, together
 from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.evaluation.settings import EvaluateSettings
@@ -67,8 +68,8 @@ class KeptShards:
         self._folder, self._cell = folder, cell
         self._rows: dict[int, tuple[int, EvaluationRow]] = {}  # start -> actor and row
         starts = {shard.start: shard for shard in shards}
-        for file in sorted(folder.glob(f"{cell.key}.*.jsonl")):
-            name = re.fullmatch(r"(\d+)-(\d+)\.(\d+)", file.name[len(cell.key) + 1 : -len(".jsonl")])
+        for file in sorted(folder.glob(f"{cell.key}.*{ENDING}")):
+            name = re.fullmatch(r"(\d+)-(\d+)\.(\d+)", file.name[len(cell.key) + 1 : -len(ENDING)])
             shard = starts.get(int(name[1])) if name else None
             if name is None or shard is None or shard.stop != int(name[2]):
                 continue
@@ -84,7 +85,7 @@ class KeptShards:
         ids = [sample.problem_id for sample in row.samples]
         where = f"tasks: {self._cell.work.task}: problems of actor {actor}"
         require(ids == self._ids(shard), where, "others", "the same files on every node")
-        write_row(self._folder / f"{self._cell.key}.{shard.start}-{shard.stop}.{actor}.jsonl", row)
+        write_row(self._folder / f"{self._cell.key}.{shard.start}-{shard.stop}.{actor}{ENDING}", row)
         self._rows[shard.start] = actor, row
         self.missing.remove(shard)
 
@@ -96,7 +97,7 @@ class KeptShards:
 
     def clear(self) -> None:
         """Remove the files, of whatever shards: the cell itself is kept."""
-        for file in self._folder.glob(f"{self._cell.key}.*.jsonl"):
+        for file in self._folder.glob(f"{self._cell.key}.*"):
             file.unlink()
 
     def _ids(self, shard: range) -> list[str]:
@@ -137,7 +138,8 @@ def measure_cells(
                     if not shards.missing:
                         yield cell.key, shards.row()
                         shards.clear()
-    folder.rmdir()
+    with suppress(OSError):  # shards of a run with other settings, which may go on
+        folder.rmdir()
 
 
 def _group(settings: EvaluateSettings, model: str) -> EngineGroup:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from d3llm_ray.errors import InputError
-from d3llm_ray.judging.sandbox.run import ProgramLimits, available_cores, run_program
+from d3llm_ray.judging.sandbox.run import ProgramLimits, run_program
 
 LONGEST = 64 * 1024  # characters of an answer that are looked at
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>\w*)[^\n]*\n?", re.M)
@@ -59,12 +58,6 @@ class ProgramJudge:
             return False
         program = sanitise(code, problem["before"] or "", problem["entry_point"])
         return run_program(program, problem["tests"] or "", self.limits).passed
-
-
-def judge_all(judge: ProgramJudge, answers: Sequence[tuple[str, str]], workers: int | None = None) -> list[bool]:
-    """`is_correct` of every (text, reference), in order, `workers` programs at a time (None: the cores there are)."""
-    with ThreadPoolExecutor(workers or available_cores()) as pool:
-        return list(pool.map(lambda answer: judge.is_correct(*answer), answers))
 
 
 def sanitise(code: str, before: str, entry_point: str | None) -> str:

@@ -51,8 +51,9 @@ OURS = re.compile(
         f"trajectories/{_trajectories}",
         f"student/{_student}",
         f"tuning/{_tuning}",
-        r"samples/[\w-]+\.jsonl",
-        "trajectories|student|tuning|samples",  # where these are links
+        r"samples/[\w-]+\.(?:parquet|jsonl)",
+        r"prompts/[\w-]+\.txt",
+        "trajectories|student|tuning|samples|prompts",  # where these are links
         r"\.student\.[0-9a-f]{12}\.partial/.*",  # half done
         rf"(?:.*/)?{_any(PARTIAL.pattern, LEFTOVER.pattern)}",
     )

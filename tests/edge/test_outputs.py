@@ -156,6 +156,8 @@ QUICKSTARTS = [
     "report.json",
     "accuracy_vs_tpf.png",
     "samples/tiny-d3llm-0a1b.jsonl",
+    "samples/tiny-d3llm-0a1b.parquet",
+    "prompts/tiny-arith-0a1b.txt",
     "student/config.json",
     "student/generation_config.json",
     "student/model.safetensors",

@@ -19,6 +19,7 @@ class FakeLLM(DiffusionLLM):
         self.answers, self.calls = answers, []
         self.engine = SimpleNamespace(decoder=decoder("d3llm"), max_batch_size=32)
         self.family = SimpleNamespace(name="fake")
+        self.tokenizer = None
         self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1)))
 
     def generate(self, prompts: Sequence[Any], progress: Any = None, **options: Any) -> list[Output]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from d3llm_ray.cli import main
@@ -42,12 +43,12 @@ def test_each_kind_of_bad_prompt_costs_its_own_answer(
     for place, (_, reason) in enumerate(BAD, start=2):
         assert f"problem {place} ('q{place - 1}'): " in said and reason in said
     (samples,) = (tmp_path / "report" / "samples").iterdir()
-    lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    assert (lines[0]["problems"], lines[0]["errors"]) == (6, 4)
+    lines = pq.read_table(samples).to_pylist()
+    (row,) = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
+    assert (row["problems"], row["errors"]) == (6, 4)
     alone = llm.generate([GOOD, "2 + 2?"], max_tokens=16)
-    assert [(lines[n]["text"], lines[n]["forwards"]) for n in (1, 6)] == [(o.text, o.forwards) for o in alone]
-    assert [line["user_id"] for line in lines[1:]] == [f"q{n}" for n in range(6)]
-    assert (tmp_path / "report" / "report.json").is_file()
+    assert [(lines[n]["text"], lines[n]["forwards"]) for n in (0, 5)] == [(o.text, o.forwards) for o in alone]
+    assert [line["user_id"] for line in lines] == [f"q{n}" for n in range(6)]
 
 
 def test_python_expands_paths_as_settings_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

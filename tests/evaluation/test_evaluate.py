@@ -112,7 +112,7 @@ def settings(tiny_checkpoint, tmp_path) -> EvaluateSettings:
 def test_the_verb_writes_a_complete_report(settings):
     report = verb.run(settings, QUIET)
     names = {path.name for path in settings.output.iterdir()}
-    assert names == {"evaluate.yaml", "samples", "report.md", "report.json", "accuracy_vs_tpf.png"}
+    assert names == {"evaluate.yaml", "samples", "prompts", "report.md", "report.json", "accuracy_vs_tpf.png"}
     assert [(row.model, row.decoder) for row in report.rows] == [("tiny-random", "vanilla"), ("tiny-random", "d3llm")]
     assert report.rows[0].tpf <= 1.0  # one token a forward at most: the anchor is measured, not set
     written = json.loads((settings.output / "report.json").read_text())

@@ -10,15 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
 from d3llm_ray.config import build
-from d3llm_ray.decoding import decoder
+from d3llm_ray.decoding import DiffusionLLM, decoder
 from d3llm_ray.errors import IncompleteError
 from d3llm_ray.evaluation import kept
 from d3llm_ray.evaluation import run as verb
 from d3llm_ray.evaluation.settings import EvaluateSettings, Pair
-from d3llm_ray.tasks import Task, arith
+from d3llm_ray.tasks import Task, arith, load_task
 from tests.evaluation.fakes import FakeLLM, problem
 from tests.wiring import Notes
 
@@ -86,7 +89,8 @@ def test_every_setting_arrives_where_it_acts(
     )
     defaults = {name: field.get_default() for name, field in EvaluateSettings.model_fields.items()}
     assert [name for name, value in defaults.items() if getattr(settings, name) == value] == [
-        *("pairs", "actors", "cpus_per_actor", "gpus_per_actor", "shard_size", "resource_timeout_s")  # in test_spread
+        *("actors", "cpus_per_actor", "gpus_per_actor", "resource_timeout_s"),  # in test_spread, as shard_size
+        *("retries", "timeout_s", "pairs", "shard_size", "url", "api_key_file", "concurrency"),  # in test_endpoint
     ]
     report = verb.run(settings, Notes())
     assert asked == ["cuda:3", ("task of its own", tmp_path / "data"), ("validation", 3)]
@@ -179,53 +183,137 @@ def test_a_measurement_is_kept_for_what_it_was_made_for_only(
     assert measures()
 
 
-def _line(number: int, change: Callable[[dict[str, Any]], Any]) -> Callable[[list[str]], list[str]]:
-    """Change one line's values."""
+Table = dict[str, list[Any]]
+Damage = Callable[[dict[str, Any], Table], Any]
 
-    def changed(lines: list[str]) -> list[str]:
-        values = json.loads(lines[number])
-        change(values)
-        return [*lines[:number], json.dumps(values), *lines[number + 1 :]]
 
-    return changed
+def _damaged(file: Path, damage: Damage) -> None:
+    """Write a kept row anew with other values: of the row in its metadata, or of the table."""
+    table = pq.read_table(file)
+    row, columns = json.loads(table.schema.metadata[kept.ROW]), table.to_pydict()
+    damage(row, columns)
+    changed = pa.table(columns, schema=table.schema if columns.keys() == set(table.schema.names) else None)
+    pq.write_table(changed.replace_schema_metadata({kept.ROW: json.dumps(row)}), file)
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda _lines: [],
-        lambda lines: lines[:1],
-        lambda lines: [*lines[:-1], lines[-1][:20]],
-        lambda lines: lines[1:],
-        lambda _lines: ["[]", "7"],
-        lambda _lines: ["\udcff"],
-        _line(0, lambda row: row.pop("tokens")),
-        _line(0, lambda row: row.update(colour="red")),
-        _line(0, lambda row: row.update(accuracy=12.5)),
-        _line(0, lambda row: row.update(seconds=0)),
-        _line(1, lambda sample: sample.pop("correct")),
-        _line(1, lambda sample: sample.update(problem_id="another")),
-        _line(1, lambda sample: sample.update(tokens="four")),
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: content.replace(b"PAR1", b"PAR2"),
+        lambda row, _: row.pop("tokens"),
+        lambda row, _: row.update(colour="red"),
+        lambda row, _: row.update(accuracy=12.5),
+        lambda row, _: row.update(seconds=0),
+        lambda _, table: table.pop("correct"),
+        lambda _, table: table["problem_id"].__setitem__(1, "another"),
+        lambda _, table: table["tokens"].__setitem__(1, None),
+        lambda _, table: [column.pop() for column in table.values()],
+        lambda _, table: [column.clear() for column in table.values()],
     ],
 )
 def test_a_torn_or_foreign_measurement_is_said_and_made_again(
-    llm: FakeLLM, tiny_checkpoint: Path, tmp_path: Path, damage: Callable[[list[str]], list[str]]
+    llm: FakeLLM, tiny_checkpoint: Path, tmp_path: Path, damage: Callable[..., Any]
 ) -> None:
     settings = EvaluateSettings(
         models=[str(tiny_checkpoint)], decoders=["d3llm"], count=2, warmup=0, output=tmp_path / "report"
     )
     first = verb.run(settings, Notes())
     (file,) = (settings.output / "samples").iterdir()
-    lines = file.read_text(encoding="utf-8").splitlines()
-    file.write_bytes("\n".join(damage(lines)).encode("utf-8", "surrogateescape"))
+    if damage.__code__.co_argcount == 1:
+        file.write_bytes(damage(file.read_bytes()))
+    else:
+        _damaged(file, damage)
     notes = Notes()
     again = verb.run(settings, notes)
-    assert len(notes.said) == 1 and notes.said[0].startswith("measured again") and file.name in notes.said[0]
+    assert len(notes.said) == 2 and notes.said[0].startswith("measured again") and file.name in notes.said[0]
     assert len(llm.calls) == 2
     assert (again.rows[0].tokens, len(again.rows[0].samples)) == (first.rows[0].tokens, 2)
     silent = Notes()
     verb.run(settings, silent)
     assert len(llm.calls) == 2 and silent.said == []
+
+
+def test_answers_of_an_earlier_versions_form_are_said_and_made_again(
+    llm: FakeLLM, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    settings = EvaluateSettings(models=[str(tiny_checkpoint)], decoders=["d3llm"], count=2, output=tmp_path / "report")
+    verb.run(settings, Notes())
+    (file,) = (settings.output / "samples").iterdir()
+    old = file.rename(file.with_suffix(".jsonl"))
+    notes = Notes()
+    verb.run(settings, notes)
+    assert notes.said[0] == f"measured again, as {old} cannot be used: answers are kept as parquet now"
+    assert file.is_file() and not old.exists()
+
+
+def test_answers_open_in_what_people_read_tables_with(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Each column against the offline API, through pandas and datasets as docs/evaluation.md says."""
+    settings = EvaluateSettings(
+        models=[str(tiny_checkpoint)], decoders=["d3llm"], count=3, max_tokens=24, output=tmp_path / "report"
+    )
+    verb.run(settings, Notes())
+    (file,) = (settings.output / "samples").iterdir()
+    engine = DiffusionLLM.from_pretrained(tiny_checkpoint, "d3llm")
+    problems = load_task("arith").problems("test", 3)
+    outputs = engine.generate([each.messages for each in problems], max_tokens=24)
+    assert engine.tokenizer is not None
+    expected = {
+        "problem_id": [each.id for each in problems],
+        "user_id": [None] * 3,
+        "prompt": [engine.tokenizer.decode(output.prompt_ids) for output in outputs],
+        "text": [output.text for output in outputs],
+        "token_ids": [output.token_ids for output in outputs],
+        "reference": [each.reference for each in problems],
+        "correct": [False] * 3,
+        "tokens": [len(output.token_ids) for output in outputs],
+        "forwards": [output.forwards for output in outputs],
+        "prompt_tokens": [len(output.prompt_ids) for output in outputs],
+        "finish_reason": [output.finish_reason for output in outputs],
+        "error": [None] * 3,
+    }
+    frame = pytest.importorskip("pandas").read_parquet(file)
+    assert set(frame.columns) == {*expected, "answer"}
+    assert [list(ids) for ids in frame["token_ids"]] == expected["token_ids"]
+    assert list(frame["text"]) == expected["text"] and frame["correct"].dtype == bool
+    datasets = pytest.importorskip("datasets")
+    read = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
+    assert {name: read[name][:] for name in expected} == expected
+    assert {pq.ParquetFile(file).metadata.row_group(0).column(number).compression for number in range(13)} == {"ZSTD"}
+
+
+def test_the_first_prompt_is_said_before_anything_is_decoded_and_kept(
+    llm: FakeLLM, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for a model and a task, however many decoders: the template's own text, special tokens by their names."""
+    settings = EvaluateSettings(
+        models=[str(tiny_checkpoint)], decoders=["d3llm", "vanilla"], tasks=["arith", "arith-long"], count=2,
+        output=tmp_path / "report",
+    )  # fmt: skip
+    notes = Notes()
+    monkeypatch.setattr(llm, "generate", lambda *_, **__: pytest.fail(f"decoded: {len(notes.said)} prompts said"))
+    with pytest.raises(pytest.fail.Exception, match="2 prompts said"):
+        verb.run(settings, notes)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    for said, name in zip(notes.said, settings.tasks, strict=True):
+        (problem_,) = load_task(name).problems("test", 1)
+        whole = tokenizer.apply_chat_template(problem_.messages, tokenize=False, add_generation_prompt=True)
+        heading, read = said.split("\n", 1)
+        assert heading == f"the first prompt of {name} for tiny-random, as the model reads it:"
+        assert "".join(read.split()) == "".join(whole.split())  # the tokenizer of words does not keep where spaces are
+        assert whole.startswith("<|startoftext|><|start_header_id|>user<|end_header_id|>")
+        (file,) = (settings.output / "prompts").glob(f"tiny-random-{name}-??????????.txt")
+        assert file.read_text() == read
+
+
+def test_a_first_prompt_that_the_model_refuses_is_said(llm: FakeLLM, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    notes, file = Notes(), task_file(tmp_path, prompt="cut \ud83d")
+    settings = EvaluateSettings(
+        models=[str(tiny_checkpoint)], decoders=["d3llm"], tasks=[str(file)], output=tmp_path / "r"
+    )
+    verb.run(settings, notes)
+    assert "(refused: messages.0: got half of a surrogate pair" in notes.said[0]
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -304,14 +392,16 @@ def test_a_problem_without_an_answer_counts_as_wrong_and_is_named(
     (row,) = json.loads((settings.output / "report.json").read_text())["rows"]
     assert (row["problems"], row["correct"], row["errors"], row["accuracy"]) == (4, 2, 2, 50.0)
     assert (row["tokens"], row["forwards"], row["tpf"]) == (8, 4, 2.0)  # of the answers that there are
-    table = (settings.output / "report.md").read_text().splitlines()
-    assert table[0] == "| model | decoder | accuracy | errors | TPF | TPS | AUP |"
-    assert table[2].startswith("| tiny-random | d3llm | 50.0 % (15.0 - 85.0) | 2 | 2.00 |")
+    shown = (settings.output / "report.md").read_text().splitlines()
+    assert shown[0] == "| model | decoder | accuracy | errors | TPF | TPS | AUP |"
+    assert shown[2].startswith("| tiny-random | d3llm | 50.0 % (15.0 - 85.0) | 2 | 2.00 |")
     (samples,) = (settings.output / "samples").iterdir()
-    lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()[1:]]
-    assert [line["user_id"] for line in lines] == ["x", 7, None, "\ud83d"]
-    assert [line["error"] for line in lines] == [None, "the reason", "another", None]
-    assert [line["correct"] for line in lines] == [True, False, False, True]
+    table = pq.read_table(samples).to_pydict()
+    assert table["user_id"] == ["x", "7", None, "\\ud83d"]
+    assert table["error"] == [None, "the reason", "another", None]
+    assert table["correct"] == [True, False, False, True]
+    row = kept.read_row(samples, table["problem_id"])
+    assert not isinstance(row, str) and [sample.user_id for sample in row.samples] == ["x", 7, None, "\ud83d"]
     assert len(llm.calls) == 2
 
 

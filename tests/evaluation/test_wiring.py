@@ -28,6 +28,7 @@ class Recorder(DiffusionLLM):
         self.calls: list[tuple[Any, dict[str, Any]]] = []
         self.engine = SimpleNamespace(decoder=decoder("d3llm"), max_batch_size=9)  # type: ignore[assignment]
         self.family = SimpleNamespace(name="family")  # type: ignore[assignment]
+        self.tokenizer = None
         self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1)))  # type: ignore[assignment]
 
     def generate(self, prompts: Any, progress: Any = None, **options: Any) -> list[Output]:  # type: ignore[override]
@@ -58,7 +59,9 @@ def test_every_argument_of_a_measurement_reaches_the_decoder_and_the_row() -> No
     ]
     expected = summarise(
         [
-            EvaluatedSample(p.id, "#### 2", "2", p.reference or "", p.reference == "2", 6, 3, 5, "length")
+            EvaluatedSample(
+                p.id, "#### 2", "2", p.reference or "", p.reference == "2", 6, 3, 5, "length", token_ids=(7,) * 6
+            )
             for p in problems()
         ],
         row.seconds,
