@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -82,10 +75,7 @@ class SettingsGroup(BaseModel):
         for name in values.keys() & cls.model_fields.keys():
             value, annotation = values[name], cls.model_fields[name].annotation
             is_path = Path in (annotation, *get_args(annotation))
-            group = isinstance(value, dict) and name not in (
-                "anchors",
-                "adapters",
-            )  # settings in themselves, as quickstart's `tune`
+            group = isinstance(value, dict) and name not in PATHS_BY_NAME  # settings in themselves, as `tune`
             if is_path or (name in PATHS and not group):
                 expanded_values[name] = _expanded(value, name)
         return expanded_values
@@ -183,7 +173,8 @@ def _one_line(cls: type[Settings], error: ValidationError, prefix: str) -> str:
             names = item["ctx"]["names"].items()
             lines += [_renamed(".".join([field, old] if field else [old]), new) for old, new in names]
         elif item["type"] == "extra_forbidden":
-            lines.append(f"{field}: unknown setting; accepted: {', '.join(cls.model_fields)}")
+            accepted = ", ".join(_group_at(cls, item["loc"][:-1]).model_fields)
+            lines.append(f"{field}: unknown setting; accepted: {accepted}")
         elif item["type"] == "missing":
             lines.append(f"{field}: required")
         elif message.startswith(field):  # a validator of ours (or of the whole model) has named the field itself
@@ -191,6 +182,21 @@ def _one_line(cls: type[Settings], error: ValidationError, prefix: str) -> str:
         else:
             lines.append(f"{field}: got {item['input']!r}: {message}")
     return "; ".join(prefix + line for line in lines)
+
+
+def _group_at(cls: type[SettingsGroup], location: tuple[int | str, ...]) -> type[SettingsGroup]:
+    """The group of settings that is found at `location` within `cls`, such as one line of a list."""
+    group = cls
+    for part in location:
+        if part in group.model_fields:
+            kinds = [group.model_fields[str(part)].annotation]
+            while kinds:
+                kind = kinds.pop()
+                if isinstance(kind, type) and issubclass(kind, SettingsGroup):
+                    group = kind
+                    break
+                kinds += get_args(kind)
+    return group
 
 
 def _renamed(field: str, new: str) -> str:

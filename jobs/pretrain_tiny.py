@@ -150,7 +150,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.start:
         causal, started_as = load_model(args.start, device=args.device)
-        causal = with_vocabulary(causal, load_tokenizer(args.start, started_as), tokenizer)
+        if known := load_tokenizer(args.start, started_as):
+            causal = with_vocabulary(causal, known, tokenizer)
     else:
         shape, family = read_family(llama_config(args, tokenizer), {})
         causal = initial_model(shape).to(args.device)

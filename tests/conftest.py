@@ -27,6 +27,14 @@ torch.set_num_threads(1)
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """How `make test` shares tests out to two processes (pytest-xdist's `loadgroup`): those of a file stay together,
+    for the sake of their fixtures, and those of all files with Ray, of which there is one cluster."""
+    with_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Published answers and checkpoints; they are kept outside the repository."""

@@ -53,7 +53,7 @@ class EvaluationReport(WrittenReport):
     def to_markdown(self) -> str:
         """The table of all rows; below it, each row against the first of its model and task on the same problems, rows
         with too few problems, and rows of a server."""
-        return self.rows_table() + self._compared() + self._too_few() + self._served()
+        return self.rows_table() + self._compared() + too_few(self.rows) + self._served()
 
     def rows_table(self) -> str:
         """One line a row; a task column where there are several tasks, errors where there are any."""
@@ -73,24 +73,24 @@ class EvaluationReport(WrittenReport):
         header = ["model", "task", "decoder", "against", "only it", "only the other", "difference", "p"]
         return "\n" + table(header, [_comparison_cells(each, self.rows) for each in chosen], left=4)
 
-    def _too_few(self) -> str:
-        wide = [
-            row for row in self.rows if max(row.accuracy - row.accuracy_low, row.accuracy_high - row.accuracy) > WIDEST
-        ]
-        named = "; ".join(f"{row.model}, {row.decoder}, {row.task}: {row.problems}" for row in wide)
-        if not wide:
-            return ""
-        return (
-            f"\nToo few problems, as the 95 % interval reaches more than {WIDEST:g} points to a side "
-            f"({problems_for(WIDEST)} are always enough): {named}\n"
-        )
-
     def _served(self) -> str:
         served = [row for row in self.rows if row.endpoint is not None]
         if not served:
             return ""
         named = dict.fromkeys(f"{row.model}: {row.endpoint}, {row.concurrency} requests at a time" for row in served)
         return f"\nMeasured through an endpoint, whose machine and batch size are not known: {'; '.join(named)}\n"
+
+
+def too_few(rows: Sequence[EvaluationRow]) -> str:
+    """A paragraph that names rows whose accuracy is known less well than `WIDEST`; empty without any."""
+    wide = [row for row in rows if max(row.accuracy - row.accuracy_low, row.accuracy_high - row.accuracy) > WIDEST]
+    named = "; ".join(f"{row.model}, {row.decoder}, {row.task}: {row.problems}" for row in wide)
+    if not wide:
+        return ""
+    return (
+        f"\nToo few problems, as the 95 % interval reaches more than {WIDEST:g} points to a side "
+        f"({problems_for(WIDEST)} are always enough): {named}\n"
+    )
 
 
 def _home(row: EvaluationRow) -> tuple[str, str]:

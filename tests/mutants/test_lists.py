@@ -21,6 +21,7 @@ ROOMS = {
     "decoding": ["decoding/"],
     "distillation": ["distillation/"],
     "evaluation": ["evaluation/", "harness/"],
+    "leaderboard": ["leaderboard/"],
     "models": ["models/"],
     "quickstart": ["quickstart/"],
     "serving": ["serving/", "metrics"],
