@@ -23,7 +23,7 @@ from d3llm_ray.decoding import DiffusionLLM, decoder, decoding_settings
 from d3llm_ray.errors import IncompleteError, InputError, WorkError
 from d3llm_ray.evaluation.pool import EnginePool, EngineWork
 from d3llm_ray.evaluation.rows import EvaluatedSample, EvaluationRow, labels_of, summarise
-from d3llm_ray.tuning import held_out, plots, records, trial
+from d3llm_ray.tuning import held_out, plots, trial
 from d3llm_ray.tuning import run as verb
 from d3llm_ray.tuning import search as searching
 from d3llm_ray.tuning.domains import domains
