@@ -277,6 +277,25 @@ def test_an_answer_that_takes_too_long_or_fails_costs_itself_alone(asked: Start,
     assert (row.tokens, row.forwards, row.errors) == (12, 6, 2)
 
 
+def test_a_kept_row_is_that_of_a_server_as_it_is(asked: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = asked(lambda *_: (200, {}, TOLD))
+    given = settings(
+        tmp_path / "r", models=["scripted"], decoders=["d3llm"], tasks=["arith"], url=there.url, count=2,
+        decoder_settings={},
+    )  # fmt: skip
+
+    def asks() -> bool:
+        before = len(there.asked)
+        verb.run(given, Notes())
+        return len(there.asked) > before
+
+    assert asks() and not asks()
+    monkeypatch.setitem(CARD, "created", 7)  # it was started again
+    assert not asks()
+    monkeypatch.setitem(CARD, "adapter", "another")
+    assert asks() and not asks()
+
+
 def test_a_server_of_another_kind_is_refused(scripted: Start, tmp_path: Path) -> None:
     there = scripted()
     with pytest.raises(InputError, match="url: got 'http.*accepted: a server of d3llm-ray"):
