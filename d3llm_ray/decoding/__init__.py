@@ -1,6 +1,6 @@
 """Decoding: schedules, selections, caches, presets, the engine and the offline API."""
 
-from d3llm_ray.decoding.api import DiffusionLLM, Output, Prompt, WholePrompt, encode_prompt
+from d3llm_ray.decoding.api import DiffusionLLM, Output, Prompt, WholePrompt
 from d3llm_ray.decoding.engine import Engine
 from d3llm_ray.decoding.presets import PRESETS, Decoder, decoder, default_decoder
 from d3llm_ray.decoding.request import Completion, Event, Request, Reveal
@@ -29,7 +29,6 @@ __all__ = [
     "decoder",
     "decoding_settings",
     "default_decoder",
-    "encode_prompt",
     "is_settings_file",
     "override_known",
     "read_decoder",

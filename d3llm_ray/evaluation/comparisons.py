@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -42,14 +42,20 @@ def _comparisons(rows: Sequence[EvaluationRow]) -> Iterator[PairedComparison]:
     for a, b in combinations(range(len(rows)), 2):
         if rows[a].task != rows[b].task or not ids[a] or ids[a] != ids[b]:
             continue
-        pairs = list(zip(right[a], right[b], strict=True))
-        both, only_a, only_b, neither = (
-            pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))
-        )
+        both, only_a, only_b, neither = paired_counts(right[a], right[b])
         low, high = paired_interval(both, only_a, only_b, neither)
-        difference = (only_b - only_a) / len(pairs)
+        difference = (only_b - only_a) / len(ids[a])
         points = (100.0 * difference, 100.0 * low, 100.0 * high)
         yield PairedComparison(a, b, both, only_a, only_b, neither, *points, mcnemar(only_a, only_b))
+
+
+def paired_counts(right_a: Iterable[bool], right_b: Iterable[bool]) -> tuple[int, int, int, int]:
+    """Of the same problems, how many both answer rightly, a alone, b alone, and neither."""
+    pairs = list(zip(right_a, right_b, strict=True))
+    both, only_a, only_b, neither = (
+        pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))
+    )
+    return both, only_a, only_b, neither
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

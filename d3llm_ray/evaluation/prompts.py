@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from d3llm_ray.decoding import Prompt, WholePrompt, encode_prompt
+from d3llm_ray.decoding import Prompt, WholePrompt
+from d3llm_ray.decoding.api import encode_prompt
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.kept import readable
 from d3llm_ray.models import load_tokenizer, read_configs

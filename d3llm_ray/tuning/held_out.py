@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from d3llm_ray.evaluation.comparisons import mcnemar, paired_counts
 from d3llm_ray.evaluation.rows import wilson_interval
 from d3llm_ray.tuning.objective import SearchObjective
 from d3llm_ray.tuning.outcomes import Outcomes, accuracy_of, tpf_of
@@ -53,7 +54,8 @@ class HeldOut:
     """The comparison of the chosen settings (first row) with the decoder's own (second), problem by problem.
 
     `differences` are chosen minus own, with 95 % intervals of a bootstrap that draws the same problems for both and for
-    the anchor. `gained` and `lost`: how many problems only the one, or only the other, has right.
+    the anchor. `gained` and `lost`: how many problems only the one, or only the other, has right, with the `p_value` of
+    McNemar's exact test that neither is more accurate.
     """
 
     metric: str
@@ -62,6 +64,7 @@ class HeldOut:
     differences: dict[str, Figure]
     gained: int
     lost: int
+    p_value: float
     unanswered: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def compare(
         anchors = [point if min(point) > 0 else objective.anchor for point in found]  # that of a search ranks
     runs = [chosen, own, *([anchor] if anchor else [])]
     values = [_values(run, draws, anchors, objective) for run in runs]
-    right, other = chosen.outcomes[:, 0] == 1, own.outcomes[:, 0] == 1
+    _, gained, lost, _ = paired_counts(*((run.outcomes[:, 0] == 1).tolist() for run in (chosen, own)))
     return HeldOut(
         metric=objective.metric,
         problems=count,
@@ -107,8 +110,9 @@ def compare(
             HeldOutRow(run.name, run.settings, run.tps, _row(run, of)) for run, of in zip(runs, values, strict=True)
         ),
         differences={name: _figure(values[0][name] - values[1][name]) for name in values[0]},
-        gained=int((right & ~other).sum()),
-        lost=int((other & ~right).sum()),
+        gained=gained,
+        lost=lost,
+        p_value=mcnemar(gained, lost),
         unanswered=tuple(dict.fromkeys([*chosen.unanswered, *own.unanswered])),
     )
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from d3llm_ray.config import TaskOptions
+from d3llm_ray.evaluation.settings import ActorOptions
 from d3llm_ray.tuning.objective import Metric
 
 
-class TuneSettings(TaskOptions):
+class TuneSettings(ActorOptions):
     """Search decoding settings for a model on a task's validation problems."""
 
     verb: ClassVar[str] = "tune"
@@ -51,14 +51,18 @@ class TuneSettings(TaskOptions):
         None, description="whose run at one token a forward is the anchor, such as the teacher; default: the model"
     )
     seed: int = Field(0, ge=0, description="seed of the search and of sampling")
-    actors: int = Field(2, gt=0, description="evaluator actors; each trial's problems are shared out over all of them")
-    cpus_per_actor: int = Field(1, ge=0, description="CPUs, and threads, of each evaluator")
-    gpus_per_actor: float = Field(0.0, ge=0.0, description="GPUs of each evaluator")
+    actors: int = Field(2, gt=0, description="engine actors; each trial's problems are shared out over all of them")
     concurrent_trials: int = Field(
         1, gt=0, description="trials at a time; 1 makes the search repeatable, 2 keeps evaluators busy between trials"
     )
-    resource_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the evaluators to load the model")
     output: Path = Field(Path("runs/tune"), description="folder of settings.yaml and of the search's records")
+
+    @field_validator("anchor")
+    @classmethod
+    def _accuracy_in_percent(cls, anchor: tuple[float, float] | None) -> tuple[float, float] | None:
+        if anchor is not None and 0 < anchor[1] <= 1:  # a share: every trial would beat it
+            raise ValueError(f"anchor: got accuracy {anchor[1]:g}; accepted: percent, 0 to 100, such as 81.0")
+        return anchor
 
     @model_validator(mode="after")
     def _race_has_one_figure(self) -> Self:

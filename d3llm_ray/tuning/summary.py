@@ -43,7 +43,7 @@ def to_markdown(
         "",
         "## Held-out problems",
         "",
-        *_held_out(held_out, best),
+        *held_out_lines(held_out, best),
         f"## Pareto front of accuracy and {'TPF' if objective.speed == 'tpf' else 'tokens/s'}",
         "",
         table(["trial", *header], [[str(trial.number), *_cells(trial, names)] for trial in front], left=1),
@@ -70,7 +70,7 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _held_out(held_out: HeldOut | None, best: TuneTrial) -> list[str]:
+def held_out_lines(held_out: HeldOut | None, best: TuneTrial) -> list[str]:
     if held_out is None:
         return ["None were kept apart (`held_out`): whether the choice holds elsewhere is not known.", ""]
     names = list(held_out.rows[0].figures)
@@ -85,7 +85,7 @@ def _held_out(held_out: HeldOut | None, best: TuneTrial) -> list[str]:
         "",
         table(["", *names, "tokens/s"], [*rows, differences, searched], left=1),
         f"Problems that only the chosen settings solve: {held_out.gained}; that only the own ones solve: "
-        f"{held_out.lost}.",
+        f"{held_out.lost} (exact McNemar test, two-sided: p = {held_out.p_value:.2g}).",
         "",
     ]
 

@@ -49,10 +49,13 @@ def echo(_: int, body: dict[str, Any]) -> Answer:
 
 @pytest.fixture
 def scripted() -> Iterator[Callable[..., Scripted]]:
-    """Start a server with a script; it ends with the test."""
+    """Start a server with a script, and what it tells by GET of a path; it ends with the test."""
     servers: list[ThreadingHTTPServer] = []
 
-    def start(script: Callable[[int, dict[str, Any]], Answer] = echo, key: str | None = None) -> Scripted:
+    def start(
+        script: Callable[[int, dict[str, Any]], Answer] = echo, key: str | None = None, told: Any = None
+    ) -> Scripted:
+        pages = {"/v1/models": {"object": "list", "data": [{"id": "scripted"}]}} | (told or {})
         state, lock = Scripted(script, key=key), threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,8 +65,10 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
                 wanted = None if state.key is None else f"Bearer {state.key}"
                 if self.headers.get("Authorization") != wanted:
                     self._send(*refusal(401))
+                elif self.path in pages:
+                    self._send(200, {}, pages[self.path])
                 else:
-                    self._send(200, {}, {"object": "list", "data": [{"id": "scripted"}]})
+                    self._send(404, {}, {"error": {"message": "no such page"}})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
+from typing import ClassVar
 
 import pytest
+import torch
 
 from d3llm_ray.config import build, parse
 from d3llm_ray.decoding import DiffusionLLM, Engine, api, decoder, engine
@@ -12,9 +15,10 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation import run as verb
 from d3llm_ray.evaluation.evaluate import evaluate
 from d3llm_ray.evaluation.settings import EvaluateSettings
+from d3llm_ray.judging import ProgramJudge
 from d3llm_ray.models import KVCache
 from d3llm_ray.progress import Progress
-from d3llm_ray.tasks import load_task
+from d3llm_ray.tasks import Task, load_task
 from tests.evaluation.fakes import FakeLLM, problem
 
 QUIET = Progress(quiet=True)
@@ -220,3 +224,26 @@ def test_two_models_may_not_share_a_label(settings, tiny_checkpoint, tmp_path):
     twin.symlink_to(tiny_checkpoint)
     with pytest.raises(InputError, match="model_label"):
         verb.run(settings.model_copy(update={"models": [str(tiny_checkpoint), str(twin)]}), QUIET)
+
+
+class Together(ProgramJudge):
+    """Says yes to an answer when another one is judged at the same time."""
+
+    meeting: ClassVar[threading.Barrier] = threading.Barrier(2)
+
+    def is_correct(self, text: str, reference: str) -> bool:
+        try:
+            self.meeting.wait(5)
+        except threading.BrokenBarrierError:
+            return False
+        return text == reference
+
+
+def test_programs_are_judged_side_by_side_and_their_verdicts_keep_their_places(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    llm = FakeLLM({"a": ("1", 4, 2), "b": "too long", "c": ("2", 4, 2), "d": ("3", 4, 2), "e": ("3", 4, 2)})
+    problems = [problem(name, reference) for name, reference in zip("abcde", "11233", strict=True)]
+    row = evaluate(llm, Task("own", lambda *_: problems, Together()), problems, progress=QUIET)
+    assert [sample.correct for sample in row.samples] == [True, False, True, True, True]
+    row = evaluate(llm, Task("own", lambda *_: problems), problems, progress=QUIET)  # final answers: no threads
+    assert row.correct == 4

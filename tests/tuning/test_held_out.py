@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from d3llm_ray.config import build
 from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.aup import aup
 from d3llm_ray.tasks import Problem
 from d3llm_ray.tuning.held_out import HeldOutRun, compare
-from d3llm_ray.tuning.objective import SearchObjective
+from d3llm_ray.tuning.objective import SearchObjective, TuneTrial
 from d3llm_ray.tuning.run import held_out_numbers
 from d3llm_ray.tuning.settings import TuneSettings
+from d3llm_ray.tuning.summary import held_out_lines
 from tests.tuning.test_racing import outcomes
 
 AUP = SearchObjective("aup", (1.0, 80.0), 2.0)
@@ -104,3 +106,27 @@ def test_the_bootstrap_has_its_resamples() -> None:
     found = compare(run("chosen", 70, 4.0), run("own", 72, 4.0, 3), None, AUP, 0)
     spread = found.differences["accuracy"].high - found.differences["accuracy"].low
     assert spread == pytest.approx(2 * 1.96 * 100 * np.sqrt(2 * 0.7 * 0.29) / 10, rel=0.25)
+
+
+def test_gained_and_lost_problems_have_the_p_value_of_their_binomial() -> None:
+    """5 gained and 1 lost: 2 * (1 + 6) / 2**6 by hand."""
+    right = np.array([[1, 1], [1, 0], [1, 0], [1, 0], [1, 0], [1, 0], [0, 1], [0, 0]])
+    figures = np.tile([4, 2], (8, 1))
+    runs = [HeldOutRun(str(n), {"n": n}, np.column_stack([right[:, n], figures]), 1.0) for n in range(2)]
+    found = compare(*runs, None, AUP, 0)
+    assert (found.gained, found.lost, found.p_value) == (5, 1, 14 / 64)
+    best = TuneTrial(0, {}, 1.0, 75.0, 2.0, 1.0, 1, 1, 1.0)
+    assert (
+        "only the chosen settings solve: 5; that only the own ones solve: 1 (exact McNemar test, two-sided: p = 0.22)."
+        in "\n".join(held_out_lines(found, best))
+    )
+
+
+@pytest.mark.parametrize("accuracy", [0.81, 1.0, 0.004])
+def test_an_anchors_accuracy_is_in_percent(accuracy: float) -> None:
+    with pytest.raises(
+        InputError, match=f"^anchor: got accuracy {accuracy:g}; accepted: percent, 0 to 100, such as 81"
+    ):
+        build(TuneSettings, {"anchor": (1.5, accuracy)})
+    for accepted in (0.0, 1.01, 81.0):
+        assert build(TuneSettings, {"anchor": (1.5, accepted)}).anchor == (1.5, accepted)
