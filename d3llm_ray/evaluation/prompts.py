@@ -43,9 +43,10 @@ def first_prompt(model: str, problem: Problem) -> str:
         return f"(refused: {error})"
 
 
-def show_prompt(output: Path, model: str, task: str, text: str, progress: Progress) -> None:
-    """Say what the first problem of a task looks like to a model, and keep it in `prompts/` of the report's folder."""
+def show_prompt(output: Path, models: Sequence[str], task: str, text: str, progress: Progress) -> None:
+    """Say what the first problem of a task looks like to these models, and keep it in `prompts/`, a file for each."""
     folder = output / "prompts"
     folder.mkdir(exist_ok=True)
-    write_text(folder / f"{readable(f'{model}-{task}')}-{digest([model, task])}.txt", text)
-    progress.note(f"the first prompt of {task} for {model}, as the model reads it:\n{text}")
+    for model in models:
+        write_text(folder / f"{readable(f'{model}-{task}')}-{digest([model, task])}.txt", text)
+    progress.note(f"the first prompt of {task} for {', '.join(models)}, as the model reads it:\n{text}")

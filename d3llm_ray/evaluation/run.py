@@ -6,6 +6,7 @@ another decoder added, measures only what is missing.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -190,9 +191,12 @@ def _measure_all(
         elif (old := path.with_suffix(OLD_ENDING)).is_file():
             progress.note(f"measured again, as {old} cannot be used: answers are kept as {ENDING[1:]} now")
         missing.append(item)
+    shown = defaultdict[tuple[str, str], list[str]](list)  # task and prompt -> the models that read it so
     for (model, label), (item, task) in _firsts(missing, tasks).items():
         look = there.first_prompt if there else first_prompt
-        show_prompt(settings.output, model, label, look(item.model, task.problems[0]), progress)
+        shown[label, look(item.model, task.problems[0])].append(model)
+    for (label, text), models in shown.items():
+        show_prompt(settings.output, models, label, text, progress)
     by_key = {item.key: item for item in missing}
     if there:
         found = _behind_url(there, missing, tasks)

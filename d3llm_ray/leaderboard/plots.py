@@ -21,8 +21,8 @@ _FEWEST_AXES = 3  # of a radar: two tasks would be a line
 
 
 def plot_table(scored: ScoredTable, folder: Path, name: str) -> list[Path]:
-    """Write `NAME-curves.png`, `NAME-bars.png`, and where there is enough to draw `NAME-radar.png` (three tasks) and
-    `NAME-speed.png` (tokens a second); returns the paths."""
+    """Write `NAME-curves.png`, `NAME-bars.png`, and where there is enough to draw `NAME-radar.png` and `NAME-speed.png`
+    (tokens a second); returns the paths."""
     kinds = {"curves": _curves(scored), "bars": _bars(scored), "radar": _radar(scored), "speed": _speed(scored)}
     files = []
     for kind, figure in kinds.items():
@@ -97,24 +97,38 @@ def _bars(scored: ScoredTable) -> Figure:
     return figure
 
 
+def _spokes(scored: ScoredTable) -> dict[str, dict[str, float]]:
+    """By the name of a spoke, each method's figure: AUP by task, or where that would be no area, of each task AUP, and
+    accuracy and tokens per forward of the fastest point."""
+    tasks = scored.table.tasks
+    spokes = {task: {each.name: each.aup.get(task) or 0.0 for each in scored.methods} for task in tasks}
+    if len(tasks) >= _FEWEST_AXES:
+        return spokes
+    spokes = {f"{task}\nAUP": values for task, values in spokes.items()}
+    for task in tasks:
+        fastest = {name: max(each.points[task]) for name, each in scored.table.methods.items() if task in each.points}
+        spokes[f"{task}\naccuracy"] = {name: accuracy for name, (_, accuracy) in fastest.items()}
+        spokes[f"{task}\nTPF"] = {name: tpf for name, (tpf, _) in fastest.items()}
+    return spokes
+
+
 def _radar(scored: ScoredTable) -> Figure | None:
-    """AUP over the best AUP of the task, a spoke a task."""
-    tasks, styles = scored.table.tasks, _styles(scored)
-    methods = [method for method in scored.methods if method.name in styles]
-    most = {task: max((method.aup.get(task) or 0.0 for method in methods), default=0.0) for task in tasks}
-    if len(tasks) < _FEWEST_AXES or not all(most.values()):
+    """Every figure over the best one of its spoke; None where a spoke has none above 0."""
+    spokes, styles = _spokes(scored), _styles(scored)
+    most = {label: max(values.get(name, 0.0) for name in styles) for label, values in spokes.items()}
+    if not all(most.values()):
         return None
-    figure = Figure(figsize=(6.4, 6.0), layout="constrained")
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     axes = figure.subplots(subplot_kw={"projection": "polar"})
-    angles = [2 * math.pi * number / len(tasks) for number in range(len(tasks))]
-    for method in methods:
-        shares = [(method.aup.get(task) or 0.0) / most[task] for task in tasks]
+    angles = [2 * math.pi * number / len(spokes) for number in range(len(spokes))]
+    for name, style in styles.items():
+        shares = [values.get(name, 0.0) / most[label] for label, values in spokes.items()]
         closed = ([*angles, angles[0]], [*shares, shares[0]])
-        axes.plot(*closed, label=method.name, linewidth=1.2, markersize=4, **styles[method.name])
-        axes.fill(*closed, alpha=0.06, color=styles[method.name]["color"])
-    axes.set_xticks(angles, tasks)
+        axes.plot(*closed, label=name, linewidth=1.2, markersize=4, **style)
+        axes.fill(*closed, alpha=0.06, color=style["color"])
+    axes.set_xticks(angles, list(spokes))
     axes.set_ylim(0, 1.05)
-    axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["25 %", "", "75 %", "best AUP"], fontsize="x-small")
+    axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["25 %", "", "75 %", "best"], fontsize="x-small")
     axes.tick_params(axis="x", pad=14)
     axes.set_title(scored.table.title, pad=24)
     _legend(figure, scored)

@@ -286,25 +286,30 @@ def test_answers_open_in_what_people_read_tables_with(tiny_checkpoint: Path, tmp
 def test_the_first_prompt_is_said_before_anything_is_decoded_and_kept(
     llm: FakeLLM, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for a model and a task, however many decoders: the template's own text, special tokens by their names."""
+    """Once for a task, however many decoders, and models that read it alike: the template's own text, special tokens by
+    their names."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
     settings = EvaluateSettings(
-        models=[str(tiny_checkpoint)], decoders=["d3llm", "vanilla"], tasks=["arith", "arith-long"], count=2,
-        output=tmp_path / "report",
+        models=[str(tiny_checkpoint), str(other)], decoders=["d3llm", "vanilla"], tasks=["arith", "arith-long"],
+        count=2, output=tmp_path / "report",
     )  # fmt: skip
     notes = Notes()
     monkeypatch.setattr(llm, "generate", lambda *_, **__: pytest.fail(f"decoded: {len(notes.said)} prompts said"))
     with pytest.raises(pytest.fail.Exception, match="2 prompts said"):
         verb.run(settings, notes)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer, names = AutoTokenizer.from_pretrained(tiny_checkpoint), ["other", "tiny-random"]
     for said, name in zip(notes.said, settings.tasks, strict=True):
         (problem_,) = load_task(name).problems("test", 1)
         whole = tokenizer.apply_chat_template(problem_.messages, tokenize=False, add_generation_prompt=True)
         heading, read = said.split("\n", 1)
-        assert heading == f"the first prompt of {name} for tiny-random, as the model reads it:"
+        of, for_models = heading.removesuffix(", as the model reads it:").split(" for ")
+        assert (of, sorted(for_models.split(", "))) == (f"the first prompt of {name}", names)
         assert "".join(read.split()) == "".join(whole.split())  # the tokenizer of words does not keep where spaces are
         assert whole.startswith("<|startoftext|><|start_header_id|>user<|end_header_id|>")
-        (file,) = (settings.output / "prompts").glob(f"tiny-random-{name}-??????????.txt")
-        assert file.read_text() == read
+        for model in names:
+            (file,) = (settings.output / "prompts").glob(f"{model}-{name}-??????????.txt")
+            assert file.read_text() == read
 
 
 def test_a_first_prompt_that_the_model_refuses_is_said(llm: FakeLLM, tiny_checkpoint: Path, tmp_path: Path) -> None:
