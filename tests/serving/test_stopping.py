@@ -65,7 +65,10 @@ def test_sigterm_at_any_time_takes_the_server_down(
     monkeypatch.setattr(server, "serve_in_background", serving)
     if at == "up":
         monkeypatch.setattr(server, "_banner", lambda *_: stage("up", at, reached))
-    server.run(ServeSettings())
+    try:
+        server.run(ServeSettings())
+    except KeyboardInterrupt:  # would end the tests
+        pytest.fail("it is interrupted, and not stopped")
     assert reached == done
     assert told in capsys.readouterr().err
 
