@@ -33,18 +33,26 @@ STOPPED_WITHIN_S = 15.0  # replicas that have nothing left to do
 def run(settings: ServeSettings, progress: Progress | None = None) -> None:
     """Serve until interrupted (Ctrl-C, SIGTERM), finish what has begun, and take everything down.
 
-    `InputError` before Ray starts.
+    So too when interrupted while it starts: whoever sees it answer may stop it, and that is before it can say so.
+    `InputError` before Ray starts; `KeyboardInterrupt` when interrupted again.
     """
-    with serve_in_background(settings, progress) as url:
-        print(_banner(settings, url), file=sys.stderr, flush=True)
-        if threading.current_thread() is threading.main_thread():
-            # Ray's own handler of SIGTERM aborts the process: nothing would be taken down.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            limit = f"within {settings.drain_timeout_s:g} s; Ctrl-C again stops at once"
-            print(f"stopping: answers that have begun are finished {limit}", file=sys.stderr, flush=True)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler of SIGTERM aborts the process: nothing would be taken down.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopping = False
+    try:
+        with serve_in_background(settings, progress) as url:
+            try:
+                print(_banner(settings, url), file=sys.stderr, flush=True)
+                threading.Event().wait()
+            except KeyboardInterrupt:
+                stopping = True
+                limit = f"within {settings.drain_timeout_s:g} s; Ctrl-C again stops at once"
+                print(f"stopping: answers that have begun are finished {limit}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        if stopping:
+            raise
+        print("stopped while it started", file=sys.stderr, flush=True)
 
 
 @contextmanager
