@@ -24,9 +24,6 @@ _ENVIRONMENT = {
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # A served model's routes on the loop of its replica's process: the engine's thread has one less to share Python's
-    # lock with, and what is sent together goes to Serve's proxy as one message.
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "TOKENIZERS_PARALLELISM": "false",
     # glibc otherwise gives every large tensor back to the system and faults its pages in anew: a forward of 32 rows on
     # the CPU takes 1.3 times as long.

@@ -41,14 +41,7 @@ logger = logging.getLogger("d3llm_ray.serving")
 
 # Serve's `controller_options`; the proxies inherit the controller's environment.
 PROXY_OPTIONS = {
-    "runtime_env": {
-        "env_vars": {
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "d3llm_ray.serving.front:middlewares",
-            # Fewer threads that wait for each other, and no objects of Ray for what is streamed.
-            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-            "RAY_SERVE_PROXY_USE_GRPC": "1",
-        }
-    }
+    "runtime_env": {"env_vars": {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "d3llm_ray.serving.front:middlewares"}}
 }
 RECOUNT_S = 2.0  # a replica that has been added is made use of as soon
 LULL_S, LONGEST_WAIT_S = 0.005, 0.5
