@@ -25,12 +25,7 @@ async def whole_body(receive: Receive) -> bytes:
 
 def replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives a body which has been read, and then what `receive` gives."""
-    return again({"type": "http.request", "body": body, "more_body": False}, receive)
-
-
-def again(message: Message, receive: Receive) -> Receive:
-    """A `receive` that gives a message which it has given already, and then the next ones."""
-    pending = [message]
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:
         return pending.pop() if pending else await receive()

@@ -19,7 +19,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 import uvicorn.config
 from ray import serve
@@ -31,7 +30,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from d3llm_ray.metrics import ServingMetrics
 from d3llm_ray.serving.access_log import REQUEST_ID, sane_request_id, with_request_id
 from d3llm_ray.serving.connections import patient
-from d3llm_ray.serving.early import with_body, with_early_body
 from d3llm_ray.serving.errors import queue_full
 from d3llm_ray.serving.heads import BoundedConnection
 from d3llm_ray.serving.schemas import DECODING, HEALTH, READY
@@ -60,8 +58,7 @@ class TellsRoom:
 
     def __init__(self, app: ASGIApp, application: str, model: str, room: int | None, slow_reader_s: float) -> None:
         self._app = app
-        told: dict[str, Any] = {"application": application, "model": model, "room": room}
-        told |= {"slow_reader_s": slow_reader_s, "takes_early_body": True}
+        told = {"application": application, "model": model, "room": room, "slow_reader_s": slow_reader_s}
         self._header = json.dumps(told)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +67,7 @@ class TellsRoom:
                 MutableHeaders(scope=message)[_ROOM_HEADER] = self._header
             await send(message)
 
-        await self._app(scope, with_early_body(scope, receive), telling)
+        await self._app(scope, receive, telling)
 
 
 class Room:
@@ -79,7 +76,6 @@ class Room:
     def __init__(self) -> None:
         self.in_flight = 0
         self.slow_reader_s: float | None = None
-        self.takes_early_body = False  # replicas of an earlier version do not
         self._told = ""
         self._name, self._each, self._replicas = "", 0, 1
         self._metrics: ServingMetrics | None = None
@@ -92,7 +88,6 @@ class Room:
             return
         said = json.loads(told)
         self._told, self.slow_reader_s, self._metrics = told, said["slow_reader_s"], None
-        self.takes_early_body = said.get("takes_early_body", False)
         if said["room"] is not None:
             self._name, self._each = said["application"], said["room"]
             self._metrics = ServingMetrics(said["model"], said["application"])
@@ -136,15 +131,11 @@ class Room:
 
 
 class Front:
-    """ASGI middleware. `count_replicas` tells how many replicas of an application run; it may block.
+    """ASGI middleware. `count_replicas` tells how many replicas of an application run; it may block."""
 
-    `early_body`: whether `app` hands the scope to the replicas as it is, and so a body in it.
-    """
-
-    def __init__(self, app: ASGIApp, count_replicas: Callable[[str], int], *, early_body: bool = False) -> None:
+    def __init__(self, app: ASGIApp, count_replicas: Callable[[str], int]) -> None:
         self._app = app
         self._count_replicas = count_replicas
-        self._early_body = early_body
         self._rooms: defaultdict[str, Room] = defaultdict(Room)  # by the path before the application's routes
         self._arrivals, self._arrived = 0, float("-inf")
         self._shower: asyncio.Task[None] | None = None
@@ -183,8 +174,6 @@ class Front:
         try:
             if room.limited and not alone:
                 await self._lull()
-            if self._early_body and room.takes_early_body:
-                scope, receive = await with_body(scope, receive)
             # Free before a client can know that its answer is complete, and ask again.
             tapped = _tapped(send, learn, place.close)
             await self._hand_on(scope, receive, tapped, DRAINING if room.in_flight > 1 else None)
@@ -261,4 +250,4 @@ def middlewares() -> list[Middleware]:
     """Serve's callback: called in the proxy of each node when it starts, before its HTTP server."""
     # Serve lets uvicorn choose how to read connections, and has no option for it.
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{BoundedConnection.__module__}:{BoundedConnection.__name__}"
-    return [Middleware(Front, count_replicas=running_replicas, early_body=True)]
+    return [Middleware(Front, count_replicas=running_replicas)]
