@@ -26,7 +26,7 @@ results: $(READY)
 
 # Two processes, of which one has all tests with Ray (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not (slow or chaos or clients or real or soak or browser)"
+	$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder -m "not (slow or chaos or clients or real or soak or browser)"
 
 # Clients of the API that others have written: LangChain, LiteLLM, lm-eval.
 clients: $(READY)

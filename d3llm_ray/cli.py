@@ -100,6 +100,12 @@ VERBS = {
         "d3llm_ray.leaderboard.anyone:run",
         "score anyone's points of accuracy and tokens per forward, or the published ones",
     ),
+    "check": Verb(
+        "d3llm_ray.checks.settings:CheckSettings",
+        "d3llm_ray.checks.run:run",
+        "ask one of the paper's claims about decoding again, with intervals and a verdict",
+        resumes=True,
+    ),
     "benchmark": Verb(
         "d3llm_ray.benchmark.settings:BenchmarkSettings",
         "d3llm_ray.benchmark.run:run",

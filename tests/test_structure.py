@@ -38,6 +38,7 @@ ROOMS["evaluation"] = {"clients", "tasks", "judging", *ROOMS["clients"]}
 ROOMS["harness"] = {"evaluation", *ROOMS["evaluation"]}
 ROOMS["tuning"] = {"evaluation", *ROOMS["evaluation"]}
 ROOMS["leaderboard"] = {"evaluation", *ROOMS["evaluation"]}
+ROOMS["checks"] = {"evaluation", *ROOMS["evaluation"]}
 ROOMS["ablation"] = {*ROOMS["distillation"], "distillation", "evaluation"}
 ROOMS["benchmark"] = {*ROOMS["trajectories"], *ROOMS["serving"], "trajectories", "distillation", "serving", "clients"}
 ROOMS["quickstart"] = {*ROOMS, "benchmark"}

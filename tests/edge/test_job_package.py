@@ -28,6 +28,9 @@ NEEDED = {
     "distill": ["--trajectories", "rows"],
     "ablate": [],
     "evaluate": ["--models", "tiny-llada", "--count", "1"],
+    "leaderboard": [],
+    "aup": [],
+    "check": ["--check", "blocks"],
     "benchmark": [],
     "benchmark host": [],
     "benchmark step": [],
@@ -152,6 +155,8 @@ WITH = {
     ("trajectories import", "teacher"): {"source": "prompts.jsonl"},
     ("batch", "api_key_file"): {"url": "http://127.0.0.1:9"},
     ("chat", "api_key_file"): {"url": "http://127.0.0.1:9"},
+    ("evaluate", "api_key_file"): {"url": "http://127.0.0.1:9"},
+    **{("check", name): {"check": "blocks"} for name in ("data_dir", "model", "task")},
     **{("tune", name): {"space": SPACE} for name in ("model", "anchor_model", "task", "data_dir")},
 }
 IGNORED = "data/mine/ignored.yaml"

@@ -24,6 +24,8 @@ from d3llm_ray.benchmark.serving_settings import ServeBenchmarkSettings
 from d3llm_ray.benchmark.settings import BenchmarkSettings, HostBenchmarkSettings, StepBenchmarkSettings
 from d3llm_ray.benchmark.trajectories import TrajectoryBenchmarkSettings
 from d3llm_ray.benchmark.trajectories import run as benchmark_trajectories
+from d3llm_ray.checks.run import run as check
+from d3llm_ray.checks.settings import CheckSettings
 from d3llm_ray.cli import main
 from d3llm_ray.config import Settings, build, to_yaml
 from d3llm_ray.distillation.preparation import finished as student_finished
@@ -33,6 +35,10 @@ from d3llm_ray.errors import InputError
 from d3llm_ray.evaluation.run import run as evaluate
 from d3llm_ray.evaluation.settings import EvaluateSettings
 from d3llm_ray.generate import GenerateSettings
+from d3llm_ray.leaderboard.anyone import AupSettings
+from d3llm_ray.leaderboard.anyone import run as score_points
+from d3llm_ray.leaderboard.run import run as leaderboard
+from d3llm_ray.leaderboard.settings import LeaderboardSettings
 from d3llm_ray.output_folder import check_folder, claim, is_written
 from d3llm_ray.quickstart import run as quickstart
 from d3llm_ray.quickstart.contents import clear, entries
@@ -49,6 +55,9 @@ from d3llm_ray.tuning.settings import TuneSettings
 # The verbs with a folder as output, and what they need to be called.
 FOLDER_VERBS: dict[str, tuple[Callable[..., Any], type[Settings], dict[str, Any]]] = {
     "evaluate": (evaluate, EvaluateSettings, {"models": ["tiny-llada"], "count": 1}),
+    "leaderboard": (leaderboard, LeaderboardSettings, {}),
+    "aup": (score_points, AupSettings, {}),
+    "check": (check, CheckSettings, {"check": "blocks"}),
     "ablate": (ablate, AblateSettings, {}),
     "tune": (tune, TuneSettings, {}),
     "quickstart": (quickstart.run, QuickstartSettings, {}),

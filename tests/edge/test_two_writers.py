@@ -27,6 +27,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "generate": {"prompts": "prompts.jsonl"},
     "batch": {"input": "requests.jsonl"},
     "evaluate": {"models": ["tiny-llada"]},
+    "check": {"check": "blocks"},
     "distill": {"trajectories": "rows"},
     "trajectories import": {"source": "rows.parquet", "teacher": "tiny-llada"},
 }

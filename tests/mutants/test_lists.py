@@ -16,6 +16,7 @@ from tests.mutants.lists import ROOT, Mutant, read_mutants, rooms
 ROOMS = {
     "ablation": ["ablation/"],
     "benchmark": ["benchmark/"],
+    "checks": ["checks/"],
     "clients": ["clients/"],
     "command_line": ["cli", "config", "yaml_file", "paths", "generate", "report", "output_folder", "progress"],
     "decoding": ["decoding/"],
