@@ -14,16 +14,22 @@ from d3llm_ray.evaluation.comparisons import compare
 from d3llm_ray.evaluation.rows import EvaluationRow
 
 RESAMPLES = 2000
+# Of two equal decoders one is the faster in n rounds of n with a chance of 2 / 2**n: 3 % with six.
+FEWEST_ROUNDS = 6
 PERCENTILES = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """How much more, in percent, with what it lies within: 95 % over problems, or the extremes of the rounds."""
+    """How much more, in percent, with what it lies within: 95 % over problems, or the extremes of the rounds.
+
+    `enough`: whether there is enough to say that it is one.
+    """
 
     percent: float
     low: float
     high: float
+    enough: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def tpf_gain(first: EvaluationRow, other: EvaluationRow, resamples: int = RESAMP
 def tps_gain(first: Sequence[EvaluationRow], other: Sequence[EvaluationRow]) -> Gain:
     """Tokens a second of `other` over those of `first`: the median of the rounds' own ratios, and their extremes."""
     gains = [100 * (after.tps / before.tps - 1) for before, after in zip(first, other, strict=True)]
-    return Gain(float(np.median(gains)), min(gains), max(gains))
+    return Gain(float(np.median(gains)), min(gains), max(gains), len(gains) >= FEWEST_ROUNDS)
 
 
 def against_first(first: Sequence[EvaluationRow], other: Sequence[EvaluationRow]) -> AgainstFirst:
@@ -88,6 +94,8 @@ def single_aups(first: EvaluationRow, others: Sequence[EvaluationRow]) -> tuple[
 def verdict(gain: Gain, published: float | None) -> str:
     """One sentence: is there a gain at all, and is the published one within what was measured?"""
     measured = f"{gain.percent:+.0f} % ({gain.low:+.0f} to {gain.high:+.0f})"
+    if not gain.enough:
+        return f"{measured}: too few rounds to tell; {FEWEST_ROUNDS} are enough."
     if gain.low <= 0 <= gain.high:
         sure = "no gain that could be told from none"
     else:

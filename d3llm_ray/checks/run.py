@@ -26,7 +26,8 @@ def run(settings: CheckSettings, progress: Progress | None = None) -> CheckRepor
     Raises:
         InputError: a model, task or setting that is none, or does not fit the check's decoders; before any is loaded.
         WorkError: a decoder gave other tokens in another round, as none may.
-        IncompleteError: some problems have no answer and count as wrong; the report is written.
+        IncompleteError: some problems have no answer and count as wrong; the report is written, but where a decoder has
+            answered none, or not the same ones in every round.
     """
     progress = progress or Progress()
     check = CHECKS[settings.check]
@@ -49,7 +50,11 @@ def run(settings: CheckSettings, progress: Progress | None = None) -> CheckRepor
         measured = evaluation.run(given, progress, errors="return").rows
         for place, row in zip(order, measured, strict=True):
             rows[place].append(row)
+    failures = [f"{row.decoder}, {text}" for rounds in rows for row in rounds for text in unanswered(row.samples)]
+    failures = list(dict.fromkeys(failures))  # the same in every round
     for variant, rounds in zip(check.variants, rows, strict=True):
+        if failures and not (same_answers(rounds) and rounds[0].tokens):
+            check_answered(failures, settings.output / "rounds")  # nothing to compare
         if not same_answers(rounds):
             raise WorkError(f"rounds: {variant.label!r} gave other answers in another round; see {settings.output}")
     measured_on = Path(model).name, rows[0][0].task
@@ -59,6 +64,5 @@ def run(settings: CheckSettings, progress: Progress | None = None) -> CheckRepor
 
         plot_check(report, picture)
     report.write(settings.output)
-    failures = [f"{row.decoder}, {text}" for row, *_ in rows for text in unanswered(row.samples)]
     check_answered(failures, settings.output / "report.md")
     return report

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from d3llm_ray.checks.figures import FEWEST_ROUNDS
 from d3llm_ray.evaluation.settings import ActorOptions
 
 
@@ -16,13 +17,18 @@ class CheckSettings(ActorOptions):
     verb: ClassVar[str] = "check"
     positional: ClassVar[tuple[str, ...]] = ("check",)
 
-    check: Literal["thresholds", "blocks", "early-stop", "refresh"] = Field(description="which one, see docs/checks.md")
+    check: Literal["thresholds", "blocks", "early-stop", "cache", "refresh"] = Field(
+        description="which one, see docs/checks.md"
+    )
     model: str | None = Field(None, description="zoo name or checkpoint folder; null: the check's own")
     task: str | None = Field(None, description="embedded or published task, or task file; null: the check's own")
     split: Literal["test", "validation"] = Field("test", description="which problems")
     count: int = Field(200, gt=0, description="problems")
     rounds: int = Field(
-        3, gt=1, description="times that every decoder is timed, by turns; tokens must be the same each time"
+        FEWEST_ROUNDS,
+        gt=1,
+        description="times that every decoder is timed, by turns, with the same tokens each time; of fewer than "
+        f"{FEWEST_ROUNDS} no speed is said to differ",
     )
     warmup: int = Field(1, ge=0, description="problems decoded once before the clock of each measurement starts")
     shard_size: int = Field(128, gt=0, description="problems that an actor decodes at a time, see `evaluate`")

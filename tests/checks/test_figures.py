@@ -66,6 +66,8 @@ def test_rounds_are_compared_each_within_itself() -> None:
     other = [row_of([(60, 9)], seconds=each) for each in (1 / 1.2, 2 / 1.5, 1 / 1.3)]
     gain = tps_gain(first, other)
     assert (gain.percent, gain.low, gain.high) == (pytest.approx(30), pytest.approx(20), pytest.approx(50))
+    assert not gain.enough and not tps_gain(first[:1] * 5, other[:1] * 5).enough
+    assert tps_gain(first * 2, other * 2).enough
 
 
 def test_accuracy_is_compared_problem_by_problem() -> None:
@@ -96,6 +98,7 @@ def test_single_settings_and_the_curve() -> None:
         (Gain(2, -4, 8), 5, "+2 % (-4 to +8): no gain that could be told from none; the published +5 % is within it."),
         (Gain(-20, -30, -10), 35, "-20 % (-30 to -10): a loss, less than the published +35 %."),
         (Gain(9, 5, 13), None, "+9 % (+5 to +13): a gain."),
+        (Gain(9, 5, 13, enough=False), 30, "+9 % (+5 to +13): too few rounds to tell; 6 are enough."),
     ],
 )
 def test_verdicts(gain: Gain, published: float | None, said: str) -> None:
