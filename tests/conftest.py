@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
 )
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background: programs that tests start inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("D3LLM_RAY_API_KEYS", None)
 torch.set_num_threads(1)
