@@ -24,9 +24,8 @@ results: $(READY)
 	@echo "written in runs/results/: decoders, students, benchmark, benchmark-long; left out, as they take longer: the"
 	@echo "quickstart (make quickstart), the ablation (d3llm-ray ablate) and the rest of docs/results.md"
 
-# Two processes, of which one has all tests with Ray (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder -m "not (slow or chaos or clients or real or soak or browser)"
+	$(BIN)/python -m pytest -q -m "not (slow or chaos or clients or real or soak or browser)"
 
 # Clients of the API that others have written: LangChain, LiteLLM, lm-eval.
 clients: $(READY)

@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,22 +27,7 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("D3LLM_RAY_API_KEYS", None)
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """How `make test` shares tests out to two processes: those of a file stay together, for the sake of their fixtures,
-    and those of all files with Ray, of which there is one cluster. (xdist 3.8's groups do nothing in pytest 9.2.)"""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if "ray_cluster" in (ROOT / file).read_text(encoding="utf-8") else file
-
-    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
