@@ -10,7 +10,7 @@ THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.9, 1.2, 2.0)
 
 
 @dataclass(frozen=True)
-class Variant:
+class CheckedDecoder:
     """One decoder of a check, and what it is called in its report."""
 
     label: str
@@ -28,7 +28,7 @@ class Check:
 
     question: str
     figure: Figure
-    variants: tuple[Variant, ...]
+    variants: tuple[CheckedDecoder, ...]
     model: str = "tiny-llada-d3llm"
     task: str = "arith"
     gain: float | None = None
@@ -39,8 +39,8 @@ CHECKS: dict[str, Check] = {
         "How far does entropy-based multi-block decoding carry a model that was not distilled for it?",
         "aup",
         (
-            Variant("one token a forward", "vanilla"),
-            *(Variant(f"{each:g}", "d3llm-nocache", {"entropy_threshold": each}) for each in THRESHOLDS),
+            CheckedDecoder("one token a forward", "vanilla"),
+            *(CheckedDecoder(f"{each:g}", "d3llm-nocache", {"entropy_threshold": each}) for each in THRESHOLDS),
         ),
         model="tiny-llada",
     ),
@@ -48,8 +48,8 @@ CHECKS: dict[str, Check] = {
         "What does working on several blocks at a time add to entropy-based decoding?",
         "tpf",
         (
-            Variant("one block at a time", "dparallel", {"early_stop": True}),
-            Variant("several blocks", "d3llm-nocache"),
+            CheckedDecoder("one block at a time", "dparallel", {"early_stop": True}),
+            CheckedDecoder("several blocks", "d3llm-nocache"),
         ),
         gain=30.0,
     ),
@@ -57,8 +57,8 @@ CHECKS: dict[str, Check] = {
         "What does ending at the first stop token add?",
         "tpf",
         (
-            Variant("the whole canvas", "d3llm", {"early_stop": False}),
-            Variant("to the first stop token", "d3llm"),
+            CheckedDecoder("the whole canvas", "d3llm", {"early_stop": False}),
+            CheckedDecoder("to the first stop token", "d3llm"),
         ),
         gain=5.0,
     ),
@@ -66,8 +66,8 @@ CHECKS: dict[str, Check] = {
         "What does the cache with refresh add on long prompts?",
         "tps",
         (
-            Variant("no cache", "d3llm-nocache"),
-            Variant("cache, refreshed every 4 forwards", "d3llm", {"refresh_interval": 4}),
+            CheckedDecoder("no cache", "d3llm-nocache"),
+            CheckedDecoder("cache, refreshed every 4 forwards", "d3llm", {"refresh_interval": 4}),
         ),
         task="arith-long",
         gain=35.0,
@@ -76,8 +76,8 @@ CHECKS: dict[str, Check] = {
         "What does refreshing the cache cost, and save of accuracy, on long prompts?",
         "tps",
         (
-            Variant("cache, never refreshed", "d3llm"),
-            Variant("cache, refreshed every 4 forwards", "d3llm", {"refresh_interval": 4}),
+            CheckedDecoder("cache, never refreshed", "d3llm"),
+            CheckedDecoder("cache, refreshed every 4 forwards", "d3llm", {"refresh_interval": 4}),
         ),
         task="arith-long",
     ),
