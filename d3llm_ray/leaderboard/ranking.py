@@ -60,7 +60,7 @@ def to_markdown(standings: Sequence[Standing]) -> str:
         parts.append(f"## {task}\n\n{table(header, [_cells(each) for each in own], left=2)}{_tied(own)}")
     rows = list({id(row): row for each in standings for row in (each.measured.anchor, each.measured.own)}.values())
     return "\n".join(
-        [*parts, f"{too_few(rows)}\np: that accuracy is the leader's (McNemar, exact, the same problems)\n"]
+        [*parts, f"{too_few(rows)}\np: that accuracy is the leader's (McNemar, exact, the same problems)\n\n"]
     )
 
 
