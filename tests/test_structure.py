@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import sys
+import tomllib
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -109,6 +110,18 @@ def inside(imported: set[str]) -> set[str]:
                 rest = rest[:-1]
             own.add(".".join(rest) or "__init__")
     return own
+
+
+def test_every_file_that_is_no_module_is_installed_with_its_package() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = {
+        path
+        for package, globs in patterns.items()
+        for glob in globs
+        for path in (ROOT / package.replace(".", "/")).glob(glob)
+    }
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others - installed == set()
 
 
 def test_every_room_is_in_the_table() -> None:
