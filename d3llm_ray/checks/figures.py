@@ -31,6 +31,9 @@ class Gain:
     high: float
     enough: bool = True
 
+    def __str__(self) -> str:
+        return f"{self.percent:+.0f} % ({self.low:+.0f} to {self.high:+.0f})"
+
 
 @dataclass(frozen=True)
 class AgainstFirst:
@@ -93,16 +96,15 @@ def single_aups(first: EvaluationRow, others: Sequence[EvaluationRow]) -> tuple[
 
 def verdict(gain: Gain, published: float | None) -> str:
     """One sentence: is there a gain at all, and is the published one within what was measured?"""
-    measured = f"{gain.percent:+.0f} % ({gain.low:+.0f} to {gain.high:+.0f})"
     if not gain.enough:
-        return f"{measured}: too few rounds to tell; {FEWEST_ROUNDS} are enough."
+        return f"{gain}: too few rounds to tell; {FEWEST_ROUNDS} are enough."
     if gain.low <= 0 <= gain.high:
         sure = "no gain that could be told from none"
     else:
         sure = "a gain" if gain.low > 0 else "a loss"
     if published is None:
-        return f"{measured}: {sure}."
+        return f"{gain}: {sure}."
     if gain.low <= published <= gain.high:
-        return f"{measured}: {sure}; the published {published:+g} % is within it."
+        return f"{gain}: {sure}; the published {published:+g} % is within it."
     side = "less" if gain.high < published else "more"
-    return f"{measured}: {sure}, {side} than the published {published:+g} %."
+    return f"{gain}: {sure}, {side} than the published {published:+g} %."

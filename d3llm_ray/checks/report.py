@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
 from d3llm_ray.checks.claims import Check
 from d3llm_ray.checks.figures import AgainstFirst, Gain, against_first, single_aups, verdict
-from d3llm_ray.evaluation.report import too_few
+from d3llm_ray.evaluation.report import accuracy_cell, too_few
 from d3llm_ray.evaluation.rows import EvaluationRow
 from d3llm_ray.report import WrittenReport, machine, table, versions
 
@@ -32,7 +33,7 @@ class CheckReport(WrittenReport):
     task: str
     rows: tuple[tuple[EvaluationRow, ...], ...]
 
-    @property
+    @cached_property
     def gains(self) -> list[AgainstFirst]:
         """Every variant but the first against it."""
         return [against_first(self.rows[0], each) for each in self.rows[1:]]
@@ -41,7 +42,7 @@ class CheckReport(WrittenReport):
         """Of the figure that the check is about."""
         return each.tps if self.check.figure == "tps" else each.tpf
 
-    @property
+    @cached_property
     def aups(self) -> tuple[list[float], float]:
         return single_aups(self.rows[0][0], [each[0] for each in self.rows[1:]])
 
@@ -76,8 +77,7 @@ class CheckReport(WrittenReport):
         lines = []
         for number, (variant, rows) in enumerate(zip(self.check.variants, self.rows, strict=True)):
             row = rows[0]
-            cells = [variant.label, f"{row.accuracy:.1f} % ({row.accuracy_low:.1f} - {row.accuracy_high:.1f})"]
-            cells += [f"{row.tpf:.2f}", f"{median(each.tps for each in rows):.0f}"]
+            cells = [variant.label, accuracy_cell(row), f"{row.tpf:.2f}", f"{median(each.tps for each in rows):.0f}"]
             cells += _against(self.gains[number - 1]) if number else [""] * 4
             if singles is not None:
                 cells.append(f"{singles[number - 1]:.1f}" if number else "")
@@ -104,11 +104,7 @@ class CheckReport(WrittenReport):
 
 def _against(each: AgainstFirst) -> list[str]:
     points = f"{each.accuracy:+.1f} ({each.accuracy_low:+.1f} to {each.accuracy_high:+.1f})"
-    return [points, f"{each.p_value:.2g}", *map(_percent, (each.tpf, each.tps))]
-
-
-def _percent(gain: Gain) -> str:
-    return f"{gain.percent:+.0f} % ({gain.low:+.0f} to {gain.high:+.0f})"
+    return [points, f"{each.p_value:.2g}", str(each.tpf), str(each.tps)]
 
 
 def same_answers(rounds: Sequence[EvaluationRow]) -> bool:

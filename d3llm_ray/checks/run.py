@@ -10,7 +10,7 @@ from d3llm_ray.checks.settings import CheckSettings
 from d3llm_ray.errors import WorkError
 from d3llm_ray.evaluation import run as evaluation
 from d3llm_ray.evaluation.rows import EvaluationRow, check_answered, unanswered
-from d3llm_ray.evaluation.settings import ActorOptions, EvaluateSettings, Pair
+from d3llm_ray.evaluation.settings import EvaluateSettings, MeasureOptions, Pair
 from d3llm_ray.output_folder import claim, sole_writer
 from d3llm_ray.progress import Progress
 from d3llm_ray.report import can_plot
@@ -42,7 +42,7 @@ def run(settings: CheckSettings, progress: Progress | None = None) -> CheckRepor
         first = number % len(pairs)
         order = [*range(first, len(pairs)), *range(first)]  # who comes first on a machine that warms up changes
         given = EvaluateSettings(
-            **settings.model_dump(include={*ActorOptions.model_fields, "warmup", "shard_size", "split", "count"}),
+            **settings.model_dump(include={*MeasureOptions.model_fields, "split", "count"}),
             pairs=[pairs[place] for place in order],
             tasks=[task],
             output=settings.output / "rounds" / str(number + 1),

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from d3llm_ray.checks.figures import FEWEST_ROUNDS
-from d3llm_ray.evaluation.settings import ActorOptions
+from d3llm_ray.evaluation.settings import MeasureOptions
 
 
-class CheckSettings(ActorOptions):
+class CheckSettings(MeasureOptions):
     """Ask one of the paper's claims again: `d3llm-ray check blocks`."""
 
     verb: ClassVar[str] = "check"
@@ -30,8 +30,6 @@ class CheckSettings(ActorOptions):
         description="times that every decoder is timed, by turns, with the same tokens each time; of fewer than "
         f"{FEWEST_ROUNDS} no speed is said to differ",
     )
-    warmup: int = Field(1, ge=0, description="problems decoded once before the clock of each measurement starts")
-    shard_size: int = Field(128, gt=0, description="problems that an actor decodes at a time, see `evaluate`")
     output: Path = Field(Path("runs/checks"), description="folder of the report; default: runs/checks/CHECK")
 
     @model_validator(mode="before")

@@ -12,8 +12,17 @@ from d3llm_ray.config import Settings
 from d3llm_ray.serving.settings import ModelSettings
 
 
-class RequestOptions(Settings):
-    """How often and how long a verb asks for one answer."""
+class KeyOptions(Settings):
+    """What a verb that may ask a server is told of its key."""
+
+    api_key_file: Path | None = Field(
+        None,
+        description="file with the server's API key; null: that of D3LLM_RAY_API_KEY or OPENAI_API_KEY, if set",
+    )
+
+
+class RequestOptions(KeyOptions):
+    """How often and how long a verb asks for one answer, and with which key."""
 
     retries: int = Field(
         8,
@@ -23,15 +32,11 @@ class RequestOptions(Settings):
     timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="seconds that one answer may take")
 
 
-class ClientSettings(ModelSettings):
+class ClientSettings(KeyOptions, ModelSettings):
     """Where answers come from: a server, or a model in this process."""
 
     url: str | None = Field(
         None, description="server to ask, such as http://127.0.0.1:8000; null: `model`, served in this process"
-    )
-    api_key_file: Path | None = Field(
-        None,
-        description="file with the server's API key; null: that of D3LLM_RAY_API_KEY or OPENAI_API_KEY, if set",
     )
 
     def of_model(self) -> dict[str, Any]:

@@ -79,15 +79,7 @@ def read_row(path: Path, problem_ids: Sequence[str]) -> EvaluationRow | str:
     with path.open("rb") as file:
         try:
             return _row(pq.read_table(file), problem_ids)
-        except (
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-            AttributeError,
-            pa.ArrowException,
-            OSError,
-        ) as error:
+        except (*_OF_ROWS, pa.ArrowException, OSError) as error:
             return one_line(f"{type(error).__name__}: {error}")
 
 

@@ -111,12 +111,16 @@ def _decoder_cell(row: EvaluationRow, rows: Sequence[EvaluationRow]) -> str:
     return ", ".join([row.decoder, *(f"{name}={row.settings[name]}" for name in differing)])
 
 
+def accuracy_cell(row: EvaluationRow) -> str:
+    """Accuracy with its interval, for a table."""
+    return f"{row.accuracy:.1f} % ({row.accuracy_low:.1f} - {row.accuracy_high:.1f})"
+
+
 def _cells(row: EvaluationRow, decoder: str, with_task: bool, with_errors: bool) -> list[str]:
-    accuracy = f"{row.accuracy:.1f} % ({row.accuracy_low:.1f} - {row.accuracy_high:.1f})"
     score = "-" if row.aup is None else f"{row.aup:.1f}"
     task = [row.task] if with_task else []
     errors = [str(row.errors)] if with_errors else []
-    return [row.model, decoder, *task, accuracy, *errors, f"{row.tpf:.2f}", f"{row.tps:.1f}", score]
+    return [row.model, decoder, *task, accuracy_cell(row), *errors, f"{row.tpf:.2f}", f"{row.tps:.1f}", score]
 
 
 def score(rows: Iterable[EvaluationRow], anchors: Mapping[str, str] | None = None) -> EvaluationReport:

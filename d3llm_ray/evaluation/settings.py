@@ -36,7 +36,16 @@ class ActorOptions(TaskOptions):
     resource_timeout_s: float = Field(300.0, gt=0, description="seconds to wait for the actors to load the model")
 
 
-class EvaluateSettings(RequestOptions, ActorOptions):
+class MeasureOptions(ActorOptions):
+    """What every verb is told that measures by the machinery of `evaluate`."""
+
+    warmup: int = Field(1, ge=0, description="problems decoded once before the clock of each measurement starts")
+    shard_size: int = Field(
+        128, gt=0, description="problems that an actor decodes at a time, which an interrupted run decodes again"
+    )
+
+
+class EvaluateSettings(RequestOptions, MeasureOptions):
     """Measure accuracy, tokens per forward, tokens per second and AUP of models with decoders on tasks."""
 
     verb: ClassVar[str] = "evaluate"
@@ -56,21 +65,13 @@ class EvaluateSettings(RequestOptions, ActorOptions):
     tasks: list[str] = Field(["arith"], min_length=1, description="embedded or published tasks, or task files")
     split: Literal["test", "validation"] = Field("test", description="which problems")
     count: int = Field(500, gt=0, description="problems per task")
-    warmup: int = Field(1, ge=0, description="problems decoded once before the clock of each measurement starts")
     anchors: dict[str, str] = Field(
         {}, description="model label -> label of the model whose vanilla run anchors its AUP; default: its own"
-    )
-    shard_size: int = Field(
-        128, gt=0, description="problems that an actor decodes at a time, which an interrupted run decodes again"
     )
     url: str | None = Field(
         None,
         description="server of ours to ask, such as http://127.0.0.1:8000, of which `models` are then the ids; null: "
         "the models are loaded",
-    )
-    api_key_file: Path | None = Field(
-        None,
-        description="file with the server's API key; null: that of D3LLM_RAY_API_KEY or OPENAI_API_KEY, if set",
     )
     concurrency: int = Field(32, gt=0, description="requests to `url` that are under way at once")
     output: Path = Field(Path("runs/evaluate"), description="folder of the report")

@@ -41,10 +41,10 @@ def _styles(scored: ScoredTable) -> dict[str, dict[str, Any]]:
     }
 
 
-def _panels(scored: ScoredTable, tasks: list[str], height: float) -> tuple[Figure, Iterator[Axes]]:
+def _panels(scored: ScoredTable, tasks: list[str]) -> tuple[Figure, Iterator[Axes]]:
     columns = min(len(tasks), _COLUMNS)
     lines = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(4.4 * columns, height * lines + 0.9), layout="constrained")
+    figure = Figure(figsize=(4.4 * columns, 3.4 * lines + 0.9), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     figure.suptitle(scored.table.title)
     for spare in axes.flat[len(tasks) :]:
@@ -52,7 +52,7 @@ def _panels(scored: ScoredTable, tasks: list[str], height: float) -> tuple[Figur
     return figure, iter(axes.flat)
 
 
-def _legend(figure: Figure, scored: ScoredTable) -> None:
+def _legend(figure: Figure) -> None:
     """One legend for all panels, below them."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
@@ -63,7 +63,7 @@ def _legend(figure: Figure, scored: ScoredTable) -> None:
 
 
 def _curves(scored: ScoredTable) -> Figure:
-    figure, panels = _panels(scored, scored.table.tasks, 3.4)
+    figure, panels = _panels(scored, scored.table.tasks)
     for task, axes in zip(scored.table.tasks, panels, strict=False):
         for name, style in _styles(scored).items():
             points = scored.table.methods[name].points.get(task)
@@ -74,7 +74,7 @@ def _curves(scored: ScoredTable) -> Figure:
         axes.set(title=task, xlabel="tokens per forward", ylabel="weighted accuracy (%)")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-    _legend(figure, scored)
+    _legend(figure)
     return figure
 
 
@@ -93,7 +93,7 @@ def _bars(scored: ScoredTable) -> Figure:
     axes.set_xticks(range(len(groups)), groups)
     axes.set(title=scored.table.title, ylabel="AUP")
     axes.grid(alpha=0.3, axis="y")
-    _legend(figure, scored)
+    _legend(figure)
     return figure
 
 
@@ -131,7 +131,7 @@ def _radar(scored: ScoredTable) -> Figure | None:
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["25 %", "", "75 %", "best"], fontsize="x-small")
     axes.tick_params(axis="x", pad=14)
     axes.set_title(scored.table.title, pad=24)
-    _legend(figure, scored)
+    _legend(figure)
     return figure
 
 
@@ -141,7 +141,7 @@ def _speed(scored: ScoredTable) -> Figure | None:
     drawn = [task for task in scored.table.tasks if any(task in scored.table.methods[name].tps for name in styles)]
     if not drawn:
         return None
-    figure, panels = _panels(scored, drawn, 3.4)
+    figure, panels = _panels(scored, drawn)
     for task, axes in zip(drawn, panels, strict=False):
         for name, style in styles.items():
             if points := sorted(scored.table.methods[name].tps.get(task, ())):
@@ -150,5 +150,5 @@ def _speed(scored: ScoredTable) -> Figure | None:
         axes.set(title=task, xlabel="tokens per second", ylabel="accuracy (%)")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-    _legend(figure, scored)
+    _legend(figure)
     return figure

@@ -8,7 +8,7 @@ from typing import Any
 
 from d3llm_ray.evaluation.aup import aup
 from d3llm_ray.evaluation.comparisons import compare
-from d3llm_ray.evaluation.report import too_few
+from d3llm_ray.evaluation.report import accuracy_cell, too_few
 from d3llm_ray.leaderboard.standings import MeasuredSystem, aup_intervals, best_accuracy
 from d3llm_ray.report import table
 
@@ -77,7 +77,7 @@ def _cells(each: Standing) -> list[str]:
     chosen = ", ".join(
         f"{name} {value}" for name, value in own.settings.items() if name.endswith("threshold") and value is not None
     )
-    figures = [f"{own.accuracy:.1f} % ({own.accuracy_low:.1f} - {own.accuracy_high:.1f})"]
+    figures = [accuracy_cell(own)]
     figures.append("" if each.p_value is None else f"{each.p_value:.2g}")
     figures += [f"{own.tpf:.2f}", f"{own.tps:.0f}", "-" if each.aup is None else f"{each.aup:.1f}"]
     figures.append("" if each.interval is None else f"{each.interval[0]:.1f} - {each.interval[1]:.1f}")

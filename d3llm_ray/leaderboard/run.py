@@ -12,7 +12,7 @@ from d3llm_ray.config import build
 from d3llm_ray.decoding import decoding_settings
 from d3llm_ray.evaluation import run as evaluation
 from d3llm_ray.evaluation.rows import EvaluationRow, check_answered, unanswered
-from d3llm_ray.evaluation.settings import ActorOptions, EvaluateSettings
+from d3llm_ray.evaluation.settings import EvaluateSettings, MeasureOptions
 from d3llm_ray.leaderboard.board import Board, score_tables
 from d3llm_ray.leaderboard.points import MethodPoints, PointsTable, open_points
 from d3llm_ray.leaderboard.ranking import Standing, rank, to_markdown
@@ -80,9 +80,8 @@ def _evaluate(
     progress: Progress,
 ) -> dict[str, list[EvaluationRow]]:
     """Rows by the key of a run, one a task."""
-    shared = {*ActorOptions.model_fields, "warmup", "shard_size"}
     own: dict[str, Any] = {"pairs": [run.pair for run in runs], "tasks": list(tasks), "split": split, "count": count}
-    given = EvaluateSettings(**settings.model_dump(include=shared), **own, output=output)
+    given = EvaluateSettings(**settings.model_dump(include=set(MeasureOptions.model_fields)), **own, output=output)
     rows = evaluation.run(given, progress, errors="return").rows
     each = len(rows) // len(runs)
     return {run.key: list(rows[number * each : (number + 1) * each]) for number, run in enumerate(runs)}

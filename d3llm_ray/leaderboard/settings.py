@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from d3llm_ray.evaluation.settings import ActorOptions
+from d3llm_ray.evaluation.settings import MeasureOptions
 
 
-class LeaderboardSettings(ActorOptions):
+class LeaderboardSettings(MeasureOptions):
     """Measure systems, each with its own best settings, and rank them by AUP beside the published tables."""
 
     verb: ClassVar[str] = "leaderboard"
@@ -21,8 +21,6 @@ class LeaderboardSettings(ActorOptions):
     )
     count: int = Field(300, gt=0, description="test problems per task, which the figures are of")
     validation_count: int = Field(100, gt=0, description="validation problems per task, which settings are chosen on")
-    warmup: int = Field(1, ge=0, description="problems decoded once before the clock of each measurement starts")
-    shard_size: int = Field(128, gt=0, description="problems that an actor decodes at a time, see `evaluate`")
     published: list[str] = Field(
         ["llada", "dream", "dream-coder"],
         description="tables beside the measured one: published ones by name, points files (.yaml); []: none",

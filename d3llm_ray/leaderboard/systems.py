@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ class System(SettingsGroup):
     model: str = Field(description="zoo name or checkpoint folder")
     decoder: str = Field(description="preset or decoding settings file (.yaml)")
     decoder_settings: DecoderSettings = Field(default={}, description="settings that override the decoder's")
-    grid: dict[str, list[Value]] = Field(
+    grid: dict[str, Annotated[list[Value], Field(min_length=1)]] = Field(
         default={},
         description="decoder settings and their values: the best combination on validation problems is taken",
     )
@@ -99,9 +99,6 @@ def plan_systems(systems: dict[str, System]) -> list[PlannedSystem]:
             base = read_decoder(system.decoder).override(**system.decoder_settings)
             base.check(family)
             values = [dict(zip(system.grid, each, strict=True)) for each in product(*system.grid.values())]
-            if not values:
-                empty = [setting for setting, choice in system.grid.items() if not choice]
-                raise InputError(f"grid.{empty[0]}: got []; accepted: one value at least")
             candidates = tuple(SystemRun(system.model, base.override(**each)) for each in values)
             anchor = SystemRun(system.model, plain_decoder(family).override(**system.anchor))
             anchor.decoder.check(family)

@@ -89,8 +89,8 @@ def test_every_setting_arrives_where_it_acts(
     )
     defaults = {name: field.get_default() for name, field in EvaluateSettings.model_fields.items()}
     assert [name for name, value in defaults.items() if getattr(settings, name) == value] == [
-        *("actors", "cpus_per_actor", "gpus_per_actor", "resource_timeout_s"),  # in test_spread, as shard_size
-        *("retries", "timeout_s", "pairs", "shard_size", "url", "api_key_file", "concurrency"),  # in test_endpoint
+        *("actors", "cpus_per_actor", "gpus_per_actor", "resource_timeout_s", "shard_size"),  # in test_spread
+        *("api_key_file", "retries", "timeout_s", "pairs", "url", "concurrency"),  # in test_endpoint
     ]
     report = verb.run(settings, Notes())
     assert asked == ["cuda:3", ("task of its own", tmp_path / "data"), ("validation", 3)]
