@@ -85,7 +85,7 @@ def run_stage(model: Transformer, family: Family, stage: str, args: argparse.Nam
                     loss = causal_loss(model, rows, [len(e.prompt) for e in examples], args.device)
                     loss = loss + FACT_WEIGHT * causal_loss(model, facts, [1] * len(facts), args.device)
                 else:
-                    loss = diffusion_loss(model, family, examples, args.canvas, corpus.equals, stage, args.device)
+                    loss = diffusion_loss(model, family, examples, args.canvas, stage, args.device)
                     loss = loss + FACT_WEIGHT * fact_loss(model, family, facts, args.device)
             (loss / args.accumulate).backward()
             step_loss += loss.item() / args.accumulate

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "d3llm_ray"
 BASE = {
-    *("__init__", "errors", "config", "progress", "report", "output_folder", "device", "paths", "yaml_file"),
+    *("__init__", "errors", "config", "progress", "report", "output_folder", "device", "paths", "verbs", "yaml_file"),
     "mathematics",
     "terminal",
 }
@@ -39,7 +39,7 @@ ROOMS["evaluation"] = {"clients", "tasks", "judging", *ROOMS["clients"]}
 ROOMS["harness"] = {"evaluation", *ROOMS["evaluation"]}
 ROOMS["tuning"] = {"evaluation", *ROOMS["evaluation"]}
 ROOMS["leaderboard"] = {"evaluation", *ROOMS["evaluation"]}
-ROOMS["checks"] = {"evaluation", *ROOMS["evaluation"]}
+ROOMS["checks"] = {"evaluation", "tuning", *ROOMS["evaluation"]}
 ROOMS["ablation"] = {*ROOMS["distillation"], "distillation", "evaluation"}
 ROOMS["benchmark"] = {*ROOMS["trajectories"], *ROOMS["serving"], "trajectories", "distillation", "serving", "clients"}
 ROOMS["quickstart"] = {*ROOMS, "benchmark"}

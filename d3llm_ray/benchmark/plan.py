@@ -55,7 +55,7 @@ class BenchmarkPlan:
             for value in values:
                 require_count(name, value)
         for name in ("decoders", "suffixes", "batch_sizes", "max_tokens"):
-            _require_distinct(name, getattr(self, name))
+            require_distinct(name, getattr(self, name))
         if self.prompt_tokens is not None:
             require_count("prompt_tokens", self.prompt_tokens)
         largest = max(self.batch_sizes)
@@ -87,5 +87,6 @@ def require_count(name: str, value: object) -> None:
     require(whole, name, value, "a positive whole number")
 
 
-def _require_distinct(name: str, values: Sequence[object]) -> None:
+def require_distinct(name: str, values: Sequence[object]) -> None:
+    """Raise `InputError` where a value stands twice."""
     require(len(set(values)) == len(values), name, list(values), "each value once")

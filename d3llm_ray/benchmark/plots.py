@@ -1,4 +1,4 @@
-"""Tokens a second over batch size, and a server's latency over its load."""
+"""Tokens a second over batch size, a refresh's cost over length, and a server's latency over its load."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from d3llm_ray.benchmark.refresh import RefreshRow
 from d3llm_ray.benchmark.report import BenchmarkReport
 from d3llm_ray.benchmark.rows import BenchmarkRow
 from d3llm_ray.benchmark.serving_rows import ServingRow
@@ -40,6 +41,27 @@ def plot_report(report: BenchmarkReport[BenchmarkRow], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def plot_refresh(report: BenchmarkReport[RefreshRow], path: Path) -> None:
+    """What a refresh adds to a forward over the prompt's length, by interval; a line for each block size."""
+    intervals = report.rows[0].intervals
+    figure = Figure(figsize=(4 * len(intervals), 4), layout="constrained")
+    panels = figure.subplots(1, len(intervals), squeeze=False)[0]
+    for axes, interval in zip(panels, intervals, strict=True):
+        for index, size in enumerate(dict.fromkeys(row.block_size for row in report.rows)):
+            rows = sorted((row for row in report.rows if row.block_size == size), key=lambda row: row.prompt_tokens)
+            lengths, color = [row.prompt_tokens for row in rows], f"C{index % 10}"
+            axes.plot(lengths, [row.ms.added(interval) for row in rows], "o-", color=color, label=f"block {size}")
+            axes.plot(lengths, [row.flops.added(interval) for row in rows], "--", color=color, linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.set(title=f"every {interval} forwards", xlabel="prompt (tokens)")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("added to a forward (%), dashed: FLOPs")
+    panels[0].legend(fontsize="small")
+    figure.suptitle(f"{report.rows[0].model}, canvas {report.rows[0].max_tokens}")
     save_figure(figure, path)
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, create_model, model_validator
 
 from d3llm_ray.benchmark.host_plan import HostPlan
 from d3llm_ray.benchmark.plan import BenchmarkPlan
+from d3llm_ray.benchmark.refresh_plan import RefreshPlan
 from d3llm_ray.benchmark.step_plan import StepPlan
 from d3llm_ray.config import Settings
 
@@ -45,6 +46,7 @@ def _fields_of(plan_class: Any) -> Any:
 _DECODING: Any = _fields_of(BenchmarkPlan)
 _STEP: Any = _fields_of(StepPlan)
 _HOST: Any = _fields_of(HostPlan)
+_REFRESH: Any = _fields_of(RefreshPlan)
 
 
 class BenchmarkSettings(_DECODING):  # type: ignore[misc]
@@ -73,3 +75,12 @@ class HostBenchmarkSettings(_HOST):  # type: ignore[misc]
     plan_class: ClassVar[Any] = HostPlan
 
     output: Path = Field(Path("runs/benchmark-host"), description="folder of the report")
+
+
+class RefreshBenchmarkSettings(_REFRESH):  # type: ignore[misc]
+    """Measure what refreshing a cache costs by length and block size, and where it breaks even."""
+
+    verb: ClassVar[str] = "benchmark refresh"
+    plan_class: ClassVar[Any] = RefreshPlan
+
+    output: Path = Field(Path("runs/benchmark-refresh"), description="folder of the report")

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from d3llm_ray.benchmark.machine import find_machine
 from d3llm_ray.benchmark.report import BenchmarkReport
-from d3llm_ray.benchmark.shapes import SHAPES, random_model
+from d3llm_ray.benchmark.shapes import random_model
 from d3llm_ray.benchmark.step_flops import step_flops
 from d3llm_ray.benchmark.step_plan import StepPlan
 from d3llm_ray.benchmark.step_rows import COLUMNS, COUNTING, PHASES, StepRow
-from d3llm_ray.benchmark.workload import DEFAULT_MODEL, synthetic_prompts
+from d3llm_ray.benchmark.workload import DEFAULT_MODEL, read_shape, synthetic_prompts
 from d3llm_ray.device import peak_memory, timed
 from d3llm_ray.distillation.lora import add_lora, coverage
 from d3llm_ray.distillation.memory import TrainingMemoryPlan, plan_memory
@@ -34,9 +34,8 @@ from d3llm_ray.distillation.objectives.corruption import draws
 from d3llm_ray.distillation.student import recompute_layers
 from d3llm_ray.distillation.training.engines import EngineOptions, torch_engine
 from d3llm_ray.distillation.training.loop import attention_kernel
-from d3llm_ray.errors import WorkError, require, unknown
-from d3llm_ray.models import Family, ModelConfig, Transformer, Work, load_model, read_configs
-from d3llm_ray.models.families import read_family
+from d3llm_ray.errors import WorkError, require
+from d3llm_ray.models import Family, ModelConfig, Transformer, Work, load_model
 
 LR = 2e-5
 T = TypeVar("T")
@@ -162,12 +161,7 @@ class Clocked:
 
 
 def _read_shape(plan: StepPlan) -> tuple[ModelConfig, Family]:
-    if plan.shape is None:
-        config, family = read_configs(plan.model or DEFAULT_MODEL)
-    elif plan.shape in SHAPES:
-        config, family = read_family(SHAPES[plan.shape], {})
-    else:
-        raise unknown("shape", plan.shape, SHAPES)
+    _, config, family = read_shape(plan.model, plan.shape)
     full = family.layout.attention == "full"
     require(full, "model", plan.shape or plan.model, "a masked-diffusion model with full attention")
     longest = config.max_position_embeddings

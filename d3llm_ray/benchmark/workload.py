@@ -92,15 +92,8 @@ def prepare(plan: BenchmarkPlan) -> Workload:
     """
     check_machine(plan.machine)
     check_device(plan.device)
-    tokenizer: PreTrainedTokenizerBase | None = None
-    if plan.shape is None:
-        name = plan.model or DEFAULT_MODEL
-        config, family = read_configs(name)
-        tokenizer = load_tokenizer(name, family)
-    elif plan.shape in SHAPES:
-        config, family = read_family(SHAPES[plan.shape], {})
-    else:
-        raise unknown("shape", plan.shape, SHAPES)
+    label, config, family = read_shape(plan.model, plan.shape)
+    tokenizer = load_tokenizer(plan.model or DEFAULT_MODEL, family) if plan.shape is None else None
     vocabulary = config.vocab_size if tokenizer is None else min(len(tokenizer), config.vocab_size)
     if plan.prompt_tokens is not None:
         drawn = synthetic_prompts(family, vocabulary, plan.count, plan.prompt_tokens, plan.seed)
@@ -116,8 +109,20 @@ def prepare(plan: BenchmarkPlan) -> Workload:
         for max_tokens in plan.max_tokens
         for batch_size in plan.batch_sizes
     ]
-    label = plan.shape or Path(plan.model or DEFAULT_MODEL).name
     return Workload(plan, label, task, config, family, vocabulary, prompts, cells)
+
+
+def read_shape(model: str | None, shape: str | None) -> tuple[str, ModelConfig, Family]:
+    """(name, config, family) of a published shape, or of a model where none is named.
+
+    Raises:
+        InputError: an unknown shape or model.
+    """
+    if shape is None:
+        return Path(model or DEFAULT_MODEL).name, *read_configs(model or DEFAULT_MODEL)
+    if shape not in SHAPES:
+        raise unknown("shape", shape, SHAPES)
+    return shape, *read_family(SHAPES[shape], {})
 
 
 def synthetic_prompts(family: Family, vocabulary: int, count: int, length: int, seed: int) -> list[list[int]]:

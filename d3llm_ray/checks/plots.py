@@ -1,4 +1,4 @@
-"""Pictures of a check: gains with what they lie within, or accuracy and AUP over a swept threshold."""
+"""Pictures of a check: gains with what they lie within, accuracy and AUP over a swept threshold, decoders as points."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from d3llm_ray.checks.report import FIGURES, CheckReport
+from d3llm_ray.checks.transfer_report import TransferReport
 from d3llm_ray.report import save_figure
 
 
@@ -14,6 +15,19 @@ def plot_check(report: CheckReport, path: Path) -> None:
     """Write the picture that fits the check's figure."""
     figure = _curve(report) if report.check.figure == "aup" else _gains(report)
     figure.suptitle(report.check.question, fontsize="medium")
+    save_figure(figure, path)
+
+
+def plot_transfer(report: TransferReport, path: Path) -> None:
+    """Accuracy over tokens per forward of every decoder, with Wilson's intervals."""
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for row in report.rows:
+        reach = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
+        axes.errorbar([row.tpf], [row.accuracy], yerr=reach, fmt="o", capsize=4, label=row.decoder)
+    axes.set(xlabel="tokens per forward", ylabel="accuracy (%)", title=f"{report.rows[0].model}, {report.task}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     save_figure(figure, path)
 
 

@@ -20,10 +20,9 @@ FEW_SHOT_SHRINK = 4  # and has fewer rows, for its prompts are that much longer
 class Example:
     prompt: list[int]
     response: list[int]  # ends with the stop token
-
-    def sums(self, equals: int) -> list[int]:
-        """Response positions of the results, each behind an equals sign."""
-        return [position + 1 for position, token in enumerate(self.response) if token == equals]
+    targets: list[
+        int
+    ]  # response positions of what follows from the problem alone: sums; a function's name, its numbers
 
 
 def prompt_length(example: Example) -> int:
@@ -59,23 +58,30 @@ class Corpus:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _turns(self) -> tuple[dict[str, str], dict[str, str]]:
+    def _turns(self) -> tuple[arith.ArithProblem | code.CodeProblem, str, str]:
+        """A problem, its question and an answer."""
         stream: Iterator[arith.ArithProblem | code.CodeProblem]
         stream = self.sums if len(self.streams) == 1 else self.rng.choice(self.streams)
         problem = next(stream)
-        return (
-            {"role": "user", "content": problem.question},
-            {"role": "assistant", "content": problem.solution(self.rng)},
-        )
+        return problem, problem.question, problem.solution(self.rng)
+
+    def _targets(self, problem: arith.ArithProblem | code.CodeProblem, response: list[int]) -> list[int]:
+        if isinstance(problem, arith.ArithProblem):
+            return [position + 1 for position, token in enumerate(response) if token == self.equals]
+        copied = {problem.name, problem.word, str(problem.n), str(problem.m)}
+        return [at for at, token in enumerate(response) if self.tokenizer.decode([token]).strip(" '[") in copied]
 
     def example(self, shots: int) -> Example:
         """One problem behind `shots` worked examples."""
         messages: list[dict[str, str]] = []
         for _ in range(shots):
-            messages += self._turns()
-        question, answer = self._turns()
-        text = str(self.tokenizer.apply_chat_template([*messages, question], tokenize=False))
-        return Example(self.encode(text), [*self.encode(answer["content"]), self.tokenizer.eos_token_id])
+            _, question, answer = self._turns()
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        problem, question, answer = self._turns()
+        messages.append({"role": "user", "content": question})
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        response = self.encode(answer)
+        return Example(self.encode(text), [*response, self.tokenizer.eos_token_id], self._targets(problem, response))
 
     def groups(self, step: int, count: int, size: int, length: Callable[[Example], int]) -> list[list[Example]]:
         """`count` micro-batches of `size` examples, each of one `length`, so that attention needs no padding.

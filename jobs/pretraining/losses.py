@@ -41,7 +41,7 @@ def fact_loss(model: Transformer, family: Family, facts: list[list[int]], device
 
 
 def diffusion_loss(
-    model: Transformer, family: Family, examples: list[Example], canvas: int, equals: int, stage: str, device: str
+    model: Transformer, family: Family, examples: list[Example], canvas: int, stage: str, device: str
 ) -> Tensor:
     """Masked cross-entropy of each example under two masks.
 
@@ -58,7 +58,7 @@ def diffusion_loss(
     t = (torch.arange(half) + torch.rand(half)) / half
     ratio = (1 - EPSILON) * t[torch.randperm(half)] + EPSILON
     drawn = torch.rand(half, canvas) < ratio[:, None]
-    targeted = [targeted_mask(example, canvas, equals) for example in examples]
+    targeted = [targeted_mask(example, canvas) for example in examples]
     second = torch.stack([mask for mask, _ in targeted]) if stage == "adapt" else ~drawn
     masks = torch.cat((drawn, second))  # [2 * half, canvas]
     prompts = torch.tensor([len(e.prompt) for e in examples] * 2, device=device)
@@ -73,19 +73,19 @@ def diffusion_loss(
     return (losses / (ratios[ragged.rows[masked]] * canvas)).sum() / len(clean)
 
 
-def targeted_mask(example: Example, canvas: int, equals: int) -> tuple[Tensor, int]:
+def targeted_mask(example: Example, canvas: int) -> tuple[Tensor, int]:
     """A mask [canvas] and one masked response position that it leaves predictable.
 
     I.i.d. masks seldom hide a sum and show both its operands, so that arithmetic comes far behind the text around
-    it. Half of these masks hide everything from a position on, as decoding from left to right does (any position,
-    or a sum: sums alone would teach that what is masked first is a sum); the other half are i.i.d. but for one
-    sum, hidden, and what stands before it in its equation, shown. In an answer without sums any token stands for one.
+    it, as does a function's name behind the words that every function has. Half of these masks hide everything from
+    a position on, as decoding from left to right does (any position, or a target: targets alone would teach that what
+    is masked first is one); the other half are i.i.d. but for one target, hidden, and what stands before it, shown.
     """
-    total = random.choice(example.sums(equals) or range(len(example.response)))
+    chosen = random.choice(example.targets)
     if random.random() < 0.5:
-        target = total if random.random() < 0.5 else random.randrange(len(example.response))
+        target = chosen if random.random() < 0.5 else random.randrange(len(example.response))
         return torch.arange(canvas) >= target, target
     mask = torch.rand(canvas) < random.random()
-    mask[max(0, total - OPERANDS) : total] = False
-    mask[total] = True
-    return mask, total
+    mask[max(0, chosen - OPERANDS) : chosen] = False
+    mask[chosen] = True
+    return mask, chosen

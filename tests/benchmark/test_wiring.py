@@ -10,13 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from d3llm_ray.benchmark import distill, host, measure, run, step, workload
+from d3llm_ray.benchmark import distill, host, measure, refresh, run, step, workload
 from d3llm_ray.benchmark import trajectories as of_trajectories
 from d3llm_ray.benchmark.distill import DistillBenchmarkSettings
 from d3llm_ray.benchmark.host_plan import HostPlan
 from d3llm_ray.benchmark.machine import MACHINES, find_machine
 from d3llm_ray.benchmark.plan import BenchmarkPlan
-from d3llm_ray.benchmark.settings import BenchmarkSettings, HostBenchmarkSettings, PlanSettings, StepBenchmarkSettings
+from d3llm_ray.benchmark.refresh_plan import RefreshPlan
+from d3llm_ray.benchmark.settings import (
+    BenchmarkSettings,
+    HostBenchmarkSettings,
+    PlanSettings,
+    RefreshBenchmarkSettings,
+    StepBenchmarkSettings,
+)
 from d3llm_ray.benchmark.step_plan import StepPlan
 from d3llm_ray.benchmark.trajectories import TrajectoryBenchmarkSettings
 from d3llm_ray.benchmark.workload import prepare
@@ -46,14 +53,22 @@ HOST: dict[str, Any] = {
 }  # fmt: skip
 
 
+REFRESH: dict[str, Any] = {
+    "model": None, "shape": "small", "prompt_tokens": (9, 12), "block_sizes": (8,), "intervals": (3, 5),
+    "max_tokens": 16, "tpf": 4.0, "batch_size": 2, "count": 3, "rounds": 2, "dtype": "bfloat16", "device": "cpu",
+    "seed": 7,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("settings_class", "plan_class", "values", "runs", "measures"),
     [
         (BenchmarkSettings, BenchmarkPlan, DECODING, run.run, "benchmark"),
         (StepBenchmarkSettings, StepPlan, STEP, run.run_step, "measure_step"),
         (HostBenchmarkSettings, HostPlan, HOST, run.run_host, "measure_host"),
+        (RefreshBenchmarkSettings, RefreshPlan, REFRESH, run.run_refresh, "measure_refresh"),
     ],
-    ids=["decoding", "step", "host"],
+    ids=["decoding", "step", "host", "refresh"],
 )
 def test_the_settings_of_a_verb_are_the_plan_that_is_measured(
     settings_class: type[PlanSettings],
@@ -149,6 +164,31 @@ def test_every_cell_is_tried_once_and_measured_in_every_round(
         assert (row.tps_low, row.tps, row.tps_high) == tuple(rates)
         assert row.seconds == sorted(one.seconds for one in row.rounds)[1]
         assert row.overhead_low <= row.overhead <= row.overhead_high
+
+
+# --- a refresh
+
+
+def test_every_field_of_the_refresh_plan_arrives(small_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = RefreshPlan(**REFRESH)
+    workloads = list(plan.workloads())
+    cells = [
+        (decoder("d3llm-nocache", block_size=8).scripted(4.0), 2, 16),
+        (decoder("d3llm", block_size=8, refresh_interval=3).scripted(4.0), 2, 16),
+    ]
+    for length, work in zip((9, 12), workloads, strict=True):
+        assert [(cell.decoder, cell.batch_size, cell.max_tokens) for cell in work.cells] == cells
+        assert [len(prompt) for prompt in work.prompts] == [length] * 3
+        assert (work.dtype, work.device, work.plan.seed) == (torch.bfloat16, torch.device("cpu"), 7)
+    made: list[Any] = []
+    monkeypatch.setattr(refresh, "random_model", lambda *given: made.append(given))
+    monkeypatch.setattr(refresh, "engine_for", lambda *given: made.append(given))
+    costs = {"full": (3.0, 30.0), "cached": (1.0, 10.0)}
+    monkeypatch.setattr(refresh, "_costs", lambda engine, work, cell: made.append(cell.decoder.name) or costs)
+    report = refresh.measure_refresh(plan, QUIET)
+    assert made[0] == (workloads[0].config, torch.bfloat16, torch.device("cpu"), 7)
+    assert made.count("d3llm") == made.count("d3llm-nocache") == 2 * (1 + 2)  # lengths x (trial and rounds)
+    assert [(len(row.rounds), row.intervals, row.flops.cached) for row in report.rows] == [(2, (3, 5), 10.0)] * 2
 
 
 # --- an optimizer step

@@ -26,7 +26,18 @@ from d3llm_ray.trajectories.storage import Location
 from tests.edge.test_job_package import NEEDED
 
 ROOT = Path(__file__).parents[2]
-RESUMING = {"quickstart", "trajectories", "distill", "ablate", "evaluate", "leaderboard", "check", "tune", "batch"}
+RESUMING = {
+    "quickstart",
+    "trajectories",
+    "distill",
+    "ablate",
+    "evaluate",
+    "leaderboard",
+    "check",
+    "check transfer",
+    "tune",
+    "batch",
+}
 KEPT = "what is finished is kept, and the same command goes on from there"
 ANEW = "nothing is kept, and the same command begins anew"
 

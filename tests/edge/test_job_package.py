@@ -31,8 +31,10 @@ NEEDED = {
     "leaderboard": [],
     "aup": [],
     "check": ["--check", "blocks"],
+    "check transfer": ["--space", SPACE],
     "benchmark": [],
     "benchmark host": [],
+    "benchmark refresh": [],
     "benchmark step": [],
     "benchmark distill": [],
     "benchmark trajectories": [],
@@ -157,6 +159,7 @@ WITH = {
     ("chat", "api_key_file"): {"url": "http://127.0.0.1:9"},
     ("evaluate", "api_key_file"): {"url": "http://127.0.0.1:9"},
     **{("check", name): {"check": "blocks"} for name in ("data_dir", "model", "task")},
+    **{("check transfer", name): {"space": SPACE} for name in ("model", "source", "task", "data_dir")},
     **{("tune", name): {"space": SPACE} for name in ("model", "anchor_model", "task", "data_dir")},
 }
 IGNORED = "data/mine/ignored.yaml"

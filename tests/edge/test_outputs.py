@@ -21,11 +21,18 @@ from d3llm_ray.benchmark.distill import run as benchmark_distill
 from d3llm_ray.benchmark.gpu_check import check as gpu_check
 from d3llm_ray.benchmark.serving import run as benchmark_serve
 from d3llm_ray.benchmark.serving_settings import ServeBenchmarkSettings
-from d3llm_ray.benchmark.settings import BenchmarkSettings, HostBenchmarkSettings, StepBenchmarkSettings
+from d3llm_ray.benchmark.settings import (
+    BenchmarkSettings,
+    HostBenchmarkSettings,
+    RefreshBenchmarkSettings,
+    StepBenchmarkSettings,
+)
 from d3llm_ray.benchmark.trajectories import TrajectoryBenchmarkSettings
 from d3llm_ray.benchmark.trajectories import run as benchmark_trajectories
 from d3llm_ray.checks.run import run as check
 from d3llm_ray.checks.settings import CheckSettings
+from d3llm_ray.checks.transfer import TransferSettings
+from d3llm_ray.checks.transfer import run as check_transfer
 from d3llm_ray.cli import main
 from d3llm_ray.config import Settings, build, to_yaml
 from d3llm_ray.distillation.preparation import finished as student_finished
@@ -58,6 +65,7 @@ FOLDER_VERBS: dict[str, tuple[Callable[..., Any], type[Settings], dict[str, Any]
     "leaderboard": (leaderboard, LeaderboardSettings, {}),
     "aup": (score_points, AupSettings, {}),
     "check": (check, CheckSettings, {"check": "blocks"}),
+    "check transfer": (check_transfer, TransferSettings, {}),
     "ablate": (ablate, AblateSettings, {}),
     "tune": (tune, TuneSettings, {}),
     "quickstart": (quickstart.run, QuickstartSettings, {}),
@@ -65,6 +73,7 @@ FOLDER_VERBS: dict[str, tuple[Callable[..., Any], type[Settings], dict[str, Any]
     "benchmark": (benchmarks.run, BenchmarkSettings, {}),
     "benchmark step": (benchmarks.run_step, StepBenchmarkSettings, {}),
     "benchmark host": (benchmarks.run_host, HostBenchmarkSettings, {}),
+    "benchmark refresh": (benchmarks.run_refresh, RefreshBenchmarkSettings, {}),
     "benchmark distill": (benchmark_distill, DistillBenchmarkSettings, {}),
     "benchmark trajectories": (benchmark_trajectories, TrajectoryBenchmarkSettings, {}),
     "benchmark serve": (benchmark_serve, ServeBenchmarkSettings, {}),

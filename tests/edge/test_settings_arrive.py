@@ -52,6 +52,10 @@ OF_VERB: dict[tuple[str, str], Any] = {
     ("benchmark host", "shape"): "dream-7b",
     ("benchmark host", "machine"): "a100",
     ("benchmark host", "count"): 65,
+    ("benchmark refresh", "block_sizes"): [8],
+    ("benchmark refresh", "max_tokens"): 96,
+    ("benchmark refresh", "tpf"): 1.5,
+    ("benchmark refresh", "count"): 66,
     ("benchmark step", "answer_tokens"): 80,
     ("benchmark step", "window"): 16,
     ("benchmark step", "micro_batch_size"): 6,
@@ -64,6 +68,7 @@ OF_VERB: dict[tuple[str, str], Any] = {
 ALONE: dict[tuple[str, str], Any] = {
     ("benchmark", "shape"): "dream-7b",
     ("benchmark", "prompt_tokens"): 99,
+    ("benchmark refresh", "shape"): "dream-7b",
     ("benchmark step", "shape"): "dream-7b",
 }
 
@@ -153,7 +158,7 @@ def test_every_setting_arrives_in_either_spelling_and_from_a_file(
 
 
 def test_what_excludes_another_setting_arrives_without_it(received: Callable[..., dict[str, Any]]) -> None:
-    for verb in ("benchmark", "benchmark step"):
+    for verb in ("benchmark", "benchmark refresh", "benchmark step"):
         values = {name: value for (of, name), value in ALONE.items() if of == verb}
         got = received(*verb.split(), *(word for item in values.items() for word in flags(*item)))
         assert {name: got[name] for name in values} == values

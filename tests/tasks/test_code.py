@@ -113,8 +113,13 @@ def test_the_corpus_holds_both_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(200):
         example = corpus.example(0)
         answers.append(corpus.tokenizer.decode(example.response))
-        mask, target = losses.targeted_mask(example, 64, corpus.equals)
+        mask, target = losses.targeted_mask(example, 64)
         assert mask[target] and target < len(example.response)
+        if "def " in answers[-1]:  # what a function is called, and its numbers and words
+            name, _, body = answers[-1].partition("def ")[2].partition("(")
+            told = [corpus.tokenizer.decode([example.response[at]]).strip() for at in example.targets]
+            numbers = [word for word in body.replace("[", " ").replace(":", " ").split() if word.strip("]").isdigit()]
+            assert told[0] == name and {word.strip("]") for word in numbers} <= {word.strip("[") for word in told}
         assert corpus.tokenizer.unk_token_id not in [*example.prompt, *example.response]
     programs = sum("def " in answer for answer in answers)
     assert 60 < programs < 140 and sum("####" in answer for answer in answers) == 200 - programs
