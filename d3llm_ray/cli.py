@@ -54,7 +54,12 @@ def _usage() -> str:
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt  # so that SIGTERM cleans up exactly as Ctrl-C does
+    """SIGTERM does what Ctrl-C does. With an event loop that is to cancel its task: an exception from between its own
+    lines has left one running for ever."""
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.raise_signal(signal.SIGINT)
+    else:  # ignored, as by a job in a shell's background
+        raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:

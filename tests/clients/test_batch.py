@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -245,8 +246,8 @@ def test_no_more_than_concurrency_are_under_way(scripted: Start, tmp_path: Path)
     assert server.most_at_once == 3 and len(server.asked) == 12
 
 
-@pytest.mark.parametrize("kill", ["SIGKILL", "SIGTERM"])
-def test_a_killed_run_is_gone_on_with(kill: str, scripted: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_is_gone_on_with(kill: signal.Signals, scripted: Start, tmp_path: Path) -> None:
     """Killed three times in the middle: every answer once and whole, and nothing that was kept is asked again."""
 
     def script(number: int, body: dict[str, Any]) -> Answer:
@@ -260,12 +261,15 @@ def test_a_killed_run_is_gone_on_with(kill: str, scripted: Start, tmp_path: Path
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     for stop in (30, 60, 90):
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-        while len(server.asked) < stop:
-            assert process.poll() is None
-            time.sleep(0.005)
-        process.send_signal(getattr(__import__("signal"), kill))
-        assert process.wait(20) == (-9 if kill == "SIGKILL" else 130)
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
+            try:
+                while len(server.asked) < stop:
+                    assert process.poll() is None
+                    time.sleep(0.005)
+                process.send_signal(kill)
+                assert process.wait(20) == (-9 if kill == signal.SIGKILL else 130)
+            finally:
+                process.kill()
         assert not (tmp_path / "out.jsonl").exists()
     kept = partial_file(tmp_path / "out.jsonl")
     with kept.open("ab") as torn:  # as a machine that lost its power might leave it

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import errno
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,39 @@ def test_every_verb_ends_with_the_code_and_line_of_what_went_wrong(
         said = capsys.readouterr().err
         assert line in said and said.count("\n") == (0 if code == 0 else 1), error
         assert (KEPT in said, ANEW in said) == (kept and verb in RESUMING, kept and verb not in RESUMING), error
+
+
+@pytest.fixture
+def sigint() -> Iterator[Callable[[Any], Any]]:
+    """Sets the handler of SIGINT; both signals' are those of before again in the end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sigterm_interrupts_a_verb_and_cancels_what_its_event_loop_runs(
+    ignored: bool, sigint: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sigint(signal.SIG_IGN if ignored else signal.default_int_handler)
+    seen: list[type[BaseException]] = []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(10)
+        except BaseException as error:
+            seen.append(type(error))
+            raise
+
+    load = cli._load
+    monkeypatch.setattr(
+        cli, "_load", lambda name: load(name) if name.endswith("Settings") else lambda _: asyncio.run(work())
+    )
+    assert main(["generate", "--prompt", "x"]) == 130
+    assert "d3llm-ray: interrupted; " in capsys.readouterr().err
+    assert seen == [KeyboardInterrupt if ignored else asyncio.CancelledError]
 
 
 def test_a_module_of_ours_that_is_missing_is_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
