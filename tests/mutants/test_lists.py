@@ -18,7 +18,7 @@ ROOMS = {
     "benchmark": ["benchmark/"],
     "checks": ["checks/"],
     "clients": ["clients/"],
-    "command_line": ["cli", "config", "yaml_file", "paths", "generate", "report", "output_folder", "progress"],
+    "command_line": ["cli", "verbs", "config", "yaml_file", "paths", "generate", "report", "output_folder", "progress"],
     "decoding": ["decoding/"],
     "distillation": ["distillation/"],
     "evaluation": ["evaluation/", "harness/"],
