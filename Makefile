@@ -60,7 +60,7 @@ slow-served: $(READY)
 slow-rest: $(READY)
 	$(BIN)/python -m pytest -q -m slow $(addprefix --ignore=,$(SERVED)) tests
 
-# Two thousand requests that nobody would write by hand, to every route (slow has four hundred).
+# Two thousand requests that nobody would write by hand, to every route (slow has two hundred).
 fuzz: $(READY)
 	FUZZ_CASES=1000 $(BIN)/python -m pytest -q -s -m slow tests/serving/test_fuzz.py
 

@@ -54,12 +54,19 @@ def _usage() -> str:
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
-    """SIGTERM does what Ctrl-C does. With an event loop that is to cancel its task: an exception from between its own
-    lines has left one running for ever."""
-    if callable(signal.getsignal(signal.SIGINT)):
+    """SIGTERM cleans up as Ctrl-C does. An event loop is told as by Ctrl-C, which cancels its task: an exception from
+    between its own lines has left one running for ever."""
+    if _runs_a_loop() and callable(signal.getsignal(signal.SIGINT)):  # ignored in a shell's background
         signal.raise_signal(signal.SIGINT)
-    else:  # ignored, as by a job in a shell's background
+    else:
         raise KeyboardInterrupt
+
+
+def _runs_a_loop() -> bool:
+    try:
+        return "asyncio" in sys.modules and bool(sys.modules["asyncio"].get_running_loop())
+    except RuntimeError:
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

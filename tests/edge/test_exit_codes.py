@@ -136,6 +136,21 @@ def test_sigterm_interrupts_a_verb_and_cancels_what_its_event_loop_runs(
     assert seen == [KeyboardInterrupt if ignored else asyncio.CancelledError]
 
 
+def test_sigterm_is_ours_whatever_a_library_does_with_sigint(
+    sigint: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray Train takes SIGINT for itself, and ends the process where it cannot abort."""
+
+    def work(_settings: Any) -> None:
+        sigint(lambda *_: pytest.fail("the library's handler"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda name: load(name) if name.endswith("Settings") else work)
+    assert main(["generate", "--prompt", "x"]) == 130
+    assert "d3llm-ray: interrupted; " in capsys.readouterr().err
+
+
 def test_a_module_of_ours_that_is_missing_is_a_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_name: str) -> None:
         raise ModuleNotFoundError("No module named 'd3llm_ray.nothing'", name="d3llm_ray.nothing")

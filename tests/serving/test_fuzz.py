@@ -26,7 +26,7 @@ from d3llm_ray.serving.local import serve_locally
 from d3llm_ray.serving.settings import ReplicaSettings
 from tests.test_compatibility import routes
 
-FEW, MANY = 20, int(os.environ.get("FUZZ_CASES", "200"))  # at least, of each of the two modes; make fuzz: 1,000
+FEW, MANY = 20, int(os.environ.get("FUZZ_CASES", "100"))  # at least, of each of the two modes; make fuzz: 1,000
 SPARE = 1.2  # some cases no client can spell
 WITHIN_S = 10.0
 QUERY = st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3)

@@ -183,10 +183,10 @@ def test_two_objectives_find_a_front_of_accuracy_and_speed(tmp_path):
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_ends_with_its_time(tmp_path):
     notes = Notes()
-    settings = TuneSettings(trials=1000, time_budget_s=20.0, output=tmp_path / "search")
+    settings = TuneSettings(trials=1000, time_budget_s=45.0, output=tmp_path / "search")  # the first may take 25
     trials, _ = run_search(settings, progress=notes)
     assert 1 <= len(trials) < 1000
-    assert notes.said == [f"time_budget_s: {len(trials)} of 1000 trials in 20 s"]
+    assert notes.said == [f"time_budget_s: {len(trials)} of 1000 trials in 45 s"]
 
 
 @pytest.fixture
