@@ -20,6 +20,13 @@ from d3llm_ray.output_folder import sole_writer
 from d3llm_ray.progress import Progress
 
 
+class InterruptibleTrainer(TorchTrainer):
+    """Ctrl-C is ours, as in every verb: Ray Train's handler of SIGINT ends the process with exit code 1."""
+
+    def _register_sigint_handler(self, controller: object) -> None:
+        pass
+
+
 @sole_writer
 def run(settings: DistillSettings, progress: Progress | None = None) -> Path:
     """Distil a student and return its folder: checkpoint, tokenizer, settings, metrics and loss plot.
@@ -49,7 +56,7 @@ def run(settings: DistillSettings, progress: Progress | None = None) -> Path:
 def _trainer(job: Job, resources: dict[str, float]) -> TorchTrainer:
     settings = job.settings
     plan = ray.put(job.plan)  # once a node, for the workers and for the tasks that pack their batches
-    return TorchTrainer(
+    return InterruptibleTrainer(
         train_worker,  # type: ignore[arg-type]  # declared without a return value
         train_loop_config={"plan": plan, "held_out": ray.put(job.held_out), "work": str(job.work)},
         torch_config=TorchConfig(backend="nccl" if settings.gpu else "gloo"),

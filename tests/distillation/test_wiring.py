@@ -249,7 +249,7 @@ def _ray_run(patch: pytest.MonkeyPatch, seen: Seen, settings: DistillSettings) -
         inner.setattr(verb.cluster, "wait_for_resources", waited)
         inner.setattr(verb.ray, "put", lambda value: value)
         inner.setattr(verb.ray.data, "range", lambda _count: None)
-        inner.setattr(verb, "TorchTrainer", Trainer)
+        inner.setattr(verb, "InterruptibleTrainer", Trainer)
         inner.setattr(verb, "settle", lambda job: Path(job.settings.output))
         inner.setattr(worker.ray, "get", lambda values: values)
         inner.setattr(worker.ray.train.torch, "get_device", lambda: torch.device("cpu"))

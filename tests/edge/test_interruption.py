@@ -1,4 +1,4 @@
-"""SIGTERM, as `ray job stop` and schedulers send it, in the middle of a distillation on an embedded cluster."""
+"""SIGTERM, as `ray job stop` and schedulers send it, and Ctrl-C, while a distillation runs on an embedded cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ PATIENCE_S = 240.0
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_sigterm_ends_a_run_with_one_line_and_keeps_what_is_finished(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_one_line_and_keeps_what_is_finished(
+    number: signal.Signals, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     mask_token_id = read_configs(tiny_checkpoint)[1].mask_token_id
     rows = write_rows(tmp_path / "rows", rows=40, canvas=32, vocab_size=4, mask_token_id=mask_token_id)
     settings = {**SMALL_RUN, "workers": 1, "epochs": 1000, "checkpoint_every": 5}
@@ -32,7 +35,7 @@ def test_sigterm_ends_a_run_with_one_line_and_keeps_what_is_finished(tiny_checkp
         while not list(tmp_path.glob(".student.*/checkpoints/step-??????")):
             assert job.poll() is None and time.monotonic() < deadline, job.communicate()[1]
             time.sleep(0.2)
-        job.send_signal(signal.SIGTERM)
+        job.send_signal(number)
         printed = job.communicate(timeout=PATIENCE_S)[1]
     assert job.returncode == 130, printed
     said = [line for line in printed.splitlines() if line.startswith("d3llm-ray: ")]  # Ray may print behind it
