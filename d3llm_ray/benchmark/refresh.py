@@ -121,7 +121,7 @@ def measure_refresh(plan: RefreshPlan, progress: Progress | None = None) -> Benc
     workloads = list(plan.workloads())
     progress = progress or Progress()
     first = workloads[0]
-    model = random_model(first.config, plan.torch_dtype, first.device, plan.seed)
+    model = random_model(first.config, first.dtype, first.device, plan.seed)
     progress.start("benchmark", len(workloads) * len(first.cells) * (1 + plan.rounds), "pass")
     rows: list[RefreshRow] = []
     done = 0

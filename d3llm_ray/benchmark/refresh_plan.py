@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-
 from d3llm_ray.benchmark.plan import DTYPES, BenchmarkPlan, option, require_count, require_distinct
 from d3llm_ray.benchmark.workload import Cell, Workload, read_shape, synthetic_prompts
 from d3llm_ray.decoding import Decoder, decoder
@@ -90,9 +88,3 @@ class RefreshPlan:
     def _decoders(self, block_size: int) -> list[Decoder]:
         uncached = decoder(UNCACHED, block_size=block_size)
         return [uncached, decoder(CACHED, block_size=block_size, refresh_interval=min(self.intervals))]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of the weights."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype

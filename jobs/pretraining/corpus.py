@@ -69,7 +69,7 @@ class Corpus:
         if isinstance(problem, arith.ArithProblem):
             return [position + 1 for position, token in enumerate(response) if token == self.equals]
         copied = {problem.name, problem.word, str(problem.n), str(problem.m)}
-        return [at for at, token in enumerate(response) if self.tokenizer.decode([token]).strip(" '[") in copied]
+        return [at for at, token in enumerate(response) if str(self.tokenizer.decode([token])).strip(" '[") in copied]
 
     def example(self, shots: int) -> Example:
         """One problem behind `shots` worked examples."""

@@ -68,7 +68,7 @@ def test_kinds_of_forwards_and_their_work_are_those_of_the_engines_own_calls(sma
     assert [(row.prompt_tokens, row.block_size) for row in report.rows] == [(8, 8), (8, 16), (24, 8), (24, 16)]
     rows = iter(report.rows)
     for workload in plan.workloads():
-        model = random_model(workload.config, plan.torch_dtype, workload.device, plan.seed)
+        model = random_model(workload.config, workload.dtype, workload.device, plan.seed)
         engine = engine_for(workload, model)
         engine.runner = captured = CapturingRunner(engine.eager)
         for uncached, cached in zip(workload.cells[::2], workload.cells[1::2], strict=True):
