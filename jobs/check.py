@@ -3,7 +3,8 @@
     ray job submit --working-dir . -- python jobs/check.py refresh --actors 4 --model /models/student --device cuda \\
         --task long-gsm8k --output /data/check
 
-Takes the settings of `d3llm-ray check`; the last line it prints is the report as JSON.
+Takes the settings of `d3llm-ray check`, or with `transfer` first those of `d3llm-ray check transfer`; the last
+line it prints is the report as JSON.
 """
 
 from __future__ import annotations
