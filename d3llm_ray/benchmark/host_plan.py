@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from d3llm_ray.benchmark.machine import MACHINES
-from d3llm_ray.benchmark.plan import option, require_count
+from d3llm_ray.benchmark.plan import option, require_count, require_counts
 from d3llm_ray.benchmark.shapes import SHAPES
 from d3llm_ray.errors import require, unknown
 
@@ -35,8 +35,6 @@ class HostPlan:
             raise unknown("machine", self.machine, MACHINES)
         for name in ("prompt_tokens", "max_tokens", "count", "rounds"):
             require_count(name, getattr(self, name))
-        require(len(self.batch_sizes) > 0, "batch_sizes", self.batch_sizes, "one or more numbers")
-        for size in self.batch_sizes:
-            require_count("batch_sizes", size)
+        require_counts("batch_sizes", self.batch_sizes)
         largest = max(self.batch_sizes)
         require(self.count >= largest, "count", self.count, f"at least the largest batch size, {largest}")

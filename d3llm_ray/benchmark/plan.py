@@ -50,10 +50,7 @@ class BenchmarkPlan:
         for name in ("count", "rounds"):
             require_count(name, getattr(self, name))
         for name in ("batch_sizes", "max_tokens"):
-            values = getattr(self, name)
-            require(len(values) > 0, name, values, "one or more numbers")
-            for value in values:
-                require_count(name, value)
+            require_counts(name, getattr(self, name))
         for name in ("decoders", "suffixes", "batch_sizes", "max_tokens"):
             require_distinct(name, getattr(self, name))
         if self.prompt_tokens is not None:
@@ -85,6 +82,13 @@ def require_count(name: str, value: object) -> None:
     """Raise `InputError` unless `value` is 1, 2, 3, ..."""
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     require(whole, name, value, "a positive whole number")
+
+
+def require_counts(name: str, values: Sequence[object]) -> None:
+    """Raise `InputError` unless there are values, each 1, 2, 3, ..."""
+    require(len(values) > 0, name, values, "one or more numbers")
+    for value in values:
+        require_count(name, value)
 
 
 def require_distinct(name: str, values: Sequence[object]) -> None:

@@ -12,6 +12,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from d3llm_ray.benchmark.decoding_report import COUNTING as DECODING
 from d3llm_ray.benchmark.measure import decode, engine_for
 from d3llm_ray.benchmark.profile import profiled
 from d3llm_ray.benchmark.refresh_plan import RefreshPlan
@@ -19,7 +20,7 @@ from d3llm_ray.benchmark.report import BenchmarkReport, Columns, between
 from d3llm_ray.benchmark.rows import spread
 from d3llm_ray.benchmark.shapes import random_model
 from d3llm_ray.benchmark.workload import Cell, Workload
-from d3llm_ray.decoding import Engine
+from d3llm_ray.decoding import Engine, Event
 from d3llm_ray.errors import WorkError
 from d3llm_ray.models import Work
 from d3llm_ray.progress import Progress
@@ -30,8 +31,7 @@ COUNTING = {
     "full": "a forward over prompt and canvas without a cache",
     "refresh": "likewise with a cache, which it writes anew; prefill and stabilising forwards are such",
     "cached": "a forward of the window alone, with the cache of what stands before it",
-    "flops": "2 x body weights x computed positions + 2 x LM head weights x scored rows + 4 x layers x hidden size x "
-    "window x keys, masked pairs included",
+    "flops": DECODING["flops"],
     "added": "what a refresh every k forwards adds to a forward, in percent: (refresh / cached - 1) / k; it pays where "
     "it raises tokens per forward by more",
     "break_even": "refresh interval from which a forward with a cache costs less than one without: (refresh - cached) "
@@ -87,8 +87,7 @@ class RefreshRow:
         }
 
 
-KINDS = ("full", "refresh", "cached")
-_TITLES = {"full": "without cache ms", "refresh": "refresh ms", "cached": "cached ms"}
+KINDS = {"full": "without cache ms", "refresh": "refresh ms", "cached": "cached ms"}
 
 
 def columns(intervals: Sequence[int]) -> Columns[RefreshRow]:
@@ -103,7 +102,7 @@ def columns(intervals: Sequence[int]) -> Columns[RefreshRow]:
     return (
         ("prompt", lambda row: str(row.prompt_tokens)),
         ("block", lambda row: str(row.block_size)),
-        *((_TITLES[kind], lambda row, kind=kind: of_kind(row, kind)) for kind in KINDS),
+        *((title, lambda row, kind=kind: of_kind(row, kind)) for kind, title in KINDS.items()),
         ("refresh / cached FLOPs", lambda row: f"{row.flops.refresh / row.flops.cached:.2f}"),
         *((f"added at {each}", lambda row, each=each: f"{row.ms.added(each):+.0f} %") for each in intervals),
         ("break-even", lambda row: or_never(row.ms.break_even)),
@@ -127,18 +126,19 @@ def measure_refresh(plan: RefreshPlan, progress: Progress | None = None) -> Benc
     done = 0
     for workload in workloads:
         engine = engine_for(workload, model)
-        for cell in workload.cells:  # allocation and compilation are nobody's
-            _costs(engine, workload, cell)
-            progress.update(done := done + 1)
-        rounds: list[list[dict[str, tuple[float, float]]]] = []
-        for _ in range(plan.rounds):
-            rounds.append([])
+        passes = []
+        for _ in range(1 + plan.rounds):
+            costs = []
             for cell in workload.cells:
-                rounds[-1].append(_costs(engine, workload, cell))
+                costs.append(_costs(engine, workload, cell))
                 progress.update(done := done + 1)
-        for place, block_size in enumerate(plan.block_sizes):
-            pairs = [(each[2 * place], each[2 * place + 1]) for each in rounds]
-            rows.append(_row(plan, workload, block_size, pairs))
+            pairs = zip(plan.block_sizes, costs[::2], costs[1::2], strict=True)
+            passes.append([_compared(plan, *pair) for pair in pairs])
+        rounds = passes[1:]  # in the first, allocation and compilation are nobody's
+        for block_size, compared in zip(plan.block_sizes, zip(*rounds, strict=True), strict=True):
+            ms, flops = zip(*compared, strict=True)  # FLOPs are the same in every round
+            given = (workload.model_name, len(workload.prompts[0]), plan.max_tokens, block_size, plan.intervals)
+            rows.append(RefreshRow(*given, rounds=ms, flops=flops[0]))
     progress.finish()
     return BenchmarkReport(
         benchmark="refresh",
@@ -150,43 +150,34 @@ def measure_refresh(plan: RefreshPlan, progress: Progress | None = None) -> Benc
     )
 
 
-def _row(
-    plan: RefreshPlan,
-    workload: Workload,
-    block_size: int,
-    pairs: Sequence[tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]]],
-) -> RefreshRow:
-    """`pairs`: of each round, what forwards cost without a cache and with one."""
-    length = len(workload.prompts[0])
-    for _, cached in pairs:
-        if "cached" not in cached:
-            raise WorkError(
-                f"block_sizes: with blocks of {block_size} in a canvas of {plan.max_tokens} every forward is a full one"
-            )
-    costs = [
-        [ForwardCosts(plain["full"][unit], cached["full"][unit], cached["cached"][unit]) for plain, cached in pairs]
-        for unit in (0, 1)
-    ]
-    given = (workload.model_name, length, plan.max_tokens, block_size, plan.intervals)
-    return RefreshRow(*given, rounds=tuple(costs[0]), flops=costs[1][0])  # FLOPs are the same in every round
+def _compared(
+    plan: RefreshPlan, block_size: int, plain: dict[str, tuple[float, float]], cached: dict[str, tuple[float, float]]
+) -> tuple[ForwardCosts, ForwardCosts]:
+    """(ms, FLOPs) of the forwards without a cache and with one."""
+    if "cached" not in cached:
+        raise WorkError(
+            f"block_sizes: with blocks of {block_size} in a canvas of {plan.max_tokens} every forward is a full one"
+        )
+    ms, flops = (ForwardCosts(*costs) for costs in zip(plain["full"], cached["full"], cached["cached"], strict=True))
+    return ms, flops
 
 
 def _costs(engine: Engine, workload: Workload, cell: Cell) -> dict[str, tuple[float, float]]:
     """Mean (ms, FLOPs) of a forward over everything (`full`) and of one with a cache (`cached`), where there are."""
     taken: dict[str, list[tuple[float, Work]]] = {}
-    with profiled(engine) as profile:
-        before, work_before = 0.0, Work(0, 0, 0, 0)
-        for _ in decode(engine, workload.requests(cell), cell.batch_size, profile.step):
-            after, work = sum(profile.seconds.values()), profile.work
-            computed, keys = work.tokens - work_before.tokens, work.keys - work_before.keys
-            step = Work(computed, work.attended - work_before.attended, keys, work.scored - work_before.scored)
-            taken.setdefault("full" if computed == keys else "cached", []).append((after - before, step))
-            before, work_before = after, work
-    config = workload.config
+
+    def step(engine: Engine) -> list[Event]:
+        with profiled(engine) as profile:
+            events = profile.step(engine)
+        kind = "full" if profile.work.tokens == profile.work.keys else "cached"
+        taken.setdefault(kind, []).append((sum(profile.seconds.values()), profile.work))
+        return events
+
+    list(decode(engine, workload.requests(cell), cell.batch_size, step))
     return {
         kind: (
             1e3 * sum(seconds for seconds, _ in steps) / len(steps),
-            config.flops(reduce(add, (step for _, step in steps))) / len(steps),
+            workload.config.flops(reduce(add, (work for _, work in steps))) / len(steps),
         )
         for kind, steps in taken.items()
     }

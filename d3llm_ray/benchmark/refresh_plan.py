@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from d3llm_ray.benchmark.plan import DTYPES, BenchmarkPlan, option, require_count, require_distinct
+from d3llm_ray.benchmark.plan import DTYPES, BenchmarkPlan, option, require_count, require_counts, require_distinct
 from d3llm_ray.benchmark.workload import Cell, Workload, read_shape, synthetic_prompts
 from d3llm_ray.decoding import Decoder, decoder
 from d3llm_ray.device import check_device
@@ -40,11 +40,8 @@ class RefreshPlan:
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "block_sizes", "intervals"):
-            values = getattr(self, name)
-            require(len(values) > 0, name, values, "one or more numbers")
-            require_distinct(name, values)
-            for value in values:
-                require_count(name, value)
+            require_counts(name, getattr(self, name))
+            require_distinct(name, getattr(self, name))
         for name in ("max_tokens", "batch_size", "count", "rounds"):
             require_count(name, getattr(self, name))
         require(min(self.intervals) > 1, "intervals", min(self.intervals), "2 or more: at 1 nothing is cached")

@@ -75,15 +75,15 @@ def run(settings: TransferSettings, progress: Progress | None = None) -> Transfe
         folder: tuning.run(settings.search(task, folder), progress, errors="return")
         for folder, task in (("task", settings.task), ("source", settings.source))
     }
-    labels = {
-        plain_decoder(family).name: "one token a forward",
-        space.decoder: "own settings",
-        str(chosen["task"]): f"tuned on {settings.task}",
-        str(chosen["source"]): f"tuned on {settings.source}",
-    }
+    decoders = [
+        (plain_decoder(family).name, "one token a forward"),
+        (space.decoder, "own settings"),
+        (str(chosen["task"]), f"tuned on {settings.task}"),
+        (str(chosen["source"]), f"tuned on {settings.source}"),
+    ]
     given = EvaluateSettings(
         **settings.model_dump(include={*MeasureOptions.model_fields, "count"}),
-        pairs=[Pair(model=settings.model, decoder=each, decoder_label=label) for each, label in labels.items()],
+        pairs=[Pair(model=settings.model, decoder=each, decoder_label=label) for each, label in decoders],
         tasks=[settings.task],
         output=settings.output / "measured",
     )

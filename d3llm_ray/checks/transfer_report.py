@@ -31,13 +31,20 @@ class TransferReport(WrittenReport):
     rows: tuple[EvaluationRow, ...]
 
     @cached_property
-    def compared(self) -> HeldOut | None:
-        """The source's settings (first) with the task's (second); None where nothing is right one token a forward."""
-        anchor, _, of_task, of_source = self.rows
+    def objective(self) -> SearchObjective | None:
+        """What the searches maximised, with this task's anchor; None where nothing is right at one token a forward."""
+        anchor = self.rows[0]
         if not (anchor.accuracy and anchor.tpf):
             return None
-        objective = SearchObjective(self.metric, (anchor.tpf, anchor.accuracy), 0.0)
-        return compare(_run(of_source), _run(of_task), _run(anchor), objective, self.seed)
+        return SearchObjective(self.metric, (anchor.tpf, anchor.accuracy), 0.0)
+
+    @cached_property
+    def compared(self) -> HeldOut | None:
+        """The source's settings (first) with the task's (second)."""
+        anchor, _, of_task, of_source = self.rows
+        if self.objective is None:
+            return None
+        return compare(_run(of_source), _run(of_task), _run(anchor), self.objective, self.seed)
 
     @property
     def verdict(self) -> str:
@@ -67,10 +74,9 @@ class TransferReport(WrittenReport):
         return f"{head}{table(header, lines, left=2)}\n{self.verdict}\n{too_few(self.rows)}"
 
     def _aup(self, row: EvaluationRow) -> str:
-        anchor = self.rows[0]
-        if self.compared is None or not row.tpf:
+        if self.objective is None or not row.tpf:
             return "-"
-        return f"{SearchObjective('aup', (anchor.tpf, anchor.accuracy), 0.0).aup(row.tpf, row.accuracy):.1f}"
+        return f"{self.objective.aup(row.tpf, row.accuracy):.1f}"
 
     def to_dict(self) -> dict[str, Any]:
         asked = {"check": "transfer", "source": self.source, "task": self.task, "metric": self.metric}

@@ -20,9 +20,8 @@ FEW_SHOT_SHRINK = 4  # and has fewer rows, for its prompts are that much longer
 class Example:
     prompt: list[int]
     response: list[int]  # ends with the stop token
-    targets: list[
-        int
-    ]  # response positions of what follows from the problem alone: sums; a function's name, its numbers
+    # Response positions of what follows from the problem alone: sums; a function's name, its numbers and words.
+    targets: list[int]
 
 
 def prompt_length(example: Example) -> int:

@@ -81,18 +81,24 @@ ENDS: list[tuple[BaseException | None, int, str, bool]] = [
 ]
 
 
+def runs_instead(monkeypatch: pytest.MonkeyPatch, function: Callable[[Any], object]) -> None:
+    """Every verb calls `function` with its settings."""
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda name: load(name) if name.endswith("Settings") else function)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_ends_with_the_code_and_line_of_what_went_wrong(
     verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    load, error = cli._load, None
+    error = None
 
     def run(_settings: Any) -> None:
         if error is not None:
             raise error
 
-    monkeypatch.setattr(cli, "_load", lambda name: load(name) if name.endswith("Settings") else run)
+    runs_instead(monkeypatch, run)
     words = [*verb.split(), *NEEDED.get(verb, []), *(["--output", "OUT"] if verb in NEEDED else [])]
     for error, code, line, kept in ENDS:  # `run` raises it
         if error is not None and "OUT" in str(error) and verb not in NEEDED:
@@ -127,10 +133,7 @@ def test_sigterm_interrupts_a_verb_and_cancels_what_its_event_loop_runs(
             seen.append(type(error))
             raise
 
-    load = cli._load
-    monkeypatch.setattr(
-        cli, "_load", lambda name: load(name) if name.endswith("Settings") else lambda _: asyncio.run(work())
-    )
+    runs_instead(monkeypatch, lambda _: asyncio.run(work()))
     assert main(["generate", "--prompt", "x"]) == 130
     assert "d3llm-ray: interrupted; " in capsys.readouterr().err
     assert seen == [KeyboardInterrupt if ignored else asyncio.CancelledError]
@@ -145,8 +148,7 @@ def test_sigterm_is_ours_whatever_a_library_does_with_sigint(
         sigint(lambda *_: pytest.fail("the library's handler"))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    load = cli._load
-    monkeypatch.setattr(cli, "_load", lambda name: load(name) if name.endswith("Settings") else work)
+    runs_instead(monkeypatch, work)
     assert main(["generate", "--prompt", "x"]) == 130
     assert "d3llm-ray: interrupted; " in capsys.readouterr().err
 
@@ -246,8 +248,7 @@ def test_a_reader_that_goes_away_ends_the_process_quietly() -> None:
 def test_a_result_that_nobody_reads_ends_a_verb_quietly(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load = cli._load
-    monkeypatch.setattr(cli, "_load", lambda name: load(name) if name.endswith("Settings") else lambda _: "x" * 99_999)
+    runs_instead(monkeypatch, lambda _: "x" * 99_999)
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stdout:
